@@ -1,0 +1,61 @@
+"""The one place that knows what an array is: a Python float, a NumPy array or a torch tensor.
+
+Nothing here imports torch: a tensor's own namespace is asked for through `array_api_compat`.
+"""
+
+import math
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+Array = Any  # a NumPy array or a torch tensor; the state x is whatever the network takes
+Level = Any  # a logSNR (or a time): a Python float, or an array of shape (B,) with one for each row
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a plain number rather than an array (NumPy scalars count as numbers)."""
+    return isinstance(value, float | int | np.floating | np.integer)
+
+
+def namespace(value: Any) -> Any:
+    """The array namespace of `value`; a plain number has NumPy's."""
+    return np if is_number(value) else array_api_compat.array_namespace(value)
+
+
+def exp(value: Any) -> Any:
+    """e**value, of the kind and dtype given."""
+    return math.exp(value) if is_number(value) else namespace(value).exp(value)
+
+
+def log(value: Any) -> Any:
+    """Natural logarithm, of the kind and dtype given."""
+    return math.log(value) if is_number(value) else namespace(value).log(value)
+
+
+def sqrt(value: Any) -> Any:
+    """Square root, of the kind and dtype given."""
+    return math.sqrt(value) if is_number(value) else namespace(value).sqrt(value)
+
+
+def clamp(value: Any, low: float, high: float) -> Any:
+    """`value` held inside [low, high], of the kind and dtype given."""
+    if is_number(value):
+        return min(max(float(value), low), high)
+    return namespace(value).clip(value, low, high)
+
+
+def like(values: Any, model: Array) -> Array:
+    """Host numbers as an array of `model`'s library, dtype and device."""
+    if array_api_compat.is_numpy_array(model):
+        return np.asarray(values).astype(model.dtype, copy=False)
+    xp = array_api_compat.array_namespace(model)
+    return xp.asarray(values, dtype=model.dtype, device=array_api_compat.device(model))
+
+
+def column(level: Level, x: Array) -> Any:
+    """A level (B,) shaped (B, 1, …, 1) and typed as x, so that it multiplies x; a plain number is returned as it is."""
+    if is_number(level):
+        return float(level)
+    xp = array_api_compat.array_namespace(x)
+    return xp.reshape(xp.astype(xp.asarray(level), x.dtype, copy=False), (-1,) + (1,) * (x.ndim - 1))

@@ -1,0 +1,90 @@
+"""A network, a schedule and a prediction type make a denoiser: (x, logSNR, condition) -> x0."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import array_api_compat
+
+from latentgen.diffusion.array import Array, Level, column, is_number
+from latentgen.diffusion.prediction import Prediction
+from latentgen.diffusion.schedule.protocol import Schedule
+from latentgen.errors import InputError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network is told beside x and the time; every field is None or an array with the batch first.
+
+    states: (B, L, D), the text encoder's hidden states. pooled: (B, D). mask: (B, L). labels: (B,).
+    """
+
+    states: Array | None = None
+    pooled: Array | None = None
+    mask: Array | None = None
+    labels: Array | None = None
+
+    def _arrays(self) -> dict[str, Array]:
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: array for name, array in named if array is not None}
+
+    def __len__(self) -> int:
+        """The batch size; 0 for a condition that holds nothing."""
+        return next((int(array.shape[0]) for array in self._arrays().values()), 0)
+
+    def join(self, *others: "Condition") -> "Condition":
+        """Conditions one below the other along the batch; they must hold the same fields in the same shapes."""
+        held = self._arrays()
+        if any(set(other._arrays()) != set(held) for other in others):
+            raise InputError("conditions that are joined must hold the same fields (states, pooled, mask, labels)")
+        joined = {}
+        for name, array in held.items():
+            rest = [getattr(other, name) for other in others]
+            if any(other.shape[1:] != array.shape[1:] for other in rest):
+                shapes = ", ".join(str(tuple(part.shape)) for part in (array, *rest))
+                raise InputError(f"conditions that are joined must agree beyond the batch; {name} has shapes {shapes}")
+            joined[name] = array_api_compat.array_namespace(array).concat((array, *rest), axis=0)
+        return Condition(**joined)
+
+    def rows(self, index: slice) -> "Condition":
+        """The rows of the batch that a slice names."""
+        return Condition(**{name: array[index] for name, array in self._arrays().items()})
+
+
+Network = Callable[[Array, Array, Condition], Array]  # (x (B, …), time (B,), condition) -> raw output (B, …)
+Denoise = Callable[[Array, Level], Array]  # (x (B, …), logsnr) -> x0 (B, …)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """(x, logsnr, condition) -> x0: the contract everything downstream of a network is written against.
+
+    A network that puts out twice x's channels has learned a variance too (Nichol & Dhariwal 2021); its second half is
+    what `output` returns beside the prediction.
+    """
+
+    network: Network
+    schedule: Schedule
+    prediction: Prediction
+
+    def output(self, x: Array, logsnr: Level, condition: Condition) -> Array:
+        """The network's raw output at x (B, …) and logsnr (a float, or one for each row)."""
+        return self.network(x, batch_times(self.schedule, x, logsnr), condition)
+
+    def x0(self, out: Array, x: Array, logsnr: Level) -> Array:
+        """x0 (B, …) from the raw output at x."""
+        alpha, sigma = (column(value, x) for value in self.schedule.marginal(logsnr))
+        return self.prediction.split(out, x, alpha, sigma)[0]
+
+    def __call__(self, x: Array, logsnr: Level, condition: Condition) -> Array:
+        """The estimate of x0, of x's shape."""
+        return self.x0(self.output(x, logsnr, condition), x, logsnr)
+
+
+def batch_times(schedule: Schedule, x: Array, logsnr: Level) -> Array:
+    """What the network is told, (B,): float64 for a float64 state, else float32 (half types cannot hold 999.5)."""
+    xp = array_api_compat.array_namespace(x)
+    dtype = xp.float64 if x.dtype == xp.float64 else xp.float32
+    time = schedule.time(logsnr)
+    if is_number(time):
+        return xp.full((x.shape[0],), float(time), dtype=dtype, device=array_api_compat.device(x))
+    return xp.astype(xp.asarray(time), dtype, copy=False)

@@ -1,0 +1,89 @@
+"""Samplers of one evaluation a step that draw x_s given x_t and x0: DDPM, DDIM, Euler, Euler ancestral.
+
+They are one formula. With x = alpha·x0 + sigma·eps and std the noise that is new,
+
+    x_s = alpha_s·x0 + sqrt(sigma_s² − std²)·eps + std·z        (Song, Meng & Ermon 2021, eq. 12)
+
+in every frame; Euler's step for dx/dsigma in the VE frame (Karras et al. 2022, algorithm 1) is its std = 0.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from latentgen.diffusion.array import Array
+from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
+from latentgen.errors import InputError
+
+FixedVariance = Literal["fixed-small", "fixed-large"]
+
+
+def move(x: Array, x0: Array, leg: Leg, kept: float) -> Array:
+    """alpha_s·x0 + kept·eps with eps = (x − alpha·x0)/sigma, as one combination of x and x0."""
+    share = kept / leg.sigma
+    return share * x + (leg.next_alpha - share * leg.alpha) * x0
+
+
+def ddim(
+    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None, *, eta: float = 0.0
+) -> Iterator[Step]:
+    """Denoising diffusion implicit models (Song, Meng & Ermon 2021, eq. 12 and 16); eta 0 is the ODE, 1 is DDPM."""
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        std = eta * leg.next_sigma * math.sqrt(leg.ratio)  # eq. 16, in terms of SNR
+        x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
+        if std > 0 and not leg.to_clean:
+            x = x + std * drawn(noise, leg, x)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def ddpm(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    variance: FixedVariance = "fixed-small",
+) -> Iterator[Step]:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), any knots.
+
+    variance "fixed-small" is the posterior's own, beta-tilde (eq. 7); "fixed-large" is beta_t. No noise comes last.
+    """
+    if variance not in ("fixed-small", "fixed-large"):
+        raise InputError(f"unknown variance {variance!r}; it can be fixed-small or fixed-large")
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        small = leg.next_sigma * math.sqrt(leg.ratio)
+        std = small if variance == "fixed-small" else leg.sigma * math.sqrt(leg.ratio)
+        x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - small**2, 0.0)))  # the posterior mean, eq. 7
+        if not leg.to_clean:
+            x = x + std * drawn(noise, leg, x)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def euler(
+    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None
+) -> Iterator[Step]:
+    """Euler's method for the probability-flow ODE in sigma/alpha (Karras et al. 2022, algorithm 1, without churn).
+
+    In any frame this is DDIM with eta 0; what differs in practice is where the knots lie.
+    """
+    return ddim(denoise, x, knots, marginal, noise, eta=0.0)
+
+
+def euler_ancestral(
+    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None, *, eta: float = 1.0
+) -> Iterator[Step]:
+    """An Euler step down to sigma_down, then noise up to the next sigma (k-diffusion): DDIM with eta 1."""
+    return ddim(denoise, x, knots, marginal, noise, eta=eta)
+
+
+def drawn(noise: Noise | None, leg: Leg, like: Array) -> Array:
+    """The step's noise. Raises InputError where a stochastic sampler was given no noise to draw from."""
+    if noise is None:
+        raise InputError("this sampler draws noise at every step: give it seeds")
+    return noise.step(leg.index, like)

@@ -1,0 +1,99 @@
+"""Solvers of the probability-flow ODE with more than one evaluation, or memory of earlier ones: Heun, DPM-Solver++."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from latentgen.diffusion.array import Array
+from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.sampling.ancestral import move
+from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
+from latentgen.errors import InputError
+
+Solver = Literal["midpoint", "heun"]
+
+
+def heun(
+    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None
+) -> Iterator[Step]:
+    """Heun's second-order method in sigma/alpha (Karras et al. 2022, algorithm 1); the step to clean is Euler's.
+
+    In u = x/alpha and s = sigma/alpha the ODE is du/ds = (u − x0)/s, and the corrected step averages both ends'
+    slopes. Two evaluations a step, one for the last.
+    """
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        guess = move(x, x0, leg, leg.next_sigma)
+        if leg.to_clean:
+            x = guess
+        else:
+            end = denoise(guess, leg.next_logsnr)
+            s, s_next = leg.sigma / leg.alpha, leg.next_sigma / leg.next_alpha
+            u, u_guess = x / leg.alpha, guess / leg.next_alpha
+            slope = 0.5 * ((u - x0) / s + (u_guess - end) / s_next)
+            x = leg.next_alpha * (u + (s_next - s) * slope)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    order: int = 2,
+    solver: Solver = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Iterator[Step]:
+    """DPM-Solver++ multistep (Lu et al. 2022b, algorithm 2), of order 1, 2 or 3; one evaluation a step.
+
+    lower_order_final: the last step is of first order in runs of fewer than 15 steps, as the authors advise;
+    euler_at_final: in all runs. A step to clean is always of first order, where the higher orders are not defined.
+    """
+    if order not in (1, 2, 3) or solver not in ("midpoint", "heun"):
+        raise InputError("dpmpp-2m takes an order of 1, 2 or 3 and the solver midpoint or heun")
+    few = lower_order_final and len(knots) - 1 < 15
+    past: list[tuple[float, Array]] = []  # (lambda, x0) of the steps before, newest first
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        past = [(0.5 * leg.logsnr, x0), *past[: order - 1]]
+        usable = 1 if leg.to_clean or (leg.last and (few or euler_at_final)) else len(past)
+        usable = min(usable, 2) if few and leg.index == len(knots) - 3 else usable
+        slopes = differences(past[:usable], leg.h)
+        x = exponential_step(x, x0, slopes, leg, solver)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def differences(past: list[tuple[float, Array]], h: float) -> list[Array]:
+    """Divided differences of x0 in lambda, scaled by h: [] for one point, [D1] for two, [D1, D2] for three.
+
+    Lu et al. 2022, appendix: r0 = (lambda_0 − lambda_1)/h, D1_0 = (m0 − m1)/r0, and so on.
+    """
+    if len(past) == 1:
+        return []
+    (l0, m0), (l1, m1) = past[:2]
+    r0 = (l0 - l1) / h
+    d10 = (m0 - m1) / r0
+    if len(past) == 2:
+        return [d10]
+    l2, m2 = past[2]
+    r1 = (l1 - l2) / h
+    d11 = (m1 - m2) / r1
+    return [d10 + (r0 / (r0 + r1)) * (d10 - d11), (d10 - d11) / (r0 + r1)]
+
+
+def exponential_step(x: Array, x0: Array, slopes: list[Array], leg: Leg, solver: Solver) -> Array:
+    """x_t = (sigma_t/sigma_s)·x + alpha_t·(1 − e^−h)·x0 + higher orders (Lu et al. 2022b, eq. 9 and after)."""
+    drop = math.expm1(-leg.h)  # e^−h − 1
+    x = move(x, x0, leg, leg.next_sigma)  # the first-order step is DDIM's
+    if len(slopes) == 1 and solver == "midpoint":
+        x = x - 0.5 * leg.next_alpha * drop * slopes[0]
+    elif slopes:
+        x = x + leg.next_alpha * (drop / leg.h + 1) * slopes[0]
+    if len(slopes) == 2:
+        x = x - leg.next_alpha * ((drop + leg.h) / leg.h**2 - 0.5) * slopes[1]
+    return x

@@ -1,0 +1,236 @@
+"""From a scheduler_config.json, as diffusers writes it, to the schedule, prediction, knots and sampler it names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from latentgen.diffusion.prediction import Prediction
+from latentgen.diffusion.schedule.discrete import (
+    Discrete,
+    cosine_betas,
+    linear_betas,
+    scaled_linear_betas,
+    sigmoid_betas,
+)
+from latentgen.diffusion.schedule.knots import Final, Grid, knots
+from latentgen.diffusion.schedule.protocol import Schedule
+from latentgen.errors import InputError
+
+TINY_ALPHA_BAR = 2.0**-24  # what diffusers' sigma-based schedulers put for an alpha-bar of 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a checkpoint is meant to be sampled: everything its scheduler's config says, and nothing else.
+
+    `initial` says what the first latents are: "unit" (x = eps) or "sigma" (x = sigma·eps; Euler's family, where the
+    spacing starts at the noisiest level). `clip` bounds x0 (pixel models). `options` go to the sampler as keywords.
+    """
+
+    schedule: Schedule
+    prediction: Prediction
+    sampler: str = "ddim"
+    spacing: str = "trailing"
+    steps_offset: int = 0
+    final: Final = "zero"
+    grid: Grid = "whole"
+    clean_counts: bool = False
+    within: str = "linspace"
+    original_steps: int = 50
+    initial: Literal["unit", "sigma"] = "unit"
+    clip: float | None = None
+    threshold: float | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def knots(self, steps: int, *, start: float = 1.0, spacing: str | None = None) -> np.ndarray:
+        """The levels of `steps` steps, as the config's scheduler would place them; (steps + 1,) logSNR, float64."""
+        return knots(
+            self.schedule,
+            steps,
+            spacing=self.spacing if spacing is None else spacing,
+            start=start,
+            steps_offset=self.steps_offset,
+            final=self.final,
+            grid=self.grid,
+            clean_counts=self.clean_counts,
+            within=self.within,
+            original_steps=self.original_steps,
+        )
+
+    def initial_scale(self, logsnr: float) -> float:
+        """What standard normal noise is multiplied by to give the first x, at the first knot."""
+        return float(self.schedule.marginal(logsnr)[1]) if self.initial == "sigma" else 1.0
+
+
+def from_config(config: Mapping[str, Any]) -> Plan:
+    """The plan that a diffusers scheduler config (a dict as in scheduler_config.json) stands for.
+
+    Keys that are absent have the defaults of the scheduler that `_class_name` names. Raises InputError for a class,
+    beta table or option that has no counterpart here; nothing is passed over in silence.
+    """
+    name = str(config.get("_class_name", "DDIMScheduler"))
+    if name not in FAMILIES:
+        raise InputError(f"scheduler {name!r} is not known; it can be one of: {', '.join(sorted(FAMILIES))}")
+    for key in ("use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"):
+        if config.get(key):
+            raise InputError(f"{name}: {key} is not supported; turn it off in scheduler_config.json")
+    return FAMILIES[name](config)
+
+
+def _betas(config: Mapping[str, Any], start: float = 1e-4, end: float = 0.02, kind: str = "linear") -> np.ndarray:
+    if config.get("trained_betas") is not None:
+        return np.asarray(config["trained_betas"], dtype=np.float32)
+    levels = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", start)), float(config.get("beta_end", end))
+    tables: dict[str, Callable[[], np.ndarray]] = {
+        "linear": lambda: linear_betas(levels, start, end),
+        "scaled_linear": lambda: scaled_linear_betas(levels, start, end),
+        "squaredcos_cap_v2": lambda: cosine_betas(levels),
+        "sigmoid": lambda: sigmoid_betas(levels, start, end),
+    }
+    kind = str(config.get("beta_schedule", kind))
+    if kind not in tables:
+        raise InputError(f"beta_schedule {kind!r} is not known; it can be one of: {', '.join(tables)}")
+    return tables[kind]()
+
+
+def _schedule(config: Mapping[str, Any], betas: np.ndarray, *, finite: bool = False, **options: Any) -> Discrete:
+    """The table; `finite` puts the smallest half-precision number for a zero alpha-bar, as the sigma family does."""
+    rescale = bool(config.get("rescale_betas_zero_snr", False))
+    floor = TINY_ALPHA_BAR if rescale and finite else 0.0
+    return Discrete.from_betas(betas, rescale_betas_zero_snr=rescale, floor=floor, **options)
+
+
+def _shared(config: Mapping[str, Any], spacing: str) -> dict[str, Any]:
+    """The fields every family reads the same way; `spacing` is the family's default."""
+    return {
+        "prediction": Prediction(str(config.get("prediction_type", "epsilon"))),
+        "spacing": str(config.get("timestep_spacing", spacing)),
+        "steps_offset": int(config.get("steps_offset", 0)),
+        "threshold": float(config.get("dynamic_thresholding_ratio", 0.995)) if config.get("thresholding") else None,
+    }
+
+
+def _clip(config: Mapping[str, Any], default: bool) -> float | None:
+    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", default) else None
+
+
+def _ddim(config: Mapping[str, Any]) -> Plan:
+    to_one = config.get("set_alpha_to_one", True)
+    return Plan(
+        schedule=_schedule(config, _betas(config)),
+        sampler="ddim",
+        final="zero" if to_one else "first",
+        clip=_clip(config, True),
+        **_shared(config, "leading"),
+    )
+
+
+def _ddpm(config: Mapping[str, Any]) -> Plan:
+    variance = str(config.get("variance_type", "fixed_small")).replace("_", "-").removesuffix("-log")
+    return Plan(
+        schedule=_schedule(config, _betas(config)),
+        sampler="ddpm",
+        clip=_clip(config, True),
+        options=MappingProxyType({"variance": variance}),
+        **_shared(config, "leading"),
+    )
+
+
+def _pndm(config: Mapping[str, Any]) -> Plan:
+    return Plan(
+        schedule=_schedule(config, _betas(config)),
+        sampler="plms" if config.get("skip_prk_steps", False) else "pndm",
+        final="zero" if config.get("set_alpha_to_one", False) else "first",
+        **_shared(config, "leading"),
+    )
+
+
+def _euler_family(sampler: str, start: float = 1e-4, end: float = 0.02) -> Callable[[Mapping[str, Any]], Plan]:
+    """Samplers that diffusers writes in the VE frame: x/sqrt(1 + sigma²) there is our x in the VP frame."""
+
+    def build(config: Mapping[str, Any]) -> Plan:
+        if config.get("interpolation_type", "linear") != "linear" or config.get("timestep_type") == "continuous":
+            raise InputError(f"{sampler}: only linear interpolation_type and discrete timestep_type are supported")
+        if config.get("sigma_min") is not None or config.get("sigma_max") is not None:
+            raise InputError(f"{sampler}: sigma_min and sigma_max are not supported; remove them from the config")
+        shared = _shared(config, "linspace")
+        level = _level_spacing(config)
+        betas = _betas(config, start, end)
+        schedule = _schedule(config, betas, finite=True, interpolation="logsnr" if level else "sigma")
+        return Plan(
+            schedule=schedule,
+            sampler=sampler,
+            final="first" if config.get("final_sigmas_type") == "sigma_min" else "zero",
+            grid="fractional",
+            within=shared["spacing"],
+            initial="unit" if shared["spacing"] == "leading" else "sigma",
+            clip=_clip(config, False),
+            **(shared | ({"spacing": level} if level else {})),
+        )
+
+    return build
+
+
+def _level_spacing(config: Mapping[str, Any]) -> str | None:
+    if config.get("use_karras_sigmas"):
+        return "karras"
+    return "exponential" if config.get("use_exponential_sigmas") else None
+
+
+def _multistep(
+    config: Mapping[str, Any],
+    sampler: str,
+    final: Final,
+    options: Mapping[str, Any],
+    *,
+    floor_cosine: bool = False,
+) -> Plan:
+    """DPM-Solver++, UniPC, DEIS: the clean end counts as a step, and the network is told whole times only."""
+    if config.get("lambda_min_clipped", -float("inf")) > -1e9:
+        raise InputError(f"{sampler}: lambda_min_clipped is not supported; remove it from the config")
+    level = _level_spacing(config)
+    cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
+    rounding = "none" if level is None else "nearest" if level == "karras" else "down"
+    if level == "karras" and cosine and floor_cosine:
+        rounding = "down"
+    schedule = _schedule(config, _betas(config), finite=True, rounding=rounding)
+    return Plan(
+        schedule=schedule,
+        sampler=sampler,
+        final=final,
+        clean_counts=True,
+        within="whole",
+        options=MappingProxyType(dict(options)),
+        **(_shared(config, "linspace") | ({"spacing": level} if level else {})),
+    )
+
+
+def _dpmpp(config: Mapping[str, Any]) -> Plan:
+    algorithm = str(config.get("algorithm_type", "dpmsolver++"))
+    samplers = {"dpmsolver++": "dpmpp-2m", "sde-dpmsolver++": "dpmpp-2m-sde"}
+    if algorithm not in samplers:
+        raise InputError(f"algorithm_type {algorithm!r} is not supported; it can be one of: {', '.join(samplers)}")
+    options = {
+        "order": int(config.get("solver_order", 2)),
+        "solver": str(config.get("solver_type", "midpoint")),
+        "lower_order_final": bool(config.get("lower_order_final", True)),
+        "euler_at_final": bool(config.get("euler_at_final", False)),
+    }
+    final: Final = "first" if config.get("final_sigmas_type") == "sigma_min" else "zero"
+    return _multistep(config, samplers[algorithm], final, options, floor_cosine=True)
+
+
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], Plan]] = {
+    "DDIMScheduler": _ddim,
+    "DDPMScheduler": _ddpm,
+    "PNDMScheduler": _pndm,
+    "EulerDiscreteScheduler": _euler_family("euler"),
+    "EulerAncestralDiscreteScheduler": _euler_family("euler-ancestral"),
+    "HeunDiscreteScheduler": _euler_family("heun", 0.00085, 0.012),
+    "LMSDiscreteScheduler": _euler_family("lms"),
+    "DPMSolverMultistepScheduler": _dpmpp,
+}
