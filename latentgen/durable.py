@@ -1,0 +1,181 @@
+"""Files and folders that are written whole or not at all: aside, synced to the disk, then renamed into place."""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from latentgen.errors import InputError
+
+MANIFEST = "manifest.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def write_file(target: Path, data: bytes) -> None:
+    """Put `data` at `target`: the file that was there before stays until the new one is whole and on the disk.
+
+    Parent folders are made. Raises InputError when the place cannot be written or the disk is full.
+    """
+    with saying_what_failed(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent)
+        aside = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            aside.chmod(0o666 & ~mask)  # mkstemp gives 0600; a picture is for whoever may read the folder
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+        sync_folder(target.parent)
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """Call `write(aside)` on an empty folder beside `target`, add the manifest, sync, and swap it into place at once.
+
+    The manifest (`manifest.json`) holds the SHA-256 and the size of every file that `write` made. Whatever stood in
+    the old folder and is not in the old manifest (a training run's state, somebody's notes) is carried over, so only
+    what we wrote is ever replaced. The old folder is removed only after the new one stands in its place; killed at any
+    moment, one of the two is there, whole.
+
+    Returns `target`. Raises InputError when the disk is full, the place cannot be written, or a file that is not ours
+    stands where one of ours would go; the old folder is then as it was.
+    """
+    target = Path(target).resolve()  # through a link: what it points to is replaced, not the link
+    aside = target.with_name(f".{target.name}.writing")
+    with saying_what_failed(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{target} is a file where a folder should go; name another place")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            write(aside)
+            _write_manifest(aside)
+            _carry_over(target, aside)
+            for folder, _, names in os.walk(aside):
+                for name in names:
+                    _sync(Path(folder, name))
+                sync_folder(Path(folder))
+            _swap(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def recover(target: Path) -> None:
+    """Put the old folder back where a swap was cut between its two renames (only where no atomic exchange exists)."""
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir():
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def saying_what_failed(target: Path) -> Iterator[None]:
+    """Turn the system's refusals (a full disk, a read-only place) into the one line a person can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"no space left on the disk while writing {target}: nothing was changed there; free some and run again"
+            ) from error
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}; name a place that can be written"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable; systems that cannot open a folder (Windows) do without."""
+    if sys.platform != "win32":
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    manifest = {
+        "files": {name: sha256(path) for name, path in zip(names, files, strict=True)},
+        "sizes": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Link (or copy) into `new` every file of `old` that its manifest does not list."""
+    if not old.is_dir():
+        return
+    try:
+        ours = set(json.loads((old / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    for path in sorted(old.rglob("*")):
+        name = path.relative_to(old).as_posix()
+        place = new / name
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if name in ours:
+            continue
+        if place.exists():
+            raise InputError(
+                f"{path} was not written by latentgen and would be replaced; move it or name another folder"
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, place, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(path, place, follow_symlinks=False)
+
+
+def _swap(aside: Path, target: Path) -> None:
+    if not target.exists():
+        aside.rename(target)
+    elif not _exchange(aside, target):
+        old = target.with_name(f".{target.name}.old")
+        target.rename(old)
+        try:
+            aside.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(target.parent)  # after an exchange the old folder stands at `aside`, and the caller removes it
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step (renameat2(2), Linux); False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

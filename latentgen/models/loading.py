@@ -1,0 +1,101 @@
+"""From a weights folder's part to a torch module: where it runs, in which type, and nothing said but one line."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from latentgen.checkpoint import Checkpoint
+from latentgen.errors import InputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def choose_device(device: Any = None) -> torch.device:
+    """The device asked for, or the best there is. Raises InputError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} is not here ({str(error).splitlines()[0]}); try 'cpu'") from error
+    return chosen
+
+
+def choose_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    """The type networks compute in: as asked, or float16 on a GPU and float32 on a CPU (half types are slow there)."""
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = SHORT.get(str(dtype), str(dtype))
+    if name not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known; it can be one of: {', '.join([*DTYPES, *SHORT])}")
+    return DTYPES[name]
+
+
+def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """One network of a folder, `kind` being its diffusers or transformers class: frozen, in eval mode, on the device.
+
+    Half-precision storage is widened where `dtype` is wider. Raises InputError where the file does not fit its config.
+    """
+    folder = checkpoint.folder / part
+    named = {"dtype": dtype} if part == "text_encoder" else {"torch_dtype": dtype}
+    variant = "fp16" if ".fp16." in checkpoint.weights[part][0].name else None
+    try:
+        with quiet():
+            module, report = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, variant=variant, output_loading_info=True, **named
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder} does not fit its config.json: {reason}") from error
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith("position_ids"))
+    if missing:
+        raise InputError(f"{folder} is not whole: its weights lack {missing[0]} ({len(missing)} tensors in all)")
+    return module.to(device).requires_grad_(False).eval()
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What besides the settings decides a picture's last bits: torch, the device, the type, the number of threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    return {
+        "torch": str(torch.__version__),
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+    }
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with as many CPU threads as a picture was made with: sums are split, and rounded, accordingly."""
+    if isinstance(threads, int) and threads > 0 and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries' progress bars and remarks off, as they were afterwards."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    levels = [(kind, kind.get_verbosity()) for kind in (of_diffusers, of_transformers)]
+    bars = of_transformers.is_progress_bar_enabled()
+    for kind, _ in levels:
+        kind.set_verbosity(logging.CRITICAL)
+    of_transformers.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for kind, level in levels:
+            kind.set_verbosity(level)
+        if bars:
+            of_transformers.enable_progress_bar()

@@ -1,0 +1,344 @@
+"""Pipeline: a prompt becomes a condition, noise becomes latents under it, and latents become pixels.
+
+Ho et al. 2020 (diffusion), Rombach et al. 2022 (in the latents of an autoencoder, conditioned by cross-attention),
+Ho & Salimans 2022 (classifier-free guidance). `Pipeline.__call__` is the method: encode, draw, denoise, decode.
+Argument names are those of diffusers' StableDiffusionPipeline; torch is imported when weights are loaded, not before.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentgen import __version__
+from latentgen.checkpoint import Checkpoint, find, open_folder
+from latentgen.diffusion.array import Array
+from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
+from latentgen.diffusion.guidance import guided
+from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.sampling import SAMPLERS
+from latentgen.diffusion.schedule.plan import Plan, from_config
+from latentgen.errors import InputError
+from latentgen.image import Picture, to_bytes
+from latentgen.request import OUTPUT_TYPES, Request, Terms, read_request
+
+if TYPE_CHECKING:
+    from latentgen.models.latent import Latent
+    from latentgen.models.text import TextEncoder
+
+OnStepEnd = Callable[["Pipeline", int, float, dict[str, Array]], dict[str, Array] | None]
+
+# The diffusers scheduler that stands for each sampler: how that one would read the folder's scheduler config.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp-2m": "DPMSolverMultistepScheduler",
+}
+
+
+class PromptCut(UserWarning):
+    """A prompt is longer than the text encoder's context: the message says which words are not seen."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call gives. images: PIL pictures, or an array as `output_type` says. seeds: one for each picture.
+
+    settings: all it takes to make the pictures again, JSON-ready; prompt, negative_prompt and seed are lists with an
+    entry for each picture. `of(k)` is what picture k's PNG says.
+    """
+
+    images: Any
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+    def of(self, k: int) -> dict[str, Any]:
+        """The settings of picture k alone, and beside whom it was rendered where it was not alone."""
+        return picture_settings(self.settings, k)
+
+
+@dataclass(eq=False)
+class Pipeline:
+    """A text encoder, a denoising network and an autoencoder, with the schedule they were trained in.
+
+    scheduler: a diffusers scheduler config. terms: what the weights allow and their defaults. weights, machine: what
+    is said of them in the settings. `interrupt = True`, set from a callback, ends the run after that step.
+    """
+
+    text: "TextEncoder"
+    network: Network
+    latent: "Latent"
+    scheduler: Mapping[str, Any]
+    terms: Terms
+    weights: Mapping[str, Any] | None = None
+    machine: Mapping[str, Any] | None = None
+    interrupt: bool = False
+    _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | None = None, *, device: Any = None, dtype: Any = None) -> "Pipeline":
+        """Open a weights folder in diffusers' layout, a hub id, or (None) the embedded default.
+
+        device: where it runs; None is the first GPU, else the CPU. dtype: what it computes in; None is float16 on a
+        GPU and float32 on a CPU, to which half-precision storage is widened. Raises InputError with one line.
+        """
+        checkpoint = open_folder(find(path))
+        terms = terms_of(checkpoint)
+
+        from latentgen.models import loading
+        from latentgen.models.latent import Latent
+        from latentgen.models.network import load_unet, unet_network
+        from latentgen.models.text import TextEncoder
+
+        place = loading.choose_device(device)
+        kind = loading.choose_dtype(dtype, place)
+        return cls(
+            text=TextEncoder.load(checkpoint, place, kind),
+            network=unet_network(load_unet(checkpoint, place, kind)),
+            latent=Latent.load(checkpoint, place, kind),
+            scheduler=checkpoint.config("scheduler"),
+            terms=terms,
+            weights=identity(checkpoint, path),
+            machine=loading.machine(place, kind),
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        *,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        unet: Any,
+        scheduler_config: Mapping[str, Any],
+        extras: Mapping[str, Any] | None = None,
+    ) -> "Pipeline":
+        """From objects at hand (a training run's, say), as `checkpoint.save_pipeline` takes them.
+
+        extras: what latentgen.json would hold. The modules should be in eval mode and on one device; no gradient is recorded.
+        """
+        from latentgen.models.latent import Latent
+        from latentgen.models.network import unet_network
+        from latentgen.models.text import TextEncoder
+
+        terms = Terms.read(unet.config, vae.config, from_config(scheduler_config).sampler, extras)
+        network = unet_network(unet, gradients=False)
+        return cls(TextEncoder(tokenizer, text_encoder), network, Latent(vae), scheduler_config, terms)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        sampler: str | None = None,
+        generator: Any = None,
+        latents: Array | None = None,
+        prompt_embeds: Array | None = None,
+        negative_prompt_embeds: Array | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> Output:
+        """Render one picture for each prompt, times num_images_per_prompt.
+
+        What is not said is taken from the weights' own defaults. guidance_scale: w of Ho & Salimans as diffusers counts
+        it; 1 or less is off. guidance_rescale: phi of Lin et al. 2023. height, width: pixels, multiples of the latent
+        factor. seed: s gives picture k the seed s + k, a list names each, None draws fresh ones, reported in `seeds`;
+        picture k is the picture of its own seed rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`.
+        generator: torch generators instead of a seed, drawn from as diffusers does. latents: unit noise (B, C, h, w) to
+        start from. prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts. output_type: "pil",
+        "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w).
+        callback_on_step_end(pipe, index, time, {"latents": x}) is called after each step and may return other latents.
+        Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words beyond the context.
+        """
+        if latents is not None and height is None and width is None and len(latents.shape) == 4:
+            height, width = (int(side) * self.terms.factor for side in latents.shape[2:])
+        request = read_request(
+            self.terms,
+            SAMPLERS,
+            prompt,
+            negative_prompt,
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            rescale=guidance_rescale,
+            height=height,
+            width=width,
+            n=num_images_per_prompt,
+            seed=seed,
+            sampler=sampler,
+            embedded=None if prompt_embeds is None else len(prompt_embeds),
+        )
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
+        plan = plan_for(self.scheduler, request.sampler)
+        knots = plan.knots(request.steps)
+        noise = self._noise(request, generator, seed)
+        self.interrupt = self._steered = False
+
+        condition, negative = self._encode(request, prompt_embeds, negative_prompt_embeds)
+        x = self._draw(request, noise, latents) * plan.initial_scale(knots[0])
+        denoiser = Denoiser(self.network, plan.schedule, plan.prediction)
+        scale = max(request.guidance, 1.0)
+        denoise = guided(denoiser, condition, negative, scale=scale, rescale=request.rescale, clip=plan.clip)
+        x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
+        brought = {"generator": generator, "latents": latents, "callback_on_step_end": self._steered or None}
+        brought |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        return self._decode(x, request, output_type, sorted(key for key, value in brought.items() if value is not None))
+
+    def _noise(self, request: Request, generator: Any, seed: Any) -> Any:
+        """Where randomness comes from: one stream for each picture's seed, or the caller's torch generators."""
+        if generator is None:
+            return Noise(request.seeds)
+        if seed is not None:
+            raise InputError("a seed and a generator were both given; give one of them")
+        generators = tuple(generator) if isinstance(generator, Sequence) else (generator,)
+        if isinstance(generator, Sequence) and len(generators) != len(request):
+            raise InputError(
+                f"{len(generators)} generators for {len(request)} pictures; give one for all, or one for each"
+            )
+        from latentgen.models.latent import GeneratorNoise
+
+        return GeneratorNoise(generators, len(request))
+
+    def _encode(self, request: Request, given: Any, given_negative: Any) -> tuple[Condition, Condition | None]:
+        """The condition (B, L, D) and, where guidance is on, the one to be guided away from."""
+        for text in dict.fromkeys((*request.prompts, *request.negatives)):
+            self._say_what_is_cut(text)
+        condition = self._states(request, request.prompts, given, "prompt_embeds")
+        if request.guidance <= 1:
+            return condition, None
+        if given_negative is not None and any(request.negatives):
+            raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
+        return condition, self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
+
+    def _states(self, request: Request, prompts: Sequence[str], given: Any, name: str) -> Condition:
+        if given is None:
+            return self.text.encode(prompts)
+        if len(given.shape) != 3 or len(request) % len(given):
+            raise InputError(f"{name} has shape {tuple(given.shape)}; it must be (prompts, tokens, width)")
+        each = len(request) // len(given)
+        return self.text.given(given[[row for row in range(len(given)) for _ in range(each)]])
+
+    def _draw(self, request: Request, noise: Any, latents: Array | None) -> Array:
+        """Standard normal latents (B, C, height/factor, width/factor), drawn on the host or brought."""
+        factor = self.terms.factor
+        shape = (self.terms.channels, request.height // factor, request.width // factor)
+        if latents is None:
+            return self.latent.array(noise.initial(shape))
+        if tuple(latents.shape) != (len(request), *shape):
+            raise InputError(f"latents have shape {tuple(latents.shape)}; it must be {(len(request), *shape)}")
+        return self.latent.array(latents)
+
+    def _denoise(
+        self, plan: Plan, denoise: Denoise, x: Array, knots: np.ndarray, noise: Any, callback: OnStepEnd | None
+    ) -> Array:
+        """From noise to clean latents, (B, C, h, w) both; the callback is told of each step, and may steer."""
+        steps = SAMPLERS[plan.sampler](denoise, x, knots, plan.schedule.marginal, noise, **plan.options)
+        for step in steps:
+            if callback is not None:
+                time = float(plan.schedule.time(float(knots[step.index])))
+                told = (callback(self, step.index, time, {"latents": step.x}) or {}).get("latents", step.x)
+                self._steered |= self.interrupt or told is not step.x
+                put_in_place(step.x, told)
+            x = step.x
+            if self.interrupt:
+                break
+        return x
+
+    def _decode(self, x: Array, request: Request, output_type: str, brought: list[str]) -> Output:
+        """Latents as the kind of picture that was asked for, with the settings that make it again."""
+        settings = self._settings(request, brought)
+        if output_type == "latent":
+            return Output(x, request.seeds, settings)
+        pixels = self.latent.decode(x)  # (B, 3, H, W) in [0, 1]
+        if output_type == "pt":
+            return Output(pixels, request.seeds, settings)
+        host = np.asarray(pixels.cpu()).transpose(0, 2, 3, 1)  # (B, H, W, 3)
+        if output_type == "np":
+            return Output(host, request.seeds, settings)
+        pictures = [Picture.of(rows, picture_settings(settings, k)) for k, rows in enumerate(to_bytes(host))]
+        return Output(pictures, request.seeds, settings)
+
+    def _settings(self, request: Request, brought: list[str]) -> dict[str, Any]:
+        return {
+            "prompt": list(request.prompts),
+            "negative_prompt": list(request.negatives),
+            "seed": list(request.seeds),
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "guidance_rescale": request.rescale,
+            "sampler": request.sampler,
+            "height": request.height,
+            "width": request.width,
+            "weights": self.weights,
+            "latentgen": __version__,
+            **(self.machine or {}),
+            **({"brought": brought} if brought else {}),
+        }
+
+    def _say_what_is_cut(self, text: str) -> None:
+        words = self.text.cut(text)
+        if words:
+            counted = f"the prompt has {self.text.count(text)} tokens, of which {self.text.length} are used"
+            warnings.warn(f"{counted}; not seen: {words!r}", PromptCut, stacklevel=4)
+
+
+def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
+    """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it."""
+    plan = from_config(config)
+    if sampler != plan.sampler:
+        known = SCHEDULERS.get(sampler)
+        plan = from_config({**config, "_class_name": known}) if known else replace(plan, sampler=sampler, options={})
+    if plan.threshold is not None:
+        raise InputError("dynamic thresholding is not supported; turn `thresholding` off in scheduler_config.json")
+    return plan
+
+
+def terms_of(checkpoint: Checkpoint) -> Terms:
+    """What a folder allows, from its small files; an InputError where its parts do not fit one another."""
+    unet, text = checkpoint.config("unet"), checkpoint.config("text_encoder")
+    terms = Terms.of(checkpoint, from_config(checkpoint.config("scheduler")).sampler)
+    if unet.get("in_channels") != terms.channels:
+        channels = f"{unet.get('in_channels')} channels in where its autoencoder has {terms.channels}"
+        raise InputError(
+            f"{checkpoint.folder}: the U-Net takes {channels}; inpainting and other kinds are not rendered yet"
+        )
+    if unet.get("cross_attention_dim") != text.get("hidden_size"):
+        widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {text.get('hidden_size')}"
+        raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
+    return terms
+
+
+def identity(checkpoint: Checkpoint, path: str | Path | None) -> dict[str, Any]:
+    """How the settings name the weights: the folder's name, the path as it was given, and the fingerprint."""
+    name = checkpoint.folder.resolve().name if path is None or Path(path).is_dir() else str(path)
+    return {"name": name, "path": None if path is None else Path(path).as_posix(), "sha256": checkpoint.fingerprint}
+
+
+def picture_settings(settings: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """The settings of picture k of a call. In company, sums round differently, so the company is part of them."""
+    each = ("prompt", "negative_prompt", "seed")
+    alone = {**settings, **{key: settings[key][k] for key in each}}
+    company = {"row": k, **{key: settings[key] for key in each}}
+    return {**alone, "batch": company} if len(settings["prompt"]) > 1 else alone
+
+
+def put_in_place(x: Array, other: Array) -> None:
+    """Make `x` hold what a callback returned: the sampler goes on from the array it yielded."""
+    if other is x:
+        return
+    if tuple(other.shape) != tuple(x.shape):
+        raise InputError(f"the callback returned latents of shape {tuple(other.shape)}; it must be {tuple(x.shape)}")
+    x[...] = other

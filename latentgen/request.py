@@ -1,0 +1,196 @@
+"""What is asked of a pipeline, checked: every prompt, size and number is one that can be rendered, or one line says why."""
+
+import difflib
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latentgen.checkpoint import Checkpoint
+from latentgen.errors import InputError
+
+LARGEST_SEED = 2**64 - 1
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a set of weights allows, and what it takes where nothing is said.
+
+    factor: pixels to a latent along each side. channels: latent channels. size: pixels along each side of the pictures
+    it was trained on. steps, guidance, sampler: its own defaults.
+    """
+
+    factor: int
+    channels: int
+    size: int
+    sampler: str
+    steps: int = 20
+    guidance: float = 5.0
+
+    @classmethod
+    def read(
+        cls, unet: Mapping[str, Any], vae: Mapping[str, Any], sampler: str, extras: Mapping[str, Any] | None = None
+    ) -> "Terms":
+        """From the configs of the two networks, the sampler their scheduler names, and what latentgen.json adds."""
+        extras = extras or {}
+        defaults = extras.get("defaults") or {}
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        trained = unet.get("sample_size") or 64
+        latent = trained if isinstance(trained, int) else max(trained)
+        return cls(
+            factor=factor,
+            channels=int(vae["latent_channels"]),
+            size=int(extras.get("sample_size") or latent * factor),
+            sampler=str(defaults.get("sampler") or sampler),
+            steps=int(defaults.get("num_inference_steps") or cls.steps),
+            guidance=float(defaults.get("guidance_scale", cls.guidance)),
+        )
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, sampler: str) -> "Terms":
+        """The terms of a weights folder, from its small files alone."""
+        return cls.read(checkpoint.config("unet"), checkpoint.config("vae"), sampler, checkpoint.extras)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture."""
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float
+    rescale: float
+    sampler: str
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def read_request(
+    terms: Terms,
+    samplers: Iterable[str],
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None = None,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    rescale: float = 0.0,
+    height: int | None = None,
+    width: int | None = None,
+    n: int = 1,
+    seed: int | Sequence[int] | None = None,
+    sampler: str | None = None,
+    embedded: int | None = None,
+) -> Request:
+    """Check an order against what the weights allow, and fill in what was not said.
+
+    Prompts come n times each, the copies of one prompt side by side. An integer seed gives picture k the seed
+    seed + k; a list names each; None draws a fresh first one. embedded: how many prompts came as embeddings instead.
+    Raises InputError, one line that says what is wrong and what would be right.
+    """
+    pictures = _whole("num_images_per_prompt", n, 1)
+    prompts = _prompts(prompt, embedded)
+    negatives = _negatives(negative_prompt, len(prompts))
+    count = len(prompts) * pictures
+    return Request(
+        prompts=tuple(text for text in prompts for _ in range(pictures)),
+        negatives=tuple(text for text in negatives for _ in range(pictures)),
+        seeds=_seeds(seed, count),
+        steps=_whole("num_inference_steps", terms.steps if steps is None else steps, 1),
+        guidance=_finite("guidance_scale", terms.guidance if guidance is None else guidance, 0.0, math.inf),
+        rescale=_finite("guidance_rescale", rescale, 0.0, 1.0),
+        sampler=nearest_sampler(terms.sampler if sampler is None else sampler, samplers),
+        height=_side("height", terms.size if height is None else height, terms.factor),
+        width=_side("width", terms.size if width is None else width, terms.factor),
+    )
+
+
+def nearest_sampler(name: str, samplers: Iterable[str]) -> str:
+    """The name itself where it is known; else an InputError that names the nearest right one."""
+    known = sorted(samplers)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(str(name).lower().replace("_", "-").replace("+", "p"), known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(f"unknown sampler {name!r}; {hint}there are: {', '.join(known)}")
+
+
+def _prompts(prompt: str | Sequence[str] | None, embedded: int | None) -> tuple[str, ...]:
+    if embedded is not None:
+        if prompt is not None:
+            raise InputError("a prompt and prompt_embeds were both given; give one of them")
+        return ("",) * embedded
+    if isinstance(prompt, str):
+        return (prompt,)
+    if prompt is None or not isinstance(prompt, Sequence):
+        raise InputError(f"the prompt is {_kind(prompt)}; it must be a string or a list of strings")
+    if not prompt:
+        raise InputError("the list of prompts is empty; give one prompt or more")
+    for position, text in enumerate(prompt):
+        if not isinstance(text, str):
+            raise InputError(f"prompt {position + 1} is {_kind(text)}; every prompt must be a string")
+    return tuple(prompt)
+
+
+def _negatives(negative: str | Sequence[str] | None, prompts: int) -> tuple[str, ...]:
+    if negative is None or isinstance(negative, str):
+        return (negative or "",) * prompts
+    if not isinstance(negative, Sequence) or not all(isinstance(text, str) for text in negative):
+        raise InputError(f"the negative prompt is {_kind(negative)}; it must be a string or a list of strings")
+    if len(negative) != prompts:
+        raise InputError(f"{len(negative)} negative prompts for {prompts} prompts; give one for all, or one for each")
+    return tuple(negative)
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if seed is None:
+        seed = secrets.randbits(32)
+    if not isinstance(seed, Sequence):
+        first = _whole("seed", seed, 0)
+        seeds = tuple(range(first, first + count))
+    else:
+        seeds = tuple(_whole("a seed", each, 0) for each in seed)
+        if len(seeds) != count:
+            raise InputError(f"{len(seeds)} seeds for {count} pictures; give one for each, or a single first one")
+    if max(seeds) > LARGEST_SEED:
+        raise InputError(f"seed {max(seeds)} is too large; a seed is a whole number from 0 to 2**64 − 1")
+    return seeds
+
+
+def _side(name: str, value: int, factor: int) -> int:
+    size = _whole(name, value, 1)
+    if size % factor:
+        low, high = size // factor * factor, (size // factor + 1) * factor
+        near = f"{low} and {high}" if low else str(high)
+        raise InputError(f"{name} {size} is not a multiple of {factor}; the nearest that are: {near}")
+    return size
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+    number = int(value.__index__())
+    if number < least:
+        raise InputError(f"{name} is {number}; it must be {least} or more")
+    return number
+
+
+def _finite(name: str, value: Any, low: float, high: float) -> float:
+    limits = f"a number of {low:g} or more" if high == math.inf else f"a number from {low:g} to {high:g}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {value!r}; it must be {limits}") from error
+    if not math.isfinite(number) or not low <= number <= high:
+        raise InputError(f"{name} is {number:g}; it must be {limits}")
+    return number
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"{value!r} ({type(value).__name__})"
