@@ -166,7 +166,8 @@ def save_pipeline(
     """Write a pipeline folder that latentgen and `diffusers.StableDiffusionPipeline.from_pretrained` both open.
 
     tokenizer: CLIPTokenizer. text_encoder: CLIPTextModel. vae: AutoencoderKL. unet: UNet2DConditionModel.
-    scheduler_config: what scheduler_config.json shall say, `_class_name` included. extra_files: relative path -> what
+    scheduler_config: what scheduler_config.json shall say, `_class_name` included; clip_sample is off if it is not
+    there, or diffusers would clip latents to [-1, 1] as soon as somebody changes to DDIM. extra_files: relative path -> what
     it holds (latentgen.json, the resolved recipe, metrics, a licence note). dtype: "fp16" or "fp32", of what is stored.
     The folder is written aside and swapped into place whole; see `durable.write_folder`.
     """
@@ -178,7 +179,7 @@ def save_pipeline(
             _write_bytes(aside / part / f"{STEMS[part]}.safetensors", _tensors(part, network, dtype))
             _write_json(aside / part / "config.json", _config(part, network))
         _write_tokenizer(aside / "tokenizer", tokenizer)
-        _write_json(aside / "scheduler/scheduler_config.json", dict(scheduler_config))
+        _write_json(aside / "scheduler/scheduler_config.json", {"clip_sample": False, **scheduler_config})
         _write_json(aside / "model_index.json", _index(str(scheduler_config["_class_name"])))
         for name, content in (extra_files or {}).items():
             _write_bytes(aside / name, content.encode() if isinstance(content, str) else content)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL
 
 from latentgen import __version__
 from latentgen.checkpoint import Checkpoint, find, open_folder
@@ -31,14 +32,23 @@ if TYPE_CHECKING:
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Array]], dict[str, Array] | None]
 
-# The diffusers scheduler that stands for each sampler: how that one would read the folder's scheduler config.
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp-2m": "DPMSolverMultistepScheduler",
+# The diffusers scheduler that stands for each sampler: it says how the folder's scheduler config is to be read.
+_DPM = {"_class_name": "DPMSolverMultistepScheduler"}
+_PNDM = {"_class_name": "PNDMScheduler"}
+SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
+    "ddim": {"_class_name": "DDIMScheduler"},
+    "ddpm": {"_class_name": "DDPMScheduler"},
+    "euler": {"_class_name": "EulerDiscreteScheduler"},
+    "euler-ancestral": {"_class_name": "EulerAncestralDiscreteScheduler"},
+    "heun": {"_class_name": "HeunDiscreteScheduler"},
+    "lms": {"_class_name": "LMSDiscreteScheduler"},
+    "dpmpp-2m": {**_DPM, "algorithm_type": "dpmsolver++"},
+    "dpmpp-2m-sde": {**_DPM, "algorithm_type": "sde-dpmsolver++"},
+    "unipc": {"_class_name": "UniPCMultistepScheduler"},
+    "deis": {"_class_name": "DEISMultistepScheduler"},
+    "plms": {**_PNDM, "skip_prk_steps": True},
+    "pndm": {**_PNDM, "skip_prk_steps": False},
+    "lcm": {"_class_name": "LCMScheduler"},
 }
 
 
@@ -121,7 +131,7 @@ class Pipeline:
     ) -> "Pipeline":
         """From objects at hand (a training run's, say), as `checkpoint.save_pipeline` takes them.
 
-        extras: what latentgen.json would hold. The modules should be in eval mode and on one device; no gradient is recorded.
+        extras: what latentgen.json would hold. The modules are in eval mode, on one device; no gradient is recorded.
         """
         from latentgen.models.latent import Latent
         from latentgen.models.network import unet_network
@@ -284,6 +294,7 @@ class Pipeline:
             "width": request.width,
             "weights": self.weights,
             "latentgen": __version__,
+            "pillow": PIL.__version__,
             **(self.machine or {}),
             **({"brought": brought} if brought else {}),
         }
@@ -296,11 +307,18 @@ class Pipeline:
 
 
 def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
-    """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it."""
+    """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it.
+
+    So does `OtherScheduler.from_config(scheduler.config)` in diffusers, but that x0 is never clipped unless the config
+    says so: latents have no bounds.
+    """
     plan = from_config(config)
     if sampler != plan.sampler:
-        known = SCHEDULERS.get(sampler)
-        plan = from_config({**config, "_class_name": known}) if known else replace(plan, sampler=sampler, options={})
+        read_as = SCHEDULERS.get(sampler, SCHEDULERS["ddim"])
+        own = ("solver_type",) if config.get("_class_name") != read_as["_class_name"] else ()
+        kept = {key: value for key, value in config.items() if key not in own and value is not None}
+        plan = from_config({"clip_sample": False, **kept, **read_as})
+        plan = plan if sampler in SCHEDULERS else replace(plan, sampler=sampler, options={})
     if plan.threshold is not None:
         raise InputError("dynamic thresholding is not supported; turn `thresholding` off in scheduler_config.json")
     return plan

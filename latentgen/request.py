@@ -1,4 +1,4 @@
-"""What is asked of a pipeline, checked: every prompt, size and number is one that can be rendered, or one line says why."""
+"""What is asked of a pipeline, checked: every prompt, size and number can be rendered, or one line says why not."""
 
 import difflib
 import math

@@ -91,9 +91,13 @@ class GeneratorNoise:
         """float32 (B, *shape), on the host."""
         return self._draw(tuple(shape)).cpu().numpy()
 
-    def step(self, index: int, like: torch.Tensor) -> torch.Tensor:
+    def step(self, index: int, like: torch.Tensor, span: tuple[float, float] | None = None) -> torch.Tensor:
         """Fresh noise of the shape, dtype and device of `like` (B, …); here the order matters, not the index."""
         return self._draw(tuple(like.shape[1:])).to(like)
+
+    def brownian(self) -> "GeneratorNoise":
+        """Itself: draws from a generator are independent, and lie on no path."""
+        return self
 
     def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
         if len(self.generators) == 1:

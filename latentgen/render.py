@@ -1,0 +1,217 @@
+"""From prompts to PNG files, and from a PNG file to the same file again.
+
+A sum's last bits depend on what is summed beside it, so a picture rendered in a batch can differ from the same seed
+rendered alone in a few of its 8-bit values. Here pictures are therefore rendered one by one unless a batch is asked
+for, and a picture that was made in a batch names its company, which `replay` renders with it. Either way a replay on
+the same machine gives the same file, byte for byte.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentgen.checkpoint import find, open_folder
+from latentgen.diffusion.sampling import SAMPLERS
+from latentgen.durable import write_file
+from latentgen.errors import InputError
+from latentgen.image import read_settings
+from latentgen.pipeline import Pipeline, terms_of
+from latentgen.request import Request, read_request
+
+EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
+Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `latentgen render` was asked for; None is the weights' own default. size: (width, height) in pixels."""
+
+    prompts: Sequence[str]
+    negative: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    n: int = 1
+    sampler: str | None = None
+    batch: int = 1
+
+
+def render(
+    order: Order, out: Path | None = None, weights: str | None = None, progress: Progress | None = None
+) -> Iterator[Path]:
+    """Render an order into PNG files and yield each one's path as soon as it is whole on the disk.
+
+    out: a .png file (numbered where there are several pictures; one that is there is replaced), or a folder, or None
+    for the present folder; in a folder each picture gets a free name of its prompt and seed. Everything that can be
+    known to be wrong is said, as an InputError, before any weights are loaded.
+    """
+    checkpoint = open_folder(find(weights))
+    width, height = order.size or (None, None)
+    request = read_request(
+        terms_of(checkpoint),
+        SAMPLERS,
+        list(order.prompts),
+        order.negative,
+        steps=order.steps,
+        guidance=order.guidance,
+        height=height,
+        width=width,
+        n=order.n,
+        seed=order.seed,
+        sampler=order.sampler,
+    )
+    if order.batch < 1:
+        raise InputError(f"the batch is {order.batch}; it must be 1 or more")
+    targets = places(out, request)
+    pipe = Pipeline.from_pretrained(weights)
+    for start in range(0, len(request), order.batch):
+        rows = slice(start, start + order.batch)
+        settings = {
+            "prompt": request.prompts[rows],
+            "negative_prompt": request.negatives[rows],
+            "seed": request.seeds[rows],
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "guidance_rescale": request.rescale,
+            "sampler": request.sampler,
+            "height": request.height,
+            "width": request.width,
+        }
+        done, total = start * request.steps, len(request) * request.steps
+        for target, picture in zip(targets[rows], pictures(pipe, settings, progress, done, total), strict=True):
+            write_file(target, picture.png())
+            yield target
+
+
+def replay(
+    picture: Path, out: Path | None = None, weights: str | None = None, progress: Progress | None = None
+) -> tuple[Path, list[str]]:
+    """Make a picture again from what its PNG says; out: a .png file, a folder, or None for NAME-replay.png beside it.
+
+    Returns the new file and remarks: whether it is the same byte for byte, and what has changed if it is not. Raises
+    InputError where the picture does not say enough, or the weights at hand are not those it was made with.
+    """
+    settings = read_settings(picture)
+    target = replay_place(picture, out)
+    try:
+        made, changes = _again(settings, picture, weights, progress)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(f"{picture}: its settings are not whole ({error}); it cannot be made again") from error
+    same = made == picture.read_bytes()
+    write_file(target, made)
+    return target, ["the same file, byte for byte"] if same else [*changes, "the new file differs from the old one"]
+
+
+def pictures(
+    pipe: Pipeline, settings: Mapping[str, Any], progress: Progress | None, done: int = 0, total: int | None = None
+) -> list[Any]:
+    """The pictures of one batch; `settings` holds what the PNG would say, lists of prompt, negative prompt and seed."""
+    steps, count = settings["num_inference_steps"], len(settings["prompt"])
+
+    def step(_: Pipeline, index: int, __: float, ___: Mapping[str, Any]) -> None:
+        if progress is not None:
+            progress(done + (index + 1) * count, steps * count if total is None else total)
+
+    wanted = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "sampler")
+    arguments = {key: settings[key] for key in (*wanted, "height", "width", "seed")}
+    rendered: list[Any] = pipe(settings["prompt"], **arguments, callback_on_step_end=step).images
+    return rendered
+
+
+def places(out: Path | None, request: Request) -> list[Path]:
+    """Where each picture goes. Raises InputError where nothing can be written there."""
+    if out is not None and out.suffix and not out.is_dir():
+        if out.suffix.lower() != ".png":
+            raise InputError(f"{out} is no PNG; pictures are written as .png, which holds how they were made")
+        _check_writable(out.parent)
+        if len(request) == 1:
+            return [out]
+        digits = len(str(len(request)))
+        return [out.with_name(f"{out.stem}-{k + 1:0{digits}}{out.suffix}") for k in range(len(request))]
+    folder = out or Path()
+    _check_writable(folder)
+    chosen: list[Path] = []
+    for prompt, seed in zip(request.prompts, request.seeds, strict=True):
+        chosen.append(_free(folder, f"{slug(prompt)}-{seed}", chosen))
+    return chosen
+
+
+def replay_place(picture: Path, out: Path | None) -> Path:
+    """Where a replayed picture goes."""
+    target = out or picture.with_name(f"{picture.stem}-replay.png")
+    if target.is_dir() or not target.suffix:
+        target = target / picture.name
+    if target.suffix.lower() != ".png":
+        raise InputError(f"{target} is no PNG; pictures are written as .png, which holds how they were made")
+    _check_writable(target.parent)
+    return target
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:40].rstrip("-_") or "picture"
+
+
+def _free(folder: Path, stem: str, taken: Sequence[Path]) -> Path:
+    """STEM.png, or the first of STEM-2.png, STEM-3.png … that is not there yet."""
+    path, number = folder / f"{stem}.png", 1
+    while path.exists() or path in taken:
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path
+
+
+def _check_writable(folder: Path) -> None:
+    """Say now, rather than after the rendering, that nothing can be written there."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"cannot write into {folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {folder}: {existing} may not be written; name another place with --out")
+
+
+def _again(
+    settings: Mapping[str, Any], picture: Path, weights: str | None, progress: Progress | None
+) -> tuple[bytes, list[str]]:
+    """The bytes of a picture made again from its settings, and what of the machine has changed since."""
+    if settings.get("brought"):
+        brought = ", ".join(settings["brought"])
+        raise InputError(
+            f"{picture} was made with {brought} given from outside, which no PNG holds; it cannot be replayed"
+        )
+    recorded = settings["weights"] or {}
+    name, expected = str(recorded.get("name")), str(recorded.get("sha256"))
+    folder = weights if weights is not None else recorded.get("path")
+    try:
+        checkpoint = open_folder(find(folder))
+    except InputError as error:
+        if weights is None and folder is not None and not Path(folder).exists():
+            raise InputError(
+                f"{picture} was made with weights {name} ({expected[:12]}), not found at {folder}; "
+                "name their folder with --weights"
+            ) from error
+        raise
+    if checkpoint.fingerprint != expected:
+        here = f"{checkpoint.folder.resolve().name} ({checkpoint.fingerprint[:12]})"
+        raise InputError(
+            f"{picture} was made with weights {name} ({expected[:12]}), and {here} are others; "
+            "name the right folder with --weights"
+        )
+    company = settings.get("batch") or {"row": 0, **{key: [settings[key]] for key in EACH}}
+    from latentgen.models.loading import use_threads
+
+    use_threads(settings.get("threads"))
+    pipe = Pipeline.from_pretrained(folder, dtype=settings.get("dtype"))
+    pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
+    row = int(company["row"])
+    together = {**settings, **{key: company[key] for key in EACH}}
+    again = pictures(pipe, together, progress)[row]
+    machine = ("latentgen", "torch", "pillow", "device", "dtype", "threads")
+    old, new = settings, again.settings
+    return again.png(), [f"{key} was {old.get(key)}, is {new[key]}" for key in machine if old.get(key) != new[key]]
