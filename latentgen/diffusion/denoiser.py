@@ -58,8 +58,8 @@ Denoise = Callable[[Array, Level], Array]  # (x (B, …), logsnr) -> x0 (B, …)
 class Denoiser:
     """(x, logsnr, condition) -> x0: the contract everything downstream of a network is written against.
 
-    A network that puts out twice x's channels has learned a variance too (Nichol & Dhariwal 2021); its second half is
-    what `output` returns beside the prediction.
+    A network that puts out twice x's channels has learned a variance too (Nichol & Dhariwal 2021, section 3.1): the
+    first half is the prediction, the second v in [−1, 1].
     """
 
     network: Network
@@ -73,11 +73,17 @@ class Denoiser:
     def x0(self, out: Array, x: Array, logsnr: Level) -> Array:
         """x0 (B, …) from the raw output at x."""
         alpha, sigma = (column(value, x) for value in self.schedule.marginal(logsnr))
-        return self.prediction.split(out, x, alpha, sigma)[0]
+        return self.prediction.split(halves(out, x)[0], x, alpha, sigma)[0]
 
     def __call__(self, x: Array, logsnr: Level, condition: Condition) -> Array:
         """The estimate of x0, of x's shape."""
         return self.x0(self.output(x, logsnr, condition), x, logsnr)
+
+
+def halves(out: Array, x: Array) -> tuple[Array, Array | None]:
+    """(prediction, learned variance) of a raw output: the second is None unless there are twice x's channels."""
+    channels = x.shape[1]
+    return (out[:, :channels], out[:, channels:]) if out.shape[1] == 2 * channels else (out, None)
 
 
 def batch_times(schedule: Schedule, x: Array, logsnr: Level) -> Array:

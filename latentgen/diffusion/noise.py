@@ -4,15 +4,19 @@ Philox 4x64 (Salmon et al. 2011) keyed by (seed, stream); stream 0 is the initia
 step i. Picture k of a batch draws from its own seed alone, so it is the picture of that seed rendered by itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from latentgen.diffusion.array import Array, like
 from latentgen.errors import InputError
 
-INITIAL = 0  # the stream of the first noise; step i draws from stream 1 + i
+INITIAL = 0  # the stream of the first noise
+FIRST_STEP = 1  # step i draws from stream 1 + i
+CONDITION = 1 << 62  # streams from here on perturb conditions, by the level they are shown at
 BROWNIAN = 1 << 63  # streams from here on belong to Brownian paths
 
 
@@ -45,8 +49,67 @@ class Noise:
         """The noise a picture starts from: float32 (B, *shape); `shape` is without the batch."""
         return self.draw(INITIAL, tuple(shape))
 
-    def step(self, index: int, like_: Array) -> Array:
-        """Fresh noise for step `index` (from 0), of the shape, library, dtype and device of `like_` (B, …)."""
+    def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
+        """Fresh noise for step `index` (from 0), of the shape, library, dtype and device of `like_` (B, …).
+
+        span: the (logsnr, next logsnr) the step walks; independent noise has no use for it, a Brownian path has.
+        """
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
-        return like(self.draw(1 + index, tuple(like_.shape[1:])), like_)
+        return like(self.draw(FIRST_STEP + index, tuple(like_.shape[1:])), like_)
+
+    def brownian(self) -> "Noise":
+        """The Brownian path of the same seeds, for samplers that follow one path however many steps they take."""
+        return Brownian(self.seeds)
+
+
+class Brownian(Noise):
+    """Noise as the normalised increments of one Brownian path a picture, its clock being logSNR.
+
+    The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
+    same picture. The path is a Brownian tree: independent unit cells, each bisected `DEPTH` times by bridges, every
+    node drawn from its own counter; a leaf (1/64 in logSNR) is bridged once more, at the point asked for.
+    """
+
+    DEPTH = 6
+
+    def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
+        """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""
+        if span is None or not span[0] < span[1]:
+            raise InputError("a Brownian path needs the span of logSNR that the step walks")
+        if like_.shape[0] != len(self.seeds):
+            raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
+        shape, (first, last) = tuple(like_.shape[1:]), (math.floor(span[0]), math.floor(span[1]))
+        total = self._within(last, span[1] - last, shape) - self._within(first, span[0] - first, shape)
+        for cell in range(first, last):
+            total = total + self._node(cell, 0, shape)
+        return like(total / math.sqrt(span[1] - span[0]), like_)
+
+    def brownian(self) -> "Noise":
+        """Itself."""
+        return self
+
+    def _within(self, cell: int, place: float, shape: tuple[int, ...]) -> np.ndarray:
+        """W(cell + place) − W(cell), for place in [0, 1)."""
+        low, width, node = 0.0, 1.0, 1
+        left, right = np.zeros((), dtype=np.float32), self._node(cell, 0, shape)
+        for _ in range(self.DEPTH):
+            if place == low:
+                return left
+            width /= 2
+            middle = 0.5 * (left + right) + np.float32(math.sqrt(width / 2)) * self._node(cell, node, shape)
+            upper = place >= low + width
+            low, left, right = (low + width, middle, right) if upper else (low, left, middle)
+            node = 2 * node + upper
+        share = (place - low) / width
+        spread = np.float32(math.sqrt(width * share * (1 - share)))
+        return left + np.float32(share) * (right - left) + spread * self._node(cell, node, shape)
+
+    def _node(self, cell: int, node: int, shape: tuple[int, ...]) -> np.ndarray:
+        return _tree_normal(self.seeds, BROWNIAN + ((cell + (1 << 20)) << 16) + node, shape)
+
+
+@lru_cache(maxsize=32)
+def _tree_normal(seeds: tuple[int, ...], stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A node's noise; the cache only saves the neighbouring step from drawing the shared nodes again."""
+    return np.stack([normal(seed, stream, shape) for seed in seeds])

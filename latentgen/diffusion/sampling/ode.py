@@ -1,14 +1,17 @@
-"""Solvers of the probability-flow ODE with more than one evaluation, or memory of earlier ones: Heun, DPM-Solver++."""
+"""Solvers of the probability-flow ODE with more than one evaluation, or memory of earlier ones: Heun, DPM-Solver++.
+
+The DPM-Solver++ forms take the reverse SDE too (eta > 0): it is the same exponential step with noise.
+"""
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.noise import Noise
-from latentgen.diffusion.sampling.ancestral import move
+from latentgen.diffusion.sampling.ancestral import drawn, move
 from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
 from latentgen.errors import InputError
 
@@ -48,8 +51,11 @@ def dpmpp_2m(
     solver: Solver = "midpoint",
     lower_order_final: bool = True,
     euler_at_final: bool = False,
+    eta: float = 0.0,
 ) -> Iterator[Step]:
     """DPM-Solver++ multistep (Lu et al. 2022b, algorithm 2), of order 1, 2 or 3; one evaluation a step.
+
+    eta: 0 is the ODE, 1 the reverse SDE (SDE-DPM-Solver++, ibid., section 5; the noise then follows a Brownian path).
 
     lower_order_final: the last step is of first order in runs of fewer than 15 steps, as the authors advise;
     euler_at_final: in all runs. A step to clean is always of first order, where the higher orders are not defined.
@@ -64,7 +70,9 @@ def dpmpp_2m(
         usable = 1 if leg.to_clean or (leg.last and (few or euler_at_final)) else len(past)
         usable = min(usable, 2) if few and leg.index == len(knots) - 3 else usable
         slopes = differences(past[:usable], leg.h)
-        x = exponential_step(x, x0, slopes, leg, solver)
+        x = exponential_step(x, x0, slopes, leg, solver, eta)
+        if eta and not leg.to_clean:
+            x = x + leg.next_sigma * math.sqrt(-math.expm1(-2 * eta * leg.h)) * drawn(noise, leg, x)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -86,14 +94,74 @@ def differences(past: list[tuple[float, Array]], h: float) -> list[Array]:
     return [d10 + (r0 / (r0 + r1)) * (d10 - d11), (d10 - d11) / (r0 + r1)]
 
 
-def exponential_step(x: Array, x0: Array, slopes: list[Array], leg: Leg, solver: Solver) -> Array:
-    """x_t = (sigma_t/sigma_s)·x + alpha_t·(1 − e^−h)·x0 + higher orders (Lu et al. 2022b, eq. 9 and after)."""
-    drop = math.expm1(-leg.h)  # e^−h − 1
-    x = move(x, x0, leg, leg.next_sigma)  # the first-order step is DDIM's
+def exponential_step(
+    x: Array, x0: Array, slopes: list[Array], leg: Leg, solver: Solver = "midpoint", eta: float = 0.0
+) -> Array:
+    """The noise-free part of an exponential step, H = (1 + eta)·h (Lu et al. 2022b, eq. 9 and after).
+
+    x_t = (sigma_t/sigma_s)·e^(−eta·h)·x + alpha_t·(1 − e^−H)·x0 + the terms of x0's slopes in lambda.
+    """
+    h = (1 + eta) * leg.h
+    drop = math.expm1(-h)  # e^−H − 1
+    x = (leg.next_sigma / leg.sigma * math.exp(-eta * leg.h)) * x - (leg.next_alpha * drop) * x0
     if len(slopes) == 1 and solver == "midpoint":
-        x = x - 0.5 * leg.next_alpha * drop * slopes[0]
+        x = x - (0.5 * leg.next_alpha * drop) * slopes[0]
     elif slopes:
-        x = x + leg.next_alpha * (drop / leg.h + 1) * slopes[0]
+        x = x + leg.next_alpha * (drop / h + 1) * slopes[0]
     if len(slopes) == 2:
-        x = x - leg.next_alpha * ((drop + leg.h) / leg.h**2 - 0.5) * slopes[1]
+        x = x - leg.next_alpha * ((drop + h) / h**2 - 0.5) * slopes[1]
     return x
+
+
+def dpmpp_2m_sde(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    eta: float = 1.0,
+    **options: Any,
+) -> Iterator[Step]:
+    """SDE-DPM-Solver++ (2M) (Lu et al. 2022b, section 5): dpmpp_2m with eta 1 and noise from one Brownian path."""
+    return dpmpp_2m(denoise, x, knots, marginal, path(noise), eta=eta, **options)
+
+
+def dpmpp_sde(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    eta: float = 1.0,
+    r: float = 0.5,
+) -> Iterator[Step]:
+    """DPM-Solver++ (SDE), singlestep of second order (k-diffusion; Lu et al. 2022a's midpoint with ancestral noise).
+
+    An ancestral step goes to the level a share r of the way in lambda; the x0 found there, extrapolated, drives the
+    whole step. Two evaluations a step, one for the last; the noise follows one Brownian path.
+    """
+    noise = path(noise)
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        if not leg.to_clean:
+            middle = leg.logsnr + r * (leg.next_logsnr - leg.logsnr)
+            alpha, sigma = marginal(middle)
+            half = leg._replace(next_logsnr=middle, next_alpha=float(alpha), next_sigma=float(sigma))
+            share = 1 / (2 * r)
+            x0 = (1 - share) * x0 + share * denoise(_ancestral(x, x0, half, noise, eta), middle)
+        x = _ancestral(x, x0, leg, noise, eta)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def _ancestral(x: Array, x0: Array, leg: Leg, noise: Noise | None, eta: float) -> Array:
+    """DDIM's step with eta."""
+    std = eta * leg.next_sigma * math.sqrt(leg.ratio)
+    moved = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
+    return moved if leg.to_clean or std == 0 else moved + std * drawn(noise, leg, x)
+
+
+def path(noise: Noise | None) -> Noise | None:
+    """The Brownian path of the same seeds."""
+    return None if noise is None else noise.brownian()

@@ -43,6 +43,7 @@ class Plan:
     initial: Literal["unit", "sigma"] = "unit"
     clip: float | None = None
     threshold: float | None = None
+    threshold_max: float = 1.0
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def knots(self, steps: int, *, start: float = 1.0, spacing: str | None = None) -> np.ndarray:
@@ -111,6 +112,7 @@ def _shared(config: Mapping[str, Any], spacing: str) -> dict[str, Any]:
         "spacing": str(config.get("timestep_spacing", spacing)),
         "steps_offset": int(config.get("steps_offset", 0)),
         "threshold": float(config.get("dynamic_thresholding_ratio", 0.995)) if config.get("thresholding") else None,
+        "threshold_max": float(config.get("sample_max_value", 1.0)),
     }
 
 
@@ -131,6 +133,10 @@ def _ddim(config: Mapping[str, Any]) -> Plan:
 
 def _ddpm(config: Mapping[str, Any]) -> Plan:
     variance = str(config.get("variance_type", "fixed_small")).replace("_", "-").removesuffix("-log")
+    if variance not in ("fixed-small", "fixed-large", "learned-range"):
+        raise InputError(
+            f"variance_type {variance!r} is not supported; it can be fixed_small, fixed_large, learned_range"
+        )
     return Plan(
         schedule=_schedule(config, _betas(config)),
         sampler="ddpm",
@@ -141,10 +147,17 @@ def _ddpm(config: Mapping[str, Any]) -> Plan:
 
 
 def _pndm(config: Mapping[str, Any]) -> Plan:
+    schedule, plms = _schedule(config, _betas(config)), bool(config.get("skip_prk_steps", False))
+
+    def midpoint(logsnr: float, next_logsnr: float) -> float:
+        start, end = round(schedule.time(logsnr)), round(schedule.time(next_logsnr))
+        return float(schedule.at(start - (start - end) // 2))
+
     return Plan(
-        schedule=_schedule(config, _betas(config)),
-        sampler="plms" if config.get("skip_prk_steps", False) else "pndm",
+        schedule=schedule,
+        sampler="plms" if plms else "pndm",
         final="zero" if config.get("set_alpha_to_one", False) else "first",
+        options=MappingProxyType({} if plms else {"midpoint": midpoint}),
         **_shared(config, "leading"),
     )
 
@@ -224,6 +237,45 @@ def _dpmpp(config: Mapping[str, Any]) -> Plan:
     return _multistep(config, samplers[algorithm], final, options, floor_cosine=True)
 
 
+def _unipc(config: Mapping[str, Any]) -> Plan:
+    if not config.get("predict_x0", True) or config.get("disable_corrector") or config.get("solver_p"):
+        raise InputError("unipc: only predict_x0 with the corrector at every step is supported")
+    options = {
+        "order": int(config.get("solver_order", 2)),
+        "solver": str(config.get("solver_type", "bh2")),
+        "lower_order_final": bool(config.get("lower_order_final", True)),
+    }
+    held: Final = "last" if _level_spacing(config) else "first"
+    return _multistep(config, "unipc", held if config.get("final_sigmas_type") == "sigma_min" else "zero", options)
+
+
+def _deis(config: Mapping[str, Any]) -> Plan:
+    options = {
+        "order": int(config.get("solver_order", 2)),
+        "lower_order_final": bool(config.get("lower_order_final", True)),
+    }
+    return _multistep(config, "deis", "last" if _level_spacing(config) else "first", options)
+
+
+def _lcm(config: Mapping[str, Any]) -> Plan:
+    schedule = _schedule(config, _betas(config, 0.00085, 0.012, "scaled_linear"))
+    scaling = float(config.get("timestep_scaling", 10.0))
+    shared = _shared(config, "leading") | {"spacing": "lcm"}
+    return Plan(
+        schedule=schedule,
+        sampler="lcm",
+        original_steps=int(config.get("original_inference_steps", 50)),
+        clip=_clip(config, False),
+        options=MappingProxyType({"boundary": lambda logsnr: consistency_boundary(scaling * schedule.time(logsnr))}),
+        **shared,
+    )
+
+
+def consistency_boundary(time: float, sigma_data: float = 0.5) -> tuple[float, float]:
+    """(c_skip, c_out) of a consistency model (Song et al. 2023, appendix C; Luo et al. 2023, eq. 9)."""
+    return sigma_data**2 / (time**2 + sigma_data**2), time / (time**2 + sigma_data**2) ** 0.5
+
+
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Plan]] = {
     "DDIMScheduler": _ddim,
     "DDPMScheduler": _ddpm,
@@ -233,4 +285,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Plan]] = {
     "HeunDiscreteScheduler": _euler_family("heun", 0.00085, 0.012),
     "LMSDiscreteScheduler": _euler_family("lms"),
     "DPMSolverMultistepScheduler": _dpmpp,
+    "UniPCMultistepScheduler": _unipc,
+    "DEISMultistepScheduler": _deis,
+    "LCMScheduler": _lcm,
 }

@@ -1,0 +1,232 @@
+"""Linear multistep solvers of the probability-flow ODE: one evaluation a step and a memory of earlier ones.
+
+LMS and DEIS are the same Adams–Bashforth method for du/drho = eps (u = x/alpha, rho = sigma/alpha), with eps
+interpolated as a polynomial in rho or in log rho. PLMS takes the classic coefficients for equal steps. UniPC adds a
+corrector that reuses the next evaluation.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+
+from latentgen.diffusion.array import Array
+from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
+from latentgen.errors import InputError
+
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+QUADRATURE = np.polynomial.legendre.leggauss(16)  # exact for LMS, to rounding for DEIS
+
+
+def lms(
+    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None, *, order: int = 4
+) -> Iterator[Step]:
+    """Linear multistep in sigma/alpha (k-diffusion's LMS; Adams–Bashforth for unequal steps), of the order given."""
+    return _adams(denoise, x, knots, marginal, order, in_log=False)
+
+
+def deis(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    order: int = 2,
+    lower_order_final: bool = True,
+) -> Iterator[Step]:
+    """DEIS, the log-rho Adams–Bashforth variant (Zhang & Chen 2023, eq. 15 and section 3.3), of the order given."""
+    return _adams(denoise, x, knots, marginal, order, in_log=True, lower_order_final=lower_order_final)
+
+
+def _adams(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    order: int,
+    *,
+    in_log: bool,
+    lower_order_final: bool = False,
+) -> Iterator[Step]:
+    if order < 1:
+        raise InputError(f"a multistep order of {order} makes no sense; it must be 1 or more")
+    few = lower_order_final and len(knots) - 1 < 15
+    past: list[tuple[float, Array]] = []  # (log rho, eps), newest first
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        past = [(-0.5 * leg.logsnr, (x - leg.alpha * x0) / leg.sigma), *past[: order - 1]]
+        left = len(knots) - 1 - leg.index
+        usable = min(len(past), left) if few else len(past)
+        if in_log and leg.to_clean:
+            usable = 1  # log rho has no end there
+        weights = adams_weights([level for level, _ in past[:usable]], -0.5 * leg.next_logsnr, in_log)
+        x = (leg.next_alpha / leg.alpha) * x
+        for weight, (_, eps) in zip(weights, past, strict=False):
+            x = x + (leg.next_alpha * weight) * eps
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def adams_weights(levels: list[float], end: float, in_log: bool) -> list[float]:
+    """∫ L_i drho from levels[0] to end, for each Lagrange polynomial L_i through `levels` (all are log rho)."""
+    nodes = np.array(levels if in_log else np.exp(levels))
+    start, stop = nodes[0], end if in_log else math.exp(end)
+    points = 0.5 * (stop - start) * QUADRATURE[0] + 0.5 * (stop + start)
+    measure = 0.5 * (stop - start) * QUADRATURE[1] * (np.exp(points) if in_log else 1.0)
+    if len(nodes) == 1:
+        return [math.exp(end) - math.exp(levels[0])]
+    return [float(np.sum(measure * _lagrange(nodes, i, points))) for i in range(len(nodes))]
+
+
+def _lagrange(nodes: np.ndarray, i: int, points: np.ndarray) -> np.ndarray:
+    others = np.delete(nodes, i)
+    return np.prod((points[:, None] - others) / (nodes[i] - others), axis=1)
+
+
+def transfer(x: Array, eps: Array, leg: Leg) -> Array:
+    """x carried along one eps to the next knot: PNDM's phi (Liu et al. 2022, eq. 11), which is DDIM's step."""
+    ratio = leg.next_alpha / leg.alpha
+    return ratio * x + (leg.next_sigma - ratio * leg.sigma) * eps
+
+
+def plms(
+    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None
+) -> Iterator[Step]:
+    """Pseudo linear multistep (Liu et al. 2022, algorithm 2, as latent diffusion runs it).
+
+    The first step is a pseudo improved Euler step of two evaluations; then one evaluation a step, order up to 4.
+    """
+    past: list[Array] = []
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        past = [(x - leg.alpha * x0) / leg.sigma, *past[:3]]
+        eps = past[0]
+        if not leg.first:
+            eps = _combined(past)
+        elif not leg.to_clean:
+            guess = transfer(x, eps, leg)
+            end = denoise(guess, leg.next_logsnr)
+            eps = 0.5 * (eps + (guess - leg.next_alpha * end) / leg.next_sigma)
+        x = transfer(x, eps, leg)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def halfway(logsnr: float, next_logsnr: float) -> float:
+    """The level between two knots at which pndm's Runge–Kutta steps evaluate, unless it is told another."""
+    return 0.5 * (logsnr + next_logsnr)
+
+
+def pndm(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    midpoint: Callable[[float, float], float] = halfway,
+) -> Iterator[Step]:
+    """Pseudo numerical methods (Liu et al. 2022, algorithm 1): three pseudo Runge–Kutta steps, then PLMS.
+
+    The first three steps cost four evaluations each. `midpoint` gives the level between two knots.
+    """
+    past: list[Array] = []
+
+    def eps_at(y: Array, logsnr: float) -> Array:
+        alpha, sigma = marginal(logsnr)
+        return (y - alpha * denoise(y, logsnr)) / sigma
+
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        eps = (x - leg.alpha * x0) / leg.sigma
+        past = [eps, *past[:3]]
+        if leg.index < 3 and not leg.to_clean:
+            middle = midpoint(leg.logsnr, leg.next_logsnr)
+            alpha, sigma = marginal(middle)
+            half = leg._replace(next_logsnr=middle, next_alpha=float(alpha), next_sigma=float(sigma))
+            second = eps_at(transfer(x, eps, half), middle)
+            third = eps_at(transfer(x, second, half), middle)
+            fourth = eps_at(transfer(x, third, leg), leg.next_logsnr)
+            eps = (eps + 2 * second + 2 * third + fourth) / 6
+        else:
+            eps = _combined(past)
+        x = transfer(x, eps, leg)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def _combined(past: list[Array]) -> Array:
+    weights = ADAMS_BASHFORTH[len(past) - 1]
+    eps = weights[0] * past[0]
+    for weight, earlier in zip(weights[1:], past[1:], strict=True):
+        eps = eps + weight * earlier
+    return eps
+
+
+def unipc(
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    order: int = 2,
+    solver: Literal["bh1", "bh2"] = "bh2",
+    lower_order_final: bool = True,
+    corrector: bool = True,
+) -> Iterator[Step]:
+    """UniPC with data prediction (Zhao et al. 2023, algorithms 5 to 8 of the multistep form); order 1 to 4.
+
+    Each x is corrected, by the evaluation made at it, before the next step is predicted: no evaluation is spent.
+    """
+    if not 1 <= order <= 4 or solver not in ("bh1", "bh2"):
+        raise InputError("unipc takes an order from 1 to 4 and the solver bh1 or bh2")
+    past: list[tuple[float, Array]] = []  # (lambda, x0), newest first
+    before: tuple[Array, Leg, list[tuple[float, Array]]] | None = None  # what the last prediction was made from
+    for leg in legs(knots, marginal):
+        x0 = denoise(x, leg.logsnr)
+        if before is not None and corrector:
+            x = _unified_step(*before, solver, x0)
+        past = [(0.5 * leg.logsnr, x0), *past[: order - 1]]
+        left = len(knots) - 1 - leg.index
+        usable = 1 if leg.to_clean else min(len(past), left) if lower_order_final else len(past)
+        before = (x, leg, past[:usable])
+        x = _unified_step(*before, solver, None)
+        yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def _unified_step(x: Array, leg: Leg, past: list[tuple[float, Array]], solver: str, ahead: Array | None) -> Array:
+    """UniP (ahead None) or UniC (ahead is x0 at the step's end): Zhao et al. 2023, eq. 3 with B(h) and eq. 8."""
+    order = len(past)
+    (level, x0), earlier = past[0], past[1:]
+    ratios = [(other - level) / leg.h for other, _ in earlier]  # r_k, negative
+    differences = [(value - x0) / ratio for ratio, (_, value) in zip(ratios, earlier, strict=True)]
+    scale = math.expm1(-leg.h) if solver == "bh2" else -leg.h
+    weights = _unified_weights(ratios, -leg.h, scale, order, corrected=ahead is not None)
+    if ahead is not None:
+        differences.append(ahead - x0)
+    x = (leg.next_sigma / leg.sigma) * x - leg.next_alpha * math.expm1(-leg.h) * x0
+    for weight, difference in zip(weights, differences, strict=True):
+        x = x - (leg.next_alpha * scale * weight) * difference
+    return x
+
+
+def _unified_weights(ratios: list[float], h: float, scale: float, order: int, *, corrected: bool) -> list[float]:
+    """The solution of R(r) a = b (Zhao et al. 2023, theorem 3.1); orders 1 and 2 have the paper's simple 1/2."""
+    if order == (1 if corrected else 2):
+        return [0.5]
+    count = order if corrected else order - 1
+    if count == 0:
+        return []
+    points = np.array([*ratios, 1.0])[:count]
+    phi, factorial, b = math.expm1(h) / h - 1, 1.0, []
+    for i in range(1, count + 1):
+        b.append(phi * factorial / scale)
+        factorial *= i + 1
+        phi = phi / h - 1 / factorial
+    return [float(weight) for weight in np.linalg.solve(np.vander(points, count, increasing=True).T, np.array(b))]

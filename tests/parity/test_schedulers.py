@@ -1,0 +1,285 @@
+"""Every sampler that diffusers has, against its scheduler, step by step, from the same latents and the same model.
+
+The model is a fixed function of (x, time). diffusers keeps its tables and levels in float32 whatever the state is, so
+deviations are taken relative to the largest value on the way; with the tables' own rounding they stay below 1e-5.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from latentgen.diffusion.denoiser import Condition, Denoiser
+from latentgen.diffusion.guidance import guided
+from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.sampling import SAMPLERS, ddim, ddim_inversion
+from latentgen.diffusion.schedule import Plan, from_config
+from latentgen.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SPACINGS = [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
+TOLERANCES = [(torch.float64, 1e-5), (torch.float32, 1e-4)]
+PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def model(x: torch.Tensor, time: torch.Tensor, condition: Condition | None) -> torch.Tensor:
+    """A smooth function of x and the time, neither linear nor small."""
+    t = (time / 1000).reshape(-1, 1, 1, 1).to(x.dtype)
+    return 0.7 * torch.tanh(x * (0.5 + t)) + 0.2 * torch.sin(3 * t)
+
+
+class Tape(Noise):
+    """Noise that both sides draw in the same order."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "seeds", (0, 1))
+        object.__setattr__(self, "generator", torch.Generator().manual_seed(3))
+
+    def step(self, index: int, like_: Any, span: Any = None) -> Any:
+        return torch.randn(like_.shape, generator=self.generator, dtype=torch.float32).to(like_.dtype)
+
+    def brownian(self) -> Noise:
+        return self
+
+
+def scheduler(name: str, **options: Any) -> Any:
+    return getattr(diffusers, name)(**(SD | options))
+
+
+def plan_of(theirs: Any) -> Plan:
+    return from_config(dict(theirs.config) | {"_class_name": type(theirs).__name__})
+
+
+def latents(dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def walked(theirs: Any, steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch | None) -> list[torch.Tensor]:
+    """x after every step of diffusers' scheduler, as the network would see it (in the VP frame)."""
+    theirs.set_timesteps(steps)
+    if type(theirs).__name__ == "DEISMultistepScheduler":
+        theirs.sigmas = theirs.sigmas.double()  # its third-order coefficients lose 3e-5 to float32 logarithms
+    if monkeypatch is not None:
+        tape = Tape()
+        source = type(theirs).__module__
+        monkeypatch.setattr(f"{source}.randn_tensor", lambda shape, **_: tape.step(0, torch.empty(shape, dtype=dtype)))
+    x, states = latents(dtype) * theirs.init_noise_sigma, []
+    for t in theirs.timesteps:
+        seen = theirs.scale_model_input(x, t) if hasattr(theirs, "scale_model_input") else x
+        x = theirs.step(model(seen, torch.as_tensor(t, dtype=dtype).expand(2), None), t, x).prev_sample
+        states.append(x)
+    return states
+
+
+def ours(plan: Plan, steps: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    knots = plan.knots(steps)
+    denoiser = Denoiser(model, plan.schedule, plan.prediction)
+    denoise = guided(denoiser, Condition(), clip=plan.clip)
+    x = latents(dtype) * plan.initial_scale(knots[0])
+    walk = SAMPLERS[plan.sampler](denoise, x, knots, plan.schedule.marginal, Tape(), **plan.options)
+    return [step.x for step in walk]
+
+
+def in_vp(theirs: Any, plan: Plan, states: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
+    """diffusers' states as ours: the sigma family's are x/alpha, and Heun takes two of its steps for one."""
+    if type(theirs).__name__ in VE:
+        alphas = [plan.schedule.marginal(level)[0] for level in plan.knots(steps)[1:]]
+        states = states[1::2] + states[-1:] if type(theirs).__name__ == "HeunDiscreteScheduler" else states
+        return [alpha * x for alpha, x in zip(alphas, states, strict=True)]
+    return states[1:] if plan.sampler == "plms" else states  # the first PLMS step takes two of diffusers'
+
+
+VE = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"}
+
+
+def deviation(theirs: Any, steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch | None = None) -> float:
+    plan = plan_of(theirs)
+    reference = in_vp(theirs, plan, walked(theirs, steps, dtype, monkeypatch), steps)
+    states = ours(plan, steps, dtype)
+    assert len(reference) == len(states) == steps
+    scale = max(float(x.abs().max()) for x in reference)
+    gaps = [float((x - y).abs().max()) for x, y in zip(reference, states, strict=True)]
+    return max(gaps) / max(scale, 1.0)
+
+
+CASES: list[tuple[str, Mapping[str, Any]]] = [
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("HeunDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("LMSDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
+    ("UniPCMultistepScheduler", {}),
+    ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
+    ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("UniPCMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DEISMultistepScheduler", {}),
+    ("DEISMultistepScheduler", {"solver_order": 3}),
+    ("DEISMultistepScheduler", {"use_karras_sigmas": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("spacing", "offset"), SPACINGS)
+def test_ode_samplers_walk_as_diffusers(name: str, options: Mapping[str, Any], spacing: str, offset: int) -> None:
+    for prediction, (dtype, bound) in itertools.product(PREDICTIONS, TOLERANCES):
+        for steps in (7, 20):
+            theirs = scheduler(
+                name, **options, timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction
+            )
+            assert deviation(theirs, steps, dtype) < bound, (prediction, dtype, steps)
+
+
+TABLE_CASES: list[tuple[str, Mapping[str, Any]]] = [
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+    ("DDPMScheduler", {"clip_sample": False}),
+    ("DDPMScheduler", {"clip_sample": True, "clip_sample_range": 0.8}),
+    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    ("LCMScheduler", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), TABLE_CASES, ids=lambda value: str(value))
+def test_table_and_sde_samplers_walk_as_diffusers(
+    name: str, options: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions = PREDICTIONS[:2] if "Ancestral" in name else PREDICTIONS
+    # diffusers adds fixed-large noise after the last step too, unless that is at time 0; Ho et al. do not
+    spacings = SPACINGS[:1] if "fixed_large" in options.values() else SPACINGS[::2]
+    for (spacing, offset), prediction, (dtype, bound) in itertools.product(spacings, predictions, TOLERANCES):
+        keywords = {} if name == "LCMScheduler" else {"timestep_spacing": spacing, "steps_offset": offset}
+        theirs = scheduler(name, **options, **keywords, prediction_type=prediction)
+        gap = deviation(theirs, 20, dtype, monkeypatch)
+        assert gap < bound, (spacing, prediction, dtype)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("rescale", [False, True])
+def test_every_beta_table_and_its_zero_snr_form(name: str, betas: str, rescale: bool) -> None:
+    prediction = "v_prediction" if rescale else "epsilon"
+    options = {"clip_sample": False} if name == "DDIMScheduler" else {}
+    for spacing in ("leading", "trailing"):
+        theirs = scheduler(
+            name,
+            beta_schedule=betas,
+            rescale_betas_zero_snr=rescale,
+            timestep_spacing=spacing,
+            prediction_type=prediction,
+            **options,
+        )
+        table = np.array(plan_of(theirs).schedule.table)
+        expected = theirs.alphas_cumprod.numpy().copy()
+        assert np.abs(table[:-1] - expected[:-1]).max() < (1e-6 if rescale else 1e-12)
+        for dtype, bound in TOLERANCES:
+            assert deviation(theirs, 20, dtype) < (1e-4 if rescale else bound), (spacing, dtype)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("to_one", [True, False])
+def test_plms_and_pndm_walk_as_diffusers(skip: bool, to_one: bool) -> None:
+    for dtype, bound in TOLERANCES:
+        theirs = scheduler("PNDMScheduler", skip_prk_steps=skip, set_alpha_to_one=to_one, steps_offset=1)
+        plan = plan_of(theirs)
+        states = walked(theirs, 20, dtype, None)
+        # Runge-Kutta takes four of diffusers' steps for each of the first three; PLMS two for the first
+        states = states[1:] if skip else states[3:12:4] + states[12:]
+        gaps = [float((x - y).abs().max()) for x, y in zip(states, ours(plan, 20, dtype), strict=True)]
+        assert max(gaps) < bound * max(float(x.abs().max()) for x in states)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_each_ddim_step_where_diffusers_own_steps_do_not_meet(spacing: str) -> None:
+    """diffusers steps to t − N//steps whatever the next t is; each of its steps is ours between those two levels."""
+    theirs = scheduler("DDIMScheduler", clip_sample=False, timestep_spacing=spacing)
+    theirs.set_timesteps(30)
+    plan = plan_of(theirs)
+    denoise = guided(Denoiser(model, plan.schedule, plan.prediction), Condition())
+    x = latents(torch.float64)
+    for t in theirs.timesteps:
+        reached = theirs.step(model(x, t.double().expand(2), None), t, x).prev_sample
+        to = int(t) - 1000 // 30
+        pair = np.array([plan.schedule.at(int(t)), plan.schedule.at(to) if to >= 0 else plan.knots(1)[-1]])
+        (step,) = ddim(denoise, x, pair, plan.schedule.marginal)
+        assert float((step.x - reached).abs().max()) < 1e-5 * float(x.abs().max())
+        x = reached
+
+
+def test_ddim_with_noise_is_diffusers_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False)
+    theirs.set_timesteps(20)
+    plan, tape = plan_of(theirs), Tape()
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddim.randn_tensor", lambda shape, **_: noise)
+    denoise = guided(Denoiser(model, plan.schedule, plan.prediction), Condition())
+    x = latents(torch.float64)
+    walk = ddim(denoise, x, plan.knots(20), plan.schedule.marginal, Tape(), eta=0.7)
+    for t, step in zip(theirs.timesteps, walk, strict=True):
+        noise = tape.step(0, x)
+        x = theirs.step(model(x, t.double().expand(2), None), t, x, eta=0.7).prev_sample
+        assert float((step.x - x).abs().max()) < 1e-5 * float(x.abs().max())
+
+
+def test_learned_range_variance_is_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both_halves(x: torch.Tensor, time: torch.Tensor, condition: Condition | None) -> torch.Tensor:
+        return torch.cat([model(x, time, condition), torch.sin(x)], dim=1)
+
+    theirs = scheduler("DDPMScheduler", clip_sample=False, variance_type="learned_range")
+    theirs.set_timesteps(20)
+    plan, tape = plan_of(theirs), Tape()
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: tape.step(0, x))
+    denoise = guided(Denoiser(both_halves, plan.schedule, plan.prediction), Condition(), variance=True)
+    x = latents(torch.float64)
+    walk = SAMPLERS["ddpm"](denoise, x, plan.knots(20), plan.schedule.marginal, Tape(), **plan.options)
+    for t, step in zip(theirs.timesteps, walk, strict=True):
+        x = theirs.step(both_halves(x, t.double().expand(2), None), t, x).prev_sample
+        assert float((step.x - x).abs().max()) < 1e-5 * float(x.abs().max())
+
+
+def test_ddim_inversion_is_diffusers_inverse_scheduler() -> None:
+    inverse = scheduler("DDIMInverseScheduler", clip_sample=False, set_alpha_to_one=False)
+    inverse.set_timesteps(20)
+    plan = plan_of(scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False))
+    denoise = guided(Denoiser(model, plan.schedule, plan.prediction), Condition())
+    x = latents(torch.float64)
+    for t, step in zip(
+        inverse.timesteps, ddim_inversion(denoise, x, plan.knots(20), plan.schedule.marginal), strict=True
+    ):
+        x = inverse.step(model(x, t.double().expand(2), None), int(t), x).prev_sample
+        assert float((step.x - x).abs().max()) < 1e-5 * float(x.abs().max())
+
+
+def test_part_of_the_way_is_diffusers_strength() -> None:
+    plan = plan_of(scheduler("DDIMScheduler", clip_sample=False))
+    assert np.array_equal(plan.knots(50, start=0.6), plan.knots(50)[20:])
+
+
+def test_a_config_with_no_counterpart_is_refused_by_name() -> None:
+    for config in (
+        {"_class_name": "KarrasVeScheduler"},
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+        {"_class_name": "DDIMScheduler", "beta_schedule": "exp"},
+        {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True},
+    ):
+        with pytest.raises(InputError):
+            from_config(config)
