@@ -105,7 +105,7 @@ def _download(package: str, tarball: Path) -> None:
     with tempfile.TemporaryDirectory(dir=tarball.parent, prefix=".npm-") as aside:
         try:
             subprocess.run(
-                ["npm", "pack", "--silent", "--pack-destination", aside, package],
+                ["npm", "pack", "--loglevel=error", "--pack-destination", aside, package],
                 check=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -116,8 +116,10 @@ def _download(package: str, tarball: Path) -> None:
                 f"the npm client is not installed; install npm or put {tarball.name} into --cache"
             ) from None
         except subprocess.CalledProcessError as error:
-            said = error.stderr.strip().splitlines()
-            raise InputError(f"npm could not fetch {package}: {said[-1] if said else 'no reason given'}") from None
+            said = " ".join(line.removeprefix("npm error ") for line in error.stderr.splitlines()[:2])
+            raise InputError(
+                f"npm could not fetch {package} ({said or 'no reason given'}); is there a network?"
+            ) from None
         (Path(aside) / tarball.name).replace(tarball)
 
 

@@ -142,7 +142,7 @@ def test_folders_without_anything_to_read_are_refused(tmp_path: Path) -> None:
 
 
 def pixels_of(path: Path, size: int, cache: Path) -> np.ndarray:
-    return load_pixels(one_picture(path), size, cache).array[0]
+    return np.asarray(load_pixels(one_picture(path), size, cache).array[0])
 
 
 def test_a_picture_is_cropped_in_the_middle_to_cover_the_square(tmp_path: Path) -> None:
