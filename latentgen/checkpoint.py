@@ -111,14 +111,14 @@ def open_folder(folder: Path, *, verify: bool = True) -> Checkpoint:
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is no pipeline folder: it holds no model_index.json")
     index = read_json(folder / "model_index.json")
+    if index.get("text_encoder_2"):
+        raise InputError(f"{folder} has two text encoders (Stable Diffusion XL), which are not rendered yet")
     for part, name in CLASSES.items():
         entry = index.get(part)
         found = entry[-1] if isinstance(entry, list) and entry else entry
-        if found != name or index.get("text_encoder_2"):
+        if found != name:
             kind = index.get("_class_name", "a pipeline")
-            raise InputError(
-                f"{folder} holds {kind}, whose {part} is {found}; a StableDiffusionPipeline with {name} is wanted"
-            )
+            raise InputError(f"{folder} holds a {kind} whose {part} is {found}; one with {name} is wanted")
     weights = {part: _weight_files(folder, part) for part in CLASSES}
     for part in PARTS:
         _require_config(folder, part)
@@ -167,8 +167,8 @@ def save_pipeline(
 
     tokenizer: CLIPTokenizer. text_encoder: CLIPTextModel. vae: AutoencoderKL. unet: UNet2DConditionModel.
     scheduler_config: what scheduler_config.json shall say, `_class_name` included; clip_sample is off if it is not
-    there, or diffusers would clip latents to [-1, 1] as soon as somebody changes to DDIM. extra_files: relative path -> what
-    it holds (latentgen.json, the resolved recipe, metrics, a licence note). dtype: "fp16" or "fp32", of what is stored.
+    there, or diffusers would clip latents to [-1, 1] as soon as somebody changes to DDIM. extra_files: relative path
+    -> what it holds (latentgen.json, the resolved recipe, metrics, a licence note). dtype: "fp16" or "fp32", of what is stored.
     The folder is written aside and swapped into place whole; see `durable.write_folder`.
     """
     networks = {"text_encoder": text_encoder, "vae": vae, "unet": unet}

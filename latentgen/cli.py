@@ -119,7 +119,7 @@ def replay(
 
 
 @app.command(
-    epilog="Examples:\n\nlatentgen train pipelines/icons.toml\n\nlatentgen train my.toml --data pictures/ --out weights/mine"
+    epilog="Examples:\n\nlatentgen train pipelines/icons.toml\n\nlatentgen train my.toml --data pictures/ --out mine"
 )
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe: a TOML file, as those in pipelines/.")],

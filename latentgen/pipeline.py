@@ -256,13 +256,14 @@ class Pipeline:
     ) -> Array:
         """From noise to clean latents, (B, C, h, w) both; the callback is told of each step, and may steer."""
         steps = SAMPLERS[plan.sampler](denoise, x, knots, plan.schedule.marginal, noise, **plan.options)
+        logsnr = float(knots[0])
         for step in steps:
             if callback is not None:
-                time = float(plan.schedule.time(float(knots[step.index])))
+                time = float(plan.schedule.time(logsnr))  # the one the step was walked from
                 told = (callback(self, step.index, time, {"latents": step.x}) or {}).get("latents", step.x)
                 self._steered |= self.interrupt or told is not step.x
                 put_in_place(step.x, told)
-            x = step.x
+            x, logsnr = step.x, step.logsnr
             if self.interrupt:
                 break
         return x

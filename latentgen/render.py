@@ -114,7 +114,7 @@ def pictures(
 
     def step(_: Pipeline, index: int, __: float, ___: Mapping[str, Any]) -> None:
         if progress is not None:
-            progress(done + (index + 1) * count, steps * count if total is None else total)
+            progress(done + min(index + 1, steps) * count, steps * count if total is None else total)
 
     wanted = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "sampler")
     arguments = {key: settings[key] for key in (*wanted, "height", "width", "seed")}

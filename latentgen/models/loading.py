@@ -53,7 +53,7 @@ def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.devi
                 folder, local_files_only=True, use_safetensors=True, variant=variant, output_loading_info=True, **named
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise InputError(f"{folder} does not fit its config.json: {reason}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("position_ids"))
     if missing:

@@ -1,0 +1,226 @@
+"""A weights folder is read when it is whole and refused in one line when it is not; only safetensors are opened."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentgen import InputError, Pipeline, checkpoint
+from latentgen.checkpoint import default_weights, find, open_folder, save_pipeline
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+DDIM = {"_class_name": "DDIMScheduler"}
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "tiny")
+
+
+def unlisted(folder: Path) -> Path:
+    """Without its manifest, as folders made elsewhere are."""
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def test_a_whole_folder_opens_and_says_what_it_holds(folder: Path) -> None:
+    opened = open_folder(folder)
+    assert opened.index["safety_checker"] == [None, None] and opened.index["requires_safety_checker"] is False
+    assert opened.weights["unet"] == (folder / UNET,)
+    assert opened.extras["defaults"]["sampler"] == "ddim"
+    assert opened.config("scheduler")["clip_sample"] is False
+
+
+def test_what_is_stored_is_half_precision_and_names_no_place_of_this_machine(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    for name in (UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(folder / name).values()} == {torch.float16}
+    assert all(name.startswith("text_model.") for name in load_file(folder / "text_encoder/model.safetensors"))
+    for path in folder.rglob("*.json"):
+        assert str(folder.parent) not in path.read_text() and "/tmp" not in path.read_text()
+
+
+def test_a_folder_saved_twice_is_the_same_to_the_byte(parts: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    extras = {"latentgen.json": (folder / "latentgen.json").read_bytes()}
+    again = save_pipeline(tmp_path / "again", **parts, scheduler_config=config, extra_files=extras)
+    assert (again / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
+
+
+def test_the_fingerprint_follows_what_decides_a_picture_and_nothing_else(copy: Path) -> None:
+    before = open_folder(copy).fingerprint
+    (copy / "README.md").write_text("words")
+    moved = copy.rename(copy.with_name("moved"))
+    assert open_folder(moved).fingerprint == before
+    assert open_folder(unlisted(moved)).fingerprint == before  # read through instead of looked up
+    config = moved / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.013"))
+    assert open_folder(moved).fingerprint != before
+
+
+def test_fp32_storage_and_a_wrong_name_for_it(parts: dict[str, Any], tmp_path: Path) -> None:
+    save_pipeline(tmp_path / "w", **parts, scheduler_config=DDIM, dtype="fp32")
+    loaded = Pipeline.from_pretrained(tmp_path / "w")
+    state = parts["text_encoder"].state_dict()
+    for name, tensor in loaded.text.model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], atol=0, rtol=0)
+    with pytest.raises(InputError, match="fp16 or fp32"):
+        save_pipeline(tmp_path / "v", **parts, scheduler_config=DDIM, dtype="int8")
+
+
+def test_a_folder_in_fp16_naming_opens(copy: Path) -> None:
+    unlisted(copy)
+    for part, stem in checkpoint.STEMS.items():
+        (copy / part / f"{stem}.safetensors").rename(copy / part / f"{stem}.fp16.safetensors")
+    assert Pipeline.from_pretrained(copy)("a red apple", seed=1, num_inference_steps=2).seeds == (1,)
+
+
+def remove(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(folder: Path) -> None:
+    data = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(data[:-100])
+
+
+def cut_in_header(folder: Path) -> None:
+    (folder / UNET).write_bytes((folder / UNET).read_bytes()[:100])
+
+
+def empty(folder: Path) -> None:
+    (folder / UNET).write_bytes(b"")
+
+
+def garble(folder: Path) -> None:
+    (folder / UNET).write_bytes(b"\x10" + b"\0" * 7 + b"not json at all!" + b"\0" * 10)
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / UNET).read_bytes())
+    data[-1] ^= 1
+    (folder / UNET).write_bytes(data)
+
+
+def pickle(folder: Path) -> None:
+    (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.bin")
+
+
+def rewrite(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | values))
+
+    return change
+
+
+def broken_json(folder: Path) -> None:
+    (folder / "vae/config.json").write_text('{"_class_name": ')
+
+
+def list_json(folder: Path) -> None:
+    (folder / "unet/config.json").write_text("[]")
+
+
+BROKEN: list[tuple[Callable[[Path], Any], bool, str]] = [
+    (remove("model_index.json"), False, "is no pipeline folder: it holds no model_index.json"),
+    (remove(UNET), False, f"is not whole: {UNET} is missing"),
+    (remove("unet/config.json"), False, "is not whole: unet/config.json is missing"),
+    (remove("scheduler/scheduler_config.json"), False, "is not whole: scheduler/scheduler_config.json is missing"),
+    (remove("tokenizer/merges.txt"), True, "its manifest names tokenizer/merges.txt, which is missing"),
+    (cut, False, "is torn: [0-9]+ bytes where its header promises"),
+    (cut, True, "is torn"),
+    (cut_in_header, False, "is torn: 100 bytes are no whole safetensors file"),
+    (empty, False, "is torn: 0 bytes"),
+    (garble, False, "is torn"),
+    (flip, True, "is not the file the manifest names"),
+    (pickle, False, r"diffusion_pytorch_model\.bin is a pickle"),
+    (broken_json, False, "vae/config.json cannot be read as JSON"),
+    (list_json, False, "should hold a JSON object, not a list"),
+    (rewrite("model_index.json", unet=["diffusers", "FluxTransformer2DModel"]), False, "whose unet is Flux"),
+    (rewrite("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]), False, "has two text encoders"),
+    (rewrite("scheduler/scheduler_config.json", _class_name="FooScheduler"), False, "scheduler 'FooScheduler'"),
+    (rewrite("unet/config.json", in_channels=9), False, "the U-Net takes 9 channels in"),
+    (rewrite("unet/config.json", cross_attention_dim=99), False, "attends to a width of 99"),
+    (rewrite("unet/config.json", block_out_channels=[16, 64]), False, "does not fit its config.json"),
+    (rewrite("unet/config.json", layers_per_block=2), False, "its weights lack|does not fit"),
+    (rewrite("text_encoder/config.json", num_hidden_layers=3), False, "its weights lack|does not fit"),
+    (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"), False, "tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("damage", "listed", "line"), BROKEN)
+def test_a_folder_that_is_not_whole_gets_one_line(
+    copy: Path, damage: Callable[[Path], Any], listed: bool, line: str
+) -> None:
+    if not listed:
+        unlisted(copy)
+    damage(copy)
+    with pytest.raises(InputError, match=line) as caught:
+        Pipeline.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_folder_gets_one_line(folder: Path, tmp_path: Path) -> None:
+    near = folder.with_name("tinny")
+    for place, line in [
+        (tmp_path / "nothing", "no weights folder at"),
+        (near, f"did you mean {folder}"),
+        (folder / "model_index.json", "is a file; give the folder"),
+    ]:
+        with pytest.raises(InputError, match=line):
+            open_folder(find(place))
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match="is a pickle"):
+        open_folder(find(tmp_path / "model.ckpt"))
+
+
+def test_a_hub_name_that_cannot_be_reached_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="someone/something is no folder here, and the hub cannot give it") as caught:
+        find("someone/something")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_is_the_first_that_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "latentgen"
+    monkeypatch.setattr(checkpoint, "__file__", str(package / "checkpoint.py"))
+    with pytest.raises(InputError, match="no embedded weights here"):
+        default_weights()
+    for place in (tmp_path / "weights/icons", package / "weights/icons", tmp_path / "weights/icons-128"):
+        place.mkdir(parents=True)
+        (place / "model_index.json").write_text("{}")
+        assert default_weights() == place
+
+
+def test_a_full_disk_while_saving_leaves_the_old_folder(
+    parts: dict[str, Any], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = open_folder(copy).fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(InputError, match="no space left on the disk while writing"):
+            save_pipeline(copy, **parts, scheduler_config=DDIM)
+    assert open_folder(copy).fingerprint == before
+    assert [path.name for path in copy.parent.iterdir()] == ["tiny"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(parts: dict[str, Any], tmp_path: Path) -> None:
+    import copy as copying
+
+    unet = copying.deepcopy(parts["unet"])
+    with torch.no_grad():
+        unet.conv_in.bias[0] = 1e6  # more than fp16 holds
+    with pytest.raises(InputError, match=r"unet: conv_in\.bias is not finite in fp16"):
+        save_pipeline(tmp_path / "w", **{**parts, "unet": unet}, scheduler_config=DDIM)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,292 @@
+"""Every verb of the command line, as a person runs it: paths on standard output, one line and code 2 for a mistake."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from latentgen import __version__, cli
+from latentgen.image import read_settings
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--steps", "2"]
+
+
+class Ran(NamedTuple):
+    code: int
+    out: list[str]
+    err: str
+
+
+def command() -> list[str]:
+    """The installed `latentgen`, or what it calls."""
+    script = shutil.which("latentgen", path=str(Path(sys.executable).parent))
+    return [script] if script else [sys.executable, "-m", "latentgen.cli"]
+
+
+def shell(*arguments: object) -> Ran:
+    """In a process of its own, with pipes for output."""
+    ran = subprocess.run([*command(), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return Ran(ran.returncode, ran.stdout.splitlines(), ran.stderr)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """In this process, which has imported torch already."""
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["latentgen", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Ran(code, captured.out.splitlines(), captured.err)
+
+    return call
+
+
+def refused(ran: Ran, line: str) -> None:
+    """Exit code 2, nothing on standard output, one line that says `line`."""
+    assert ran.code == 2, ran
+    assert ran.out == []
+    assert ran.err.startswith("latentgen: ") and ran.err.count("\n") == 1
+    assert line in ran.err
+
+
+# --- as a person runs it
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert shell("--version") == Ran(0, [f"latentgen {__version__}"], "")
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("version", __version__) == __version__
+
+
+@pytest.mark.parametrize("verb", [[], ["render"], ["replay"], ["train"]])
+def test_help_shows_examples_and_is_quick(verb: list[str]) -> None:
+    started = time.perf_counter()
+    ran = shell(*verb, "--help")
+    assert ran.code == 0 and "latentgen" in "".join(ran.out)
+    assert not verb or f"latentgen {verb[0]} " in "\n".join(ran.out)
+    assert time.perf_counter() - started < 3  # torch alone would take as long; measured: 0.2 s
+    if not verb:
+        assert shell().out == ran.out
+
+
+def test_render_and_replay_in_a_pipe_print_only_the_path_and_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "apple.png"
+    rendered = shell("render", "a red apple", "--seed", 7, "--out", target, "--weights", folder, *FAST)
+    assert rendered == Ran(0, [str(target)], "")
+    replayed = shell("replay", target)
+    again = target.with_name("apple-replay.png")
+    assert replayed == Ran(0, [str(again)], "latentgen: the same file, byte for byte\n")
+    assert again.read_bytes() == target.read_bytes()
+    assert read_settings(target)["seed"] == 7
+
+
+def test_stopping_leaves_whole_pictures_and_exits_130(folder: Path, tmp_path: Path) -> None:
+    arguments = ["render", "a red apple", "--n", "5000", "--out", str(tmp_path / "many"), "--weights", str(folder)]
+    process = subprocess.Popen([*command(), *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    waited = time.monotonic() + 60
+    while time.monotonic() < waited and not list((tmp_path / "many").glob("*.png")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"latentgen: stopped\n")
+    written = list((tmp_path / "many").iterdir())
+    assert written and all(read_settings(path) for path in written)
+
+
+def test_a_mistake_in_a_train_call_gets_one_line(tmp_path: Path) -> None:
+    refused(shell("train", tmp_path / "none.toml"), "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["fly"], "No such command 'fly'"),
+        (["render"], "Missing argument 'PROMPT'"),
+        (["render", "a", "--stepz", "3"], "--steps"),
+        (["render", "a", "--steps", "many"], "Invalid value for '--steps'"),
+        (["render", "a", "--weights", "nowhere"], "no weights folder at nowhere"),
+        (["replay", "nowhere.png"], "no picture at nowhere.png"),
+        (["replay", "pyproject.toml"], "cannot be read as a picture"),
+    ],
+)
+def test_a_mistake_in_the_shell_gets_one_line_and_exit_code_2(arguments: list[str], line: str) -> None:
+    refused(shell(*arguments), line)
+
+
+# --- in this process
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--steps", "0"], "--steps is 0; it must be 1 or more"),
+        (["--guidance", "nan"], "--guidance is nan"),
+        (["--size", "30"], "height 30 is not a multiple of 4; the nearest that are: 28 and 32"),
+        (["--size", "32x30x3"], "--size is '32x30x3'"),
+        (["--size", "big"], "it must be pixels as 64, or WIDTHxHEIGHT as 96x64"),
+        (["--sampler", "dpmpp2m"], "did you mean 'dpmpp-2m'?"),
+        (["--n", "0"], "--n is 0"),
+        (["--batch", "0"], "the batch is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--out", "a.jpg"], "a.jpg is no PNG"),
+        (["--out", "/dev/null/a.png"], "/dev/null is a file, not a folder"),
+    ],
+)
+def test_a_mistake_in_a_render_call_is_said_before_anything_is_loaded(
+    run: Callable[..., Ran], folder: Path, arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentgen.render.Pipeline", None)
+    refused(run("render", "a red apple", "--weights", folder, *arguments), line)
+
+
+def test_pictures_in_a_folder_get_free_names_of_prompt_and_seed(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    call = ["render", "A red apple!", "…", "--seed", 7, "--out", tmp_path, "--weights", folder, *FAST]
+    names = ["a-red-apple-7.png", "a-red-apple-8.png", "picture-9.png", "picture-10.png"]
+    assert run(*call, "--n", 2).out == [str(tmp_path / name) for name in names]
+    assert run(*call).out == [str(tmp_path / "a-red-apple-7-2.png"), str(tmp_path / "picture-8.png")]
+
+
+def test_several_pictures_of_one_file_name_are_numbered_and_one_is_replaced(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    call = ["render", "a red apple", "--out", tmp_path / "a.png", "--weights", folder, "--size", "24x16", *FAST]
+    assert run(*call, "--n", 2).out == [str(tmp_path / "a-1.png"), str(tmp_path / "a-2.png")]
+    for _ in range(2):
+        assert run(*call).out == [str(tmp_path / "a.png")]
+    assert len(list(tmp_path.iterdir())) == 3
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (24, 16)
+
+
+def test_a_picture_of_many_is_to_the_byte_the_picture_of_its_seed_alone(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    call = ["render", "a red apple", "--weights", folder, *FAST]
+    run(*call, "--seed", 20, "--n", 3, "--out", tmp_path / "many.png")
+    run(*call, "--seed", 22, "--out", tmp_path / "alone.png")
+    assert (tmp_path / "many-3.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+
+
+def test_a_picture_of_a_batch_replays_to_the_byte_with_its_company(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    call = ["render", "a red apple", "a blue bird", "--negative", "grey", "--n", 2, "--batch", 3, "--seed", 1]
+    run(*call, "--out", tmp_path / "a.png", "--weights", folder, "--sampler", "euler-ancestral", *FAST)
+    assert len(read_settings(tmp_path / "a-2.png")["batch"]["seed"]) == 3
+    assert "batch" not in read_settings(tmp_path / "a-4.png")
+    for name in ("a-1", "a-2", "a-3", "a-4"):
+        ran = run("replay", tmp_path / f"{name}.png", "--out", tmp_path / "again.png")
+        assert ran == Ran(0, [str(tmp_path / "again.png")], "latentgen: the same file, byte for byte\n")
+        assert (tmp_path / "again.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
+
+
+def test_a_cut_prompt_is_said_on_standard_error(run: Callable[..., Ran], folder: Path, tmp_path: Path) -> None:
+    ran = run("render", "a red apple " * 9, "--out", tmp_path / "a.png", "--weights", folder, *FAST)
+    assert ran.code == 0 and ran.err.startswith("latentgen: the prompt has ") and "not seen: '" in ran.err
+
+
+def test_a_full_disk_leaves_the_old_picture(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a.png").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    ran = run("render", "a red apple", "--out", tmp_path / "a.png", "--weights", folder, *FAST)
+    refused(ran, "no space left on the disk while writing")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_progress_is_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cli.progress_bar("rendering") as progress:
+        assert progress is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with cli.progress_bar("rendering") as progress:
+        assert progress is not None
+        progress(1, 2)
+
+
+# --- replay
+
+
+@pytest.fixture(scope="module")
+def rendered(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from latentgen.render import Order, render
+
+    order = Order(["a red apple"], seed=7, steps=2)
+    (path,) = render(order, tmp_path_factory.mktemp("rendered") / "apple.png", str(folder))
+    return path
+
+
+def resave(picture: Path, target: Path, **changes: Any) -> Path:
+    """The picture with other settings; a change to None takes the setting out."""
+    settings = {**read_settings(picture), **changes}
+    info = PngImagePlugin.PngInfo()
+    info.add_text("latentgen", json.dumps({key: value for key, value in settings.items() if value is not None}))
+    with Image.open(picture) as image:
+        image.save(target, pnginfo=info)
+    return target
+
+
+def test_replay_refuses_other_weights_and_names_both(
+    run: Callable[..., Ran], rendered: Path, make_folder: Callable[..., Path]
+) -> None:
+    other = make_folder("other", beta_end=0.013)
+    ran = run("replay", rendered, "--weights", other)
+    refused(ran, "was made with weights tiny (")
+    assert "and other (" in ran.err
+
+
+def test_replay_finds_moved_weights_by_name_and_gives_the_same_bytes(
+    run: Callable[..., Ran], rendered: Path, folder: Path, tmp_path: Path
+) -> None:
+    settings = read_settings(rendered)
+    lost = resave(rendered, tmp_path / "lost.png", weights={**settings["weights"], "path": "gone/away"})
+    refused(run("replay", lost), "not found at gone/away; name their folder with --weights")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    ran = run("replay", rendered, "--weights", moved, "--out", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == rendered.read_bytes(), ran
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": None}, "its settings are not whole ('seed')"),
+        ({"weights": None}, "its settings are not whole ('weights')"),
+        ({"num_inference_steps": "many"}, "--steps is 'many'"),
+        ({"sampler": "fast"}, "unknown sampler 'fast'"),
+        ({"batch": {"row": 9, "prompt": ["a"], "negative_prompt": [""], "seed": [1]}}, "its settings are not whole"),
+        ({"brought": ["latents"]}, "was made with latents given from outside"),
+    ],
+)
+def test_replay_of_settings_that_do_not_hold_gets_one_line(
+    run: Callable[..., Ran], rendered: Path, tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    refused(run("replay", resave(rendered, tmp_path / "odd.png", **changes)), line)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.png"]
+
+
+def test_replay_says_what_has_changed_since(run: Callable[..., Ran], rendered: Path, tmp_path: Path) -> None:
+    old = resave(rendered, tmp_path / "old.png", torch="1.0")
+    ran = run("replay", old)
+    assert ran.code == 0 and "torch was 1.0, is " in ran.err and "differs" in ran.err

@@ -1,0 +1,149 @@
+"""What is written is whole or not there: a full disk, a kill or a refusal leaves the old file or folder as it was."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentgen import durable
+from latentgen.durable import recover, write_file, write_folder
+from latentgen.errors import InputError
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def writer(text: str) -> Any:
+    def write(aside: Path) -> None:
+        (aside / "part").mkdir()
+        (aside / "part/weights").write_text(text)
+
+    return write
+
+
+def test_a_file_is_replaced_whole_and_its_folder_is_made(tmp_path: Path) -> None:
+    target = tmp_path / "new/folder/file.png"
+    write_file(target, b"one")
+    write_file(target, b"two")
+    assert contents(tmp_path) == {"new/folder/file.png": b"two"}
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "file.png", b"one")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"no space left on the disk while writing .*file\.png"):
+        write_file(tmp_path / "file.png", b"two")
+    assert contents(tmp_path) == {"file.png": b"one"}
+
+
+def test_a_place_that_cannot_be_written_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot write"):
+        write_file(tmp_path / "file/below.png", b"")
+    with pytest.raises(InputError, match="cannot write"):
+        write_file(tmp_path, b"")
+
+
+def test_a_folder_is_replaced_whole_with_a_manifest_of_what_was_written(tmp_path: Path) -> None:
+    write_folder(tmp_path / "w", writer("one"))
+    write_folder(tmp_path / "w", writer("two"))
+    found = contents(tmp_path)
+    manifest = json.loads(found.pop("w/manifest.json"))
+    assert found == {"w/part/weights": b"two"}
+    assert manifest["files"] == {"part/weights": "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"}
+    assert manifest["sizes"] == {"part/weights": 3}
+
+
+def test_a_full_disk_leaves_the_old_folder_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "w", writer("one"))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="no space left on the disk"):
+        write_folder(tmp_path / "w", full)
+    monkeypatch.setattr(durable, "_sync", full)
+    with pytest.raises(InputError, match="no space left on the disk"):
+        write_folder(tmp_path / "w", writer("two"))
+    assert contents(tmp_path) == before
+
+
+def test_what_is_not_in_the_old_manifest_is_carried_over_and_never_replaced(tmp_path: Path) -> None:
+    write_folder(tmp_path / "w", writer("one"))
+    (tmp_path / "w/state").mkdir()
+    (tmp_path / "w/state/step").write_text("7")
+    write_folder(tmp_path / "w", writer("two"))
+    assert (tmp_path / "w/state/step").read_text() == "7"
+    assert (tmp_path / "w/part/weights").read_text() == "two"
+    (tmp_path / "w/manifest.json").unlink()
+    with pytest.raises(InputError, match="was not written by latentgen and would be replaced"):
+        write_folder(tmp_path / "w", writer("three"))
+    assert (tmp_path / "w/part/weights").read_text() == "two"
+
+
+def test_an_error_of_the_writer_leaves_the_old_folder(tmp_path: Path) -> None:
+    def fail(aside: Path) -> None:
+        writer("two")(aside)
+        raise RuntimeError("no")
+
+    write_folder(tmp_path / "w", writer("one"))
+    before = contents(tmp_path)
+    with pytest.raises(RuntimeError):
+        write_folder(tmp_path / "w", fail)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_both_ways_to_swap_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    write_folder(tmp_path / "w", writer("one"))
+    write_folder(tmp_path / "w", writer("two"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]
+    assert (tmp_path / "w/part/weights").read_text() == "two"
+
+
+def test_a_swap_cut_between_its_two_renames_is_put_back(tmp_path: Path) -> None:
+    write_folder(tmp_path / "w", writer("one"))
+    (tmp_path / "w").rename(tmp_path / ".w.old")
+    recover(tmp_path / "w")
+    assert (tmp_path / "w/part/weights").read_text() == "one"
+
+
+def test_a_folder_behind_a_link_is_replaced_where_it_stands(tmp_path: Path) -> None:
+    write_folder(tmp_path / "real", writer("one"))
+    (tmp_path / "link").symlink_to("real")
+    write_folder(tmp_path / "link", writer("two"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/part/weights").read_text() == "two"
+
+
+def test_a_killed_write_leaves_the_old_folder_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    write_folder(tmp_path / "w", writer("one"))
+    code = (
+        "import sys, time; from pathlib import Path; from latentgen.durable import write_folder\n"
+        "def write(aside):\n"
+        "    (aside / 'part').mkdir(); (aside / 'part/weights').write_text('tw')\n"
+        "    print('writing', flush=True); time.sleep(60)\n"
+        "write_folder(Path(sys.argv[1]), write)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "w")], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "w/part/weights").read_text() == "one"
+    write_folder(tmp_path / "w", writer("two"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]
