@@ -38,11 +38,21 @@ def sqrt(value: Any) -> Any:
     return math.sqrt(value) if is_number(value) else namespace(value).sqrt(value)
 
 
+def sin(value: Any) -> Any:
+    """Sine, of the kind and dtype given."""
+    return math.sin(value) if is_number(value) else namespace(value).sin(value)
+
+
+def atan(value: Any) -> Any:
+    """Arc tangent, of the kind and dtype given."""
+    return math.atan(value) if is_number(value) else namespace(value).atan(value)
+
+
 def clamp(value: Any, low: float, high: float) -> Any:
     """`value` held inside [low, high], of the kind and dtype given."""
     if is_number(value):
         return min(max(float(value), low), high)
-    return namespace(value).clip(value, low, high)
+    return namespace(value).clip(value, low, None if high == math.inf else high)
 
 
 def like(values: Any, model: Array) -> Array:

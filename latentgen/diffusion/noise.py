@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -67,11 +68,11 @@ class Brownian(Noise):
     """Noise as the normalised increments of one Brownian path a picture, its clock being logSNR.
 
     The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
-    same picture. The path is a Brownian tree: independent unit cells, each bisected `DEPTH` times by bridges, every
-    node drawn from its own counter; a leaf (1/64 in logSNR) is bridged once more, at the point asked for.
+    same picture. The path is a Brownian tree: independent unit cells, each bisected by bridges as deep as the point
+    asked for, every node drawn from its own counter. Levels are rounded to 2**−DEPTH, where the tree ends.
     """
 
-    DEPTH = 6
+    DEPTH = 12
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
         """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""
@@ -79,31 +80,32 @@ class Brownian(Noise):
             raise InputError("a Brownian path needs the span of logSNR that the step walks")
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
-        shape, (first, last) = tuple(like_.shape[1:]), (math.floor(span[0]), math.floor(span[1]))
-        total = self._within(last, span[1] - last, shape) - self._within(first, span[0] - first, shape)
+        unit, shape = 1 << self.DEPTH, tuple(like_.shape[1:])
+        now = round(span[0] * unit)
+        after = max(round(span[1] * unit), now + 1)
+        (first, start), (last, end) = divmod(now, unit), divmod(after, unit)
+        total = self._within(last, end, shape) - self._within(first, start, shape)
         for cell in range(first, last):
             total = total + self._node(cell, 0, shape)
-        return like(total / math.sqrt(span[1] - span[0]), like_)
+        return like(total / np.float32(math.sqrt((after - now) / unit)), like_)
 
     def brownian(self) -> "Noise":
         """Itself."""
         return self
 
-    def _within(self, cell: int, place: float, shape: tuple[int, ...]) -> np.ndarray:
-        """W(cell + place) − W(cell), for place in [0, 1)."""
-        low, width, node = 0.0, 1.0, 1
-        left, right = np.zeros((), dtype=np.float32), self._node(cell, 0, shape)
-        for _ in range(self.DEPTH):
-            if place == low:
-                return left
-            width /= 2
-            middle = 0.5 * (left + right) + np.float32(math.sqrt(width / 2)) * self._node(cell, node, shape)
+    def _within(self, cell: int, place: int, shape: tuple[int, ...]) -> Any:
+        """W(cell + place/2**DEPTH) − W(cell), for place in [0, 2**DEPTH)."""
+        low, width, node = 0, 1 << self.DEPTH, 1
+        left: Any = np.float32(0)
+        right: Any = self._node(cell, 0, shape)
+        while place != low:
+            width //= 2
+            spread = np.float32(math.sqrt(width / (2 << self.DEPTH)))  # of the middle of a bridge over 2·width
+            middle = np.float32(0.5) * (left + right) + spread * self._node(cell, node, shape)
             upper = place >= low + width
             low, left, right = (low + width, middle, right) if upper else (low, left, middle)
             node = 2 * node + upper
-        share = (place - low) / width
-        spread = np.float32(math.sqrt(width * share * (1 - share)))
-        return left + np.float32(share) * (right - left) + spread * self._node(cell, node, shape)
+        return left
 
     def _node(self, cell: int, node: int, shape: tuple[int, ...]) -> np.ndarray:
         return _tree_normal(self.seeds, BROWNIAN + ((cell + (1 << 20)) << 16) + node, shape)

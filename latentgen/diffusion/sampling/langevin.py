@@ -71,10 +71,10 @@ def predictor_corrector(
     for leg in legs(knots, marginal):
         u, s, s_next = x / leg.alpha, leg.sigma / leg.alpha, leg.next_sigma / leg.next_alpha
         for correction in range(corrections):
-            score = (denoise(leg.alpha * u, leg.logsnr) - u) / s**2
+            score = (denoise(leg.alpha * u, leg.logsnr) - u) / s  # s times the score: of order 1
             fresh = _fresh(noise, leg.index * draws + correction, x)
-            size = 2 * (snr * _norm(fresh) / _norm(score)) ** 2  # algorithm 4's epsilon
-            u = u + size * score + (2 * size) ** 0.5 * fresh
+            size = _bounded(2 * (snr * _norm(fresh)) ** 2, _norm(score) ** 2)  # algorithm 4's epsilon, over s²
+            u = u + s * (size * score + (2 * size) ** 0.5 * fresh)
         x0 = denoise(leg.alpha * u, leg.logsnr)
         gap = s**2 - s_next**2
         u = u + (gap / s**2) * (x0 - u)
@@ -88,6 +88,12 @@ def _fresh(noise: Noise | None, index: int, like: Array) -> Array:
     if noise is None:
         raise InputError("this sampler draws noise at every step: give it seeds")
     return noise.step(index, like)
+
+
+def _bounded(above: Array, below: Array) -> Array:
+    """above/below, at most 1: a Langevin step longer than s² leaves the density it should stay in."""
+    xp = array_api_compat.array_namespace(above)
+    return xp.where(above < below, above, below) / xp.where(below > 0, below, xp.ones_like(below))
 
 
 def _norm(x: Array) -> Array:
