@@ -26,11 +26,11 @@ class TextEncoder:
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
         """The tokenizer and text encoder of a weights folder."""
         with quiet():
-            from transformers import CLIPTextModel, CLIPTokenizer
+            from transformers import CLIPTextModel, CLIPTokenizerFast  # in transformers 5 the only one
 
             folder = checkpoint.folder / "tokenizer"
             try:
-                tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
             except Exception as error:  # the Rust reader raises bare Exceptions for a torn tokenizer.json
                 raise InputError(
                     f"{folder} cannot be read as a CLIP tokenizer: {str(error).splitlines()[0]}"
