@@ -168,7 +168,8 @@ def save_pipeline(
     tokenizer: CLIPTokenizer. text_encoder: CLIPTextModel. vae: AutoencoderKL. unet: UNet2DConditionModel.
     scheduler_config: what scheduler_config.json shall say, `_class_name` included; clip_sample is off if it is not
     there, or diffusers would clip latents to [-1, 1] as soon as somebody changes to DDIM. extra_files: relative path
-    -> what it holds (latentgen.json, the resolved recipe, metrics, a licence note). dtype: "fp16" or "fp32", of what is stored.
+    -> what it holds (latentgen.json, the resolved recipe, metrics, a licence note). dtype: "fp16" or "fp32", of what
+    is stored.
     The folder is written aside and swapped into place whole; see `durable.write_folder`.
     """
     networks = {"text_encoder": text_encoder, "vae": vae, "unet": unet}

@@ -50,6 +50,8 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "pndm": {**_PNDM, "skip_prk_steps": False},
     "lcm": {"_class_name": "LCMScheduler"},
 }
+# Samplers whose state is their own between steps: what a callback returns cannot reach it.
+UNSTEERED = frozenset({"probability-flow"})
 
 
 class PromptCut(UserWarning):
@@ -262,6 +264,8 @@ class Pipeline:
                 time = float(plan.schedule.time(logsnr))  # the one the step was walked from
                 told = (callback(self, step.index, time, {"latents": step.x}) or {}).get("latents", step.x)
                 self._steered |= self.interrupt or told is not step.x
+                if told is not step.x and plan.sampler in UNSTEERED:
+                    raise InputError(f"sampler {plan.sampler!r} cannot go on from other latents; use ddim or heun")
                 put_in_place(step.x, told)
             x, logsnr = step.x, step.logsnr
             if self.interrupt:

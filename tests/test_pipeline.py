@@ -16,7 +16,7 @@ from PIL import Image
 from latentgen import InputError, Output, Pipeline, __version__
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.image import read_settings
-from latentgen.pipeline import PromptCut, plan_for
+from latentgen.pipeline import UNSTEERED, PromptCut, plan_for
 
 STEPS = {"num_inference_steps": 3}
 
@@ -92,7 +92,16 @@ def test_output_types_hold_the_same_picture(pipe: Pipeline) -> None:
     torch.testing.assert_close(pipe.latent.decode(outputs["latent"]), outputs["pt"])
 
 
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_a_sampler_that_cannot_be_steered_says_so(pipe: Pipeline) -> None:
+    common = {"seed": 1, "sampler": "probability-flow", "output_type": "np"}
+    plain = pipe("a red apple", **common).images
+    assert np.isfinite(plain).all() and plain.std() > 0.01
+    np.testing.assert_array_equal(pipe("a red apple", callback_on_step_end=lambda *_: None, **common).images, plain)
+    with pytest.raises(InputError, match="cannot go on from other latents"):
+        pipe("a red apple", callback_on_step_end=lambda *_: {"latents": _[3]["latents"] * 0.5}, **common)
+
+
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - UNSTEERED))
 def test_every_sampler_renders_from_a_latent_checkpoint_and_a_callback_can_steer_it(
     pipe: Pipeline, sampler: str
 ) -> None:
