@@ -68,4 +68,4 @@ def column(level: Level, x: Array) -> Any:
     if is_number(level):
         return float(level)
     xp = array_api_compat.array_namespace(x)
-    return xp.reshape(xp.astype(xp.asarray(level), x.dtype, copy=False), (-1,) + (1,) * (x.ndim - 1))
+    return xp.reshape(xp.astype(level, x.dtype, copy=False), (-1,) + (1,) * (x.ndim - 1))

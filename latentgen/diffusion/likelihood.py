@@ -43,8 +43,8 @@ class Bound(NamedTuple):
 def bits(nats: Tensor, dims: int) -> Bits:
     """Nats a picture (B,) as bits a dimension."""
     rows = nats.double() / (dims * math.log(2))
-    error = float(rows.std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
-    return Bits(float(rows.mean()), error, rows)
+    error = float(rows.detach().std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
+    return Bits(float(rows.detach().mean()), error, rows)
 
 
 def logsnr_and_rate(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,8 +135,9 @@ def discrete_bound(
 ) -> Bound:
     """L_vlb = L_0 + … + L_T over a ladder of levels (Ho et al. 2020, eq. 5), one draw of each term.
 
-    knots: as for a sampler, the last one clean; its last step is the decoder's, of mean x0's estimate and of variance
-    beta_1 ("fixed-large") or the step before's ("fixed-small", as Ho et al. do). One evaluation a level.
+    knots: as for a sampler, the last one clean; its last step is the decoder's. Its mean is the estimate of x0, its
+    variance beta_1 = sigma_1² (a posterior's would be 0 there; a learned one ranges up to beta_1 from the step
+    before's, as Nichol & Dhariwal clip it). One evaluation a level.
     """
     walk = list(legs(knots, marginal))
     if not walk[-1].to_clean or len(walk) < 2:
@@ -150,7 +151,8 @@ def discrete_bound(
         guess, v = value if variance == "learned-range" else (value, None)
         if leg.to_clean:
             ends = torch.tensor(small, dtype=x.dtype), torch.tensor(leg.sigma**2, dtype=x.dtype)
-            log_variance = reverse_log_variance(*ends, variance, v) - 2 * math.log(leg.next_alpha)
+            decoder = "learned-range" if variance == "learned-range" else "fixed-large"
+            log_variance = reverse_log_variance(*ends, decoder, v)
             reconstruction = decoder_nats(x0, guess, log_variance.to(x0), bins)
         else:
             now, later = (torch.full((len(x0),), level, dtype=torch.float64) for level in (leg.logsnr, leg.next_logsnr))
@@ -177,9 +179,10 @@ def continuous_bound(
 ) -> Bound:
     """The bound in continuous time (Kingma et al. 2021, eq. 11 and 17), `samples` draws of t a picture.
 
-    diffusion: 1/2·E[−dlogsnr/dt·|eps − eps_hat|²], times spread evenly over the batch and the draws; its value depends
-    on the schedule's two ends only. reconstruction: p(x0 | x) at the clean end, proportional to q(x | x0) over the
-    grey levels. Evaluations: samples. Gradients flow where the caller's mode lets them, to a learned schedule too.
+    diffusion: 1/2·E[−dlogsnr/dt·|eps − eps_hat|²]; its value depends on the schedule's two ends only. Times are spread
+    evenly over the batch and the draws, so the mean is better than its standard error, the rows' own spread, says.
+    reconstruction: p(x0 | x) at the clean end, proportional to q(x | x0) over the grey levels. Evaluations: samples.
+    Gradients flow where the caller's mode lets them, to a learned schedule too.
     """
     rows = len(x0)
     start = torch.rand(1, generator=generator)
@@ -198,7 +201,7 @@ def continuous_bound(
 
 
 def _end(schedule: Schedule, x0: Tensor, place: float) -> float:
-    return float(schedule.logsnr(torch.full((1,), place, dtype=x0.dtype, device=x0.device)))
+    return float(schedule.logsnr(torch.full((1,), place, dtype=x0.dtype, device=x0.device)).detach())
 
 
 def bayes_decoder_nats(
@@ -250,7 +253,7 @@ def flow_likelihood(
 
     def slope(y: Tensor, logsnr: float) -> Tensor:
         alpha, scale = variance_preserving(logsnr)[0], float(marginal(logsnr)[0]) / variance_preserving(logsnr)[0]
-        x = y[:, :dims].reshape(x0.shape).detach()
+        x = y[:, :dims].reshape(x0.shape)
         guess, traces = _value_and_traces(lambda x: denoise(scale * x, logsnr), x, vectors)
         flow = 0.5 * alpha * (guess - alpha * x)
         return torch.cat([flow.flatten(1), 0.5 * alpha * (traces - alpha * dims)], dim=1)
@@ -284,7 +287,7 @@ def _probes(x0: Tensor, probes: int | None, generator: torch.Generator | None) -
 def _value_and_traces(function: Callable[[Tensor], Tensor], x: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """function(x) and v·(J v) for each vector, (B, vectors); exact traces, unit vectors given, are summed to (B, 1)."""
     with torch.enable_grad():
-        x = x.requires_grad_()
+        x = x.detach().requires_grad_()
         value = function(x)
         products = [
             (torch.autograd.grad(value, x, vector, retain_graph=i < len(vectors) - 1)[0] * vector).flatten(1).sum(1)
