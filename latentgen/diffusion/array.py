@@ -12,10 +12,12 @@ import numpy as np
 Array = Any  # a NumPy array or a torch tensor; the state x is whatever the network takes
 Level = Any  # a logSNR (or a time): a Python float, or an array of shape (B,) with one for each row
 
+NUMBERS = (float, int, np.floating, np.integer)
+
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a plain number rather than an array (NumPy scalars count as numbers)."""
-    return isinstance(value, float | int | np.floating | np.integer)
+    return isinstance(value, NUMBERS)
 
 
 def namespace(value: Any) -> Any:

@@ -73,7 +73,7 @@ class Denoiser:
     def x0(self, out: Array, x: Array, logsnr: Level) -> Array:
         """x0 (B, …) from the raw output at x."""
         alpha, sigma = (column(value, x) for value in self.schedule.marginal(logsnr))
-        return self.prediction.split(halves(out, x)[0], x, alpha, sigma)[0]
+        return self.prediction.x0(halves(out, x)[0], x, alpha, sigma)
 
     def __call__(self, x: Array, logsnr: Level, condition: Condition) -> Array:
         """The estimate of x0, of x's shape."""

@@ -72,7 +72,7 @@ class Brownian(Noise):
     asked for, every node drawn from its own counter. Levels are rounded to 2**−DEPTH, where the tree ends.
     """
 
-    DEPTH = 12
+    DEPTH = 8
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
         """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""

@@ -219,7 +219,7 @@ PINNED = 0.059911035001277924
 
 def test_brownian_increments_are_normal_independent_and_add_up() -> None:
     path, like = Noise([1, 2]).brownian(), np.zeros((2, 50_000), dtype=np.float32)
-    edges = [-3.75, -3.125, -0.25, -0.2490234375, 2.0, 2.5]
+    edges = [-3.75, -3.125, -0.25, -0.24609375, 2.0, 2.5]
     pieces = [path.step(0, like, (a, b)) for a, b in pairwise(edges)]
     for piece in pieces:
         assert abs(float(piece.mean())) < 0.02 and abs(float(piece.std()) - 1) < 0.02

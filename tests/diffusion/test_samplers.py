@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from latentgen.diffusion.noise import Noise
-from latentgen.diffusion.sampling import SAMPLERS, Sampler, ddim, ddim_inversion, ddpm, dpmpp_2m
+from latentgen.diffusion.sampling import SAMPLERS, TABLE, Sampler, ddim, ddim_inversion, ddpm, dpmpp_2m
 from latentgen.diffusion.sampling.adaptive import dormand_prince, flow_slope
 from latentgen.diffusion.schedule import (
     VE,
@@ -268,3 +268,16 @@ def test_knots_that_go_the_wrong_way_and_missing_seeds_are_refused() -> None:
     for options in ({"order": 4}, {"solver": "euler"}):
         with pytest.raises(InputError):
             last(partial(dpmpp_2m, **options), denoise, x, np.array([-2.0, 0.0]), variance_preserving)
+
+
+def test_the_table_for_people_names_every_sampler_once_and_says_which_draw_noise() -> None:
+    assert sorted(note.name for note in TABLE) == sorted(SAMPLERS)
+    denoise, levels = two_modes(variance_preserving).denoise, np.array([-3.0, -1.0, 0.0, 1.0])
+    for note in TABLE:
+        assert all(str(field) for field in note[:5]) and note.when
+        try:
+            last(SAMPLERS[note.name], denoise, np.ones((1, 2)), levels, variance_preserving)
+            drew = False
+        except InputError:
+            drew = True
+        assert drew == note.random, note.name

@@ -4,7 +4,11 @@ The model is a fixed function of (x, time). diffusers keeps its tables and level
 deviations are taken relative to the largest value on the way; with the tables' own rounding they stay below 1e-5.
 """
 
+import importlib
 import itertools
+import math
+import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +20,9 @@ import torch
 from latentgen.diffusion.denoiser import Condition, Denoiser
 from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS, ddim, ddim_inversion
-from latentgen.diffusion.schedule import Plan, from_config
+from latentgen.diffusion.schedule import EDM, VE, Plan, RectifiedFlow, from_config, knots
 from latentgen.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,14 +93,19 @@ def ours(plan: Plan, steps: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def in_vp(theirs: Any, plan: Plan, states: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
     """diffusers' states as ours: the sigma family's are x/alpha, and Heun takes two of its steps for one."""
-    if type(theirs).__name__ in VE:
+    if type(theirs).__name__ in SIGMA_FAMILY:
         alphas = [plan.schedule.marginal(level)[0] for level in plan.knots(steps)[1:]]
         states = states[1::2] + states[-1:] if type(theirs).__name__ == "HeunDiscreteScheduler" else states
         return [alpha * x for alpha, x in zip(alphas, states, strict=True)]
     return states[1:] if plan.sampler == "plms" else states  # the first PLMS step takes two of diffusers'
 
 
-VE = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"}
+SIGMA_FAMILY = {
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+}
 
 
 def deviation(theirs: Any, steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch | None = None) -> float:
@@ -267,6 +277,78 @@ def test_ddim_inversion_is_diffusers_inverse_scheduler() -> None:
     ):
         x = inverse.step(model(x, t.double().expand(2), None), int(t), x).prev_sample
         assert float((step.x - x).abs().max()) < 1e-5 * float(x.abs().max())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_rectified_flow_is_diffusers_flow_matching(shift: float) -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=np.linspace(1, 1 / 12, 12).tolist())
+    schedule = RectifiedFlow(shift)
+    levels = knots(schedule, 12)
+    assert np.allclose(schedule.time(levels[:-1]), theirs.timesteps.numpy(), atol=1e-3)
+    denoise = guided(Denoiser(model, schedule, Prediction("flow")), Condition())
+    x = latents(torch.float64)
+    for t, step in zip(theirs.timesteps, ddim(denoise, x, levels, schedule.marginal), strict=True):
+        x = theirs.step(model(x, t.double().expand(2), None), t, x).prev_sample.double()
+        assert float((step.x - x).abs().max()) < 1e-5  # diffusers keeps x in float32
+
+
+def test_edm_is_diffusers_edm_with_its_preconditioning() -> None:
+    """Their F is our v with its sign turned, on data divided by sigma_data."""
+    theirs = diffusers.EDMEulerScheduler()
+    theirs.set_timesteps(15)
+    schedule = EDM()
+    levels = knots(schedule, 15, spacing="karras", within="whole")
+    assert np.allclose(schedule.time(levels[:-1]), theirs.timesteps.numpy(), atol=1e-5)
+    denoise = guided(Denoiser(lambda x, t, c: -model(x, t, c), schedule, Prediction("v")), Condition())
+    sigma = float(theirs.sigmas[0])
+    u = sigma * latents(torch.float64)
+    x = u / math.hypot(sigma, 0.5)
+    for t, step in zip(theirs.timesteps, ddim(denoise, x, levels, schedule.marginal), strict=True):
+        out = model(theirs.scale_model_input(u, t), t.double().expand(2), None)
+        u = theirs.step(out, t, u).prev_sample.double()
+        alpha = schedule.marginal(step.logsnr)[0]
+        assert float((0.5 * step.x / alpha - u).abs().max()) < 1e-5 * max(1.0, float(u.abs().max()))
+
+
+def test_predictor_corrector_is_diffusers_score_sde_ve(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = diffusers.ScoreSdeVeScheduler(snr=0.16)
+    theirs.set_timesteps(20)
+    theirs.set_sigmas(20, 0.01, 50.0)
+    sigmas, tape = theirs.discrete_sigmas.double(), Tape()
+    object.__setattr__(tape, "seeds", (0,))
+    source = "diffusers.schedulers.scheduling_sde_ve.randn_tensor"
+    monkeypatch.setattr(source, lambda shape, **_: tape.step(0, u))
+
+    def denoise(x: torch.Tensor, logsnr: float) -> torch.Tensor:
+        return 0.6 * torch.tanh(x)
+
+    start = 50 * latents(torch.float64)[:1]  # a batch of one: theirs averages norms over the batch
+    levels = np.append(-2 * np.log(sigmas.flip(0).numpy()), 40.0)
+    noise = Tape()
+    walk = SAMPLERS["predictor-corrector"](denoise, start, levels, VE().marginal, noise, snr=0.16)
+    u = start
+    for index, step in zip(range(19, -1, -1), walk, strict=True):
+        sigma = sigmas[index]
+        u = theirs.step_correct((denoise(u, 0.0) - u) / sigma**2, u).prev_sample
+        moved = theirs.step_pred((denoise(u, 0.0) - u) / sigma**2, (index + 0.5) / 19, u)
+        u = moved.prev_sample if index else moved.prev_sample_mean
+        assert float((step.x - u).abs().max()) < 1e-5 * max(1.0, float(u.abs().max()))
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_dpmpp_sde_is_diffusers_with_the_same_noise(karras: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))  # only its noise, which is replaced
+    module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    tape = Tape()
+    monkeypatch.setattr(module, "BrownianTreeNoiseSampler", lambda x, *_: lambda *_: tape.step(0, x))
+    theirs = module.DPMSolverSDEScheduler(**SD, timestep_spacing="trailing", use_karras_sigmas=karras)
+    plan = plan_of(theirs)
+    states = walked(theirs, 12, torch.float64, None)
+    states = states[1::2] + states[-1:]
+    for level, x, y in zip(plan.knots(12)[1:], states, ours(plan, 12, torch.float64), strict=True):
+        expected = plan.schedule.marginal(level)[0] * x
+        assert float((expected - y).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 def test_part_of_the_way_is_diffusers_strength() -> None:

@@ -8,6 +8,7 @@ from latentgen.diffusion.sampling.ancestral import ddim, ddim_inversion, ddpm, e
 from latentgen.diffusion.sampling.langevin import annealed_langevin, predictor_corrector
 from latentgen.diffusion.sampling.multistep import deis, lms, plms, pndm, unipc
 from latentgen.diffusion.sampling.ode import dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, heun
+from latentgen.diffusion.sampling.table import TABLE, SamplerNote
 from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
 
 Sampler = Callable[..., Iterator[Step]]
@@ -36,10 +37,12 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
 
 __all__ = [
     "SAMPLERS",
+    "TABLE",
     "Denoise",
     "Leg",
     "Marginal",
     "Sampler",
+    "SamplerNote",
     "Step",
     "annealed_langevin",
     "ddim",

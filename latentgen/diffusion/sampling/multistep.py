@@ -107,14 +107,12 @@ def plms(
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
         past = [(x - leg.alpha * x0) / leg.sigma, *past[:3]]
-        eps = past[0]
-        if not leg.first:
-            eps = _combined(past)
-        elif not leg.to_clean:
-            guess = transfer(x, eps, leg)
+        if leg.first and not leg.to_clean:
+            guess = transfer(x, past[0], leg)
             end = denoise(guess, leg.next_logsnr)
-            eps = 0.5 * (eps + (guess - leg.next_alpha * end) / leg.next_sigma)
-        x = transfer(x, eps, leg)
+            x = transfer(x, 0.5 * (past[0] + (guess - leg.next_alpha * end) / leg.next_sigma), leg)
+        else:
+            x = combined(x, past, leg)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -153,19 +151,19 @@ def pndm(
             second = eps_at(transfer(x, eps, half), middle)
             third = eps_at(transfer(x, second, half), middle)
             fourth = eps_at(transfer(x, third, leg), leg.next_logsnr)
-            eps = (eps + 2 * second + 2 * third + fourth) / 6
+            x = transfer(x, (eps + 2 * second + 2 * third + fourth) / 6, leg)
         else:
-            eps = _combined(past)
-        x = transfer(x, eps, leg)
+            x = combined(x, past, leg)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
-def _combined(past: list[Array]) -> Array:
-    weights = ADAMS_BASHFORTH[len(past) - 1]
-    eps = weights[0] * past[0]
-    for weight, earlier in zip(weights[1:], past[1:], strict=True):
-        eps = eps + weight * earlier
-    return eps
+def combined(x: Array, past: list[Array], leg: Leg) -> Array:
+    """`transfer` along the Adams–Bashforth combination of the eps of equal steps, newest first."""
+    ratio = leg.next_alpha / leg.alpha
+    carried, x = leg.next_sigma - ratio * leg.sigma, ratio * x
+    for weight, eps in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True):
+        x = x + (carried * weight) * eps
+    return x
 
 
 def unipc(

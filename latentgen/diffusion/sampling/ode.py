@@ -33,11 +33,19 @@ def heun(
             x = guess
         else:
             end = denoise(guess, leg.next_logsnr)
-            s, s_next = leg.sigma / leg.alpha, leg.next_sigma / leg.next_alpha
-            u, u_guess = x / leg.alpha, guess / leg.next_alpha
-            slope = 0.5 * ((u - x0) / s + (u_guess - end) / s_next)
-            x = leg.next_alpha * (u + (s_next - s) * slope)
+            x = _heun_corrected(x, x0, end, leg)
         yield Step(leg.index, x, x0, leg.next_logsnr)
+
+
+def _heun_corrected(x: Array, x0: Array, end: Array, leg: Leg) -> Array:
+    """u' = u + (s' − s)·((u − x0)/s + (u_guess − end)/s')/2 with u_guess = x0 + (s'/s)·(u − x0): (u − x0)/s twice.
+
+    Together u' = u + (s' − s)·((u − x0)/s + (x0 − end)/(2s')).
+    """
+    s, s_next = leg.sigma / leg.alpha, leg.next_sigma / leg.next_alpha
+    slope, bend = (s_next - s) / s, (s_next - s) / (2 * s_next)
+    x = (leg.next_alpha / leg.alpha * (1 + slope)) * x + (leg.next_alpha * (bend - slope)) * x0
+    return x - (leg.next_alpha * bend) * end
 
 
 def dpmpp_2m(

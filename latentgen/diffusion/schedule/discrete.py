@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentgen.diffusion.array import Level, is_number, namespace
+from latentgen.diffusion.array import Level, exp, is_number, namespace
 from latentgen.diffusion.schedule.protocol import LOGSNR_MAX, LOGSNR_MIN, variance_preserving
 from latentgen.errors import InputError
 
@@ -148,7 +148,7 @@ class Discrete:
 
     def time(self, logsnr: Level) -> Any:
         """The table index of a logSNR, as a float in [0, N − 1]; beyond the table's ends, its ends."""
-        value = namespace(logsnr).exp(-0.5 * logsnr) if self.interpolation == "sigma" else -logsnr
+        value = exp(-0.5 * logsnr) if self.interpolation == "sigma" else -logsnr
         index = _locate(value, self._axis)
         if self.rounding == "none":
             return index
@@ -176,7 +176,9 @@ def _interpolate(index: Level, table: np.ndarray) -> Any:
 def _locate(value: Level, table: np.ndarray) -> Any:
     """The fractional index at which an increasing table takes a value."""
     if is_number(value):
-        return float(np.interp(value, table, np.arange(len(table))))
+        high = min(max(int(np.searchsorted(table, value)), 1), len(table) - 1)
+        below, above = float(table[high - 1]), float(table[high])
+        return high - 1 + min(max((float(value) - below) / (above - below), 0.0), 1.0)
     xp = namespace(value)
     if isinstance(value, np.ndarray):
         return np.interp(value, table, np.arange(len(table))).astype(np.result_type(value, np.float32), copy=False)

@@ -10,6 +10,7 @@ import numpy as np
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule.discrete import (
     Discrete,
+    Interpolation,
     cosine_betas,
     linear_betas,
     scaled_linear_betas,
@@ -162,7 +163,9 @@ def _pndm(config: Mapping[str, Any]) -> Plan:
     )
 
 
-def _euler_family(sampler: str, start: float = 1e-4, end: float = 0.02) -> Callable[[Mapping[str, Any]], Plan]:
+def _euler_family(
+    sampler: str, start: float = 1e-4, end: float = 0.02, interpolation: Interpolation = "sigma"
+) -> Callable[[Mapping[str, Any]], Plan]:
     """Samplers that diffusers writes in the VE frame: x/sqrt(1 + sigma²) there is our x in the VP frame."""
 
     def build(config: Mapping[str, Any]) -> Plan:
@@ -173,7 +176,7 @@ def _euler_family(sampler: str, start: float = 1e-4, end: float = 0.02) -> Calla
         shared = _shared(config, "linspace")
         level = _level_spacing(config)
         betas = _betas(config, start, end)
-        schedule = _schedule(config, betas, finite=True, interpolation="logsnr" if level else "sigma")
+        schedule = _schedule(config, betas, finite=True, interpolation="logsnr" if level else interpolation)
         return Plan(
             schedule=schedule,
             sampler=sampler,
@@ -284,6 +287,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Plan]] = {
     "EulerAncestralDiscreteScheduler": _euler_family("euler-ancestral"),
     "HeunDiscreteScheduler": _euler_family("heun", 0.00085, 0.012),
     "LMSDiscreteScheduler": _euler_family("lms"),
+    "DPMSolverSDEScheduler": _euler_family("dpmpp-sde", 0.00085, 0.012, interpolation="logsnr"),
     "DPMSolverMultistepScheduler": _dpmpp,
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
