@@ -219,6 +219,18 @@ def test_plms_and_pndm_walk_as_diffusers(skip: bool, to_one: bool) -> None:
         assert max(gaps) < bound * max(float(x.abs().max()) for x in states)
 
 
+def test_clipped_ddim_is_diffusers_with_its_clipped_output() -> None:
+    theirs = scheduler("DDIMScheduler", clip_sample=True, clip_sample_range=0.8, set_alpha_to_one=False)
+    theirs.set_timesteps(20)
+    plan = plan_of(theirs)
+    denoise = guided(Denoiser(model, plan.schedule, plan.prediction), Condition(), clip=plan.clip)
+    x = latents(torch.float64)
+    for t, step in zip(theirs.timesteps, ddim(denoise, x, plan.knots(20), plan.schedule.marginal), strict=True):
+        out = model(x, t.double().expand(2), None)
+        x = theirs.step(out, t, x, use_clipped_model_output=True).prev_sample
+        assert float((step.x - x).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 def test_each_ddim_step_where_diffusers_own_steps_do_not_meet(spacing: str) -> None:
     """diffusers steps to t − N//steps whatever the next t is; each of its steps is ours between those two levels."""

@@ -65,6 +65,7 @@ def dpmpp_2m(
 
     eta: 0 is the ODE, 1 the reverse SDE (SDE-DPM-Solver++, ibid., section 5; the noise then follows a Brownian path).
 
+    Order 3 has the authors' own coefficients and measures as order 2; unipc and deis reach 3.
     lower_order_final: the last step is of first order in runs of fewer than 15 steps, as the authors advise;
     euler_at_final: in all runs. A step to clean is always of first order, where the higher orders are not defined.
     """
