@@ -69,7 +69,7 @@ def _linspace32(start: float, end: float, count: int) -> np.ndarray:
     return np.where(index < count // 2, low, high).astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Discrete:
     """A table of alpha-bar (N entries, decreasing) in the VP frame; `time` is the table's index, 0 … N − 1.
 
@@ -115,6 +115,9 @@ class Discrete:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        return f"Discrete({len(self)} levels, logsnr {self.levels[0]:.2f} to {self.levels[-1]:.2f})"
 
     @cached_property
     def levels(self) -> np.ndarray:
