@@ -32,6 +32,8 @@ WEIGHTINGS: dict[str, tuple[Weighting, float]] = {
     "edm": (lambda logsnr, rate, gamma: 1 + torch.exp(-logsnr) / gamma**2, 1.0),
 }
 
+OF_THE_BOUND = ("sigmoid", "bound")  # those that weigh the bound's integrand, and so need −dlogsnr/dt
+
 
 def denoising_loss(
     network: Network,
@@ -69,7 +71,10 @@ def output_weight(
     if weighting not in WEIGHTINGS:
         raise InputError(f"unknown weighting {weighting!r}; it can be one of: simple, {', '.join(WEIGHTINGS)}")
     weight, default = WEIGHTINGS[weighting]
-    logsnr, rate = logsnr_and_rate(schedule, t)
+    if weighting in OF_THE_BOUND:
+        logsnr, rate = logsnr_and_rate(schedule, t)
+    else:
+        logsnr = rate = schedule.logsnr(t)  # the rate is not asked for, and costs a gradient
     alpha, sigma = schedule.marginal(logsnr)
     on_eps = weight(logsnr, rate, default if gamma is None else gamma)
     return on_eps * (alpha / prediction.determinant(alpha, sigma)) ** 2

@@ -170,3 +170,12 @@ def test_the_hybrid_loss_trains_the_variance_and_leaves_the_mean_to_the_simple_l
     assert 0 < best <= 20 and grid[best] < grid[0]
     with pytest.raises(InputError, match="twice"):
         hybrid_loss(lambda x, time, c: x, schedule, prediction, x0, Condition(), now, later, eps)
+
+
+def test_a_weighted_loss_can_be_taken_without_gradients() -> None:
+    x0, eps, t = draws()
+    with torch.inference_mode():
+        loss = denoising_loss(
+            lambda x, time, c: x, Cosine(), Prediction("v"), x0, Condition(), t, eps, weighting="min-snr"
+        )
+    assert bool(torch.isfinite(loss).all())

@@ -113,6 +113,7 @@ def deviation(theirs: Any, steps: int, dtype: torch.dtype, monkeypatch: pytest.M
     reference = in_vp(theirs, plan, walked(theirs, steps, dtype, monkeypatch), steps)
     states = ours(plan, steps, dtype)
     assert len(reference) == len(states) == steps
+    assert all(bool(torch.isfinite(x).all()) for x in (*reference, *states))
     scale = max(float(x.abs().max()) for x in reference)
     gaps = [float((x - y).abs().max()) for x, y in zip(reference, states, strict=True)]
     return max(gaps) / max(scale, 1.0)
@@ -135,7 +136,7 @@ CASES: list[tuple[str, Mapping[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
     ("UniPCMultistepScheduler", {}),
-    ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
+    ("UniPCMultistepScheduler", {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
     ("UniPCMultistepScheduler", {"solver_order": 3}),
     ("UniPCMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
     ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
@@ -366,6 +367,17 @@ def test_dpmpp_sde_is_diffusers_with_the_same_noise(karras: bool, monkeypatch: p
 def test_part_of_the_way_is_diffusers_strength() -> None:
     plan = plan_of(scheduler("DDIMScheduler", clip_sample=False))
     assert np.array_equal(plan.knots(50, start=0.6), plan.knots(50)[20:])
+
+
+def test_one_schedulers_config_read_as_anothers_gives_the_plan_diffusers_would() -> None:
+    """As `OtherScheduler.from_config(scheduler.config)`: the keys of one kind of solver mean the default of another."""
+    unipc = scheduler("UniPCMultistepScheduler", solver_type="bh1", final_sigmas_type="sigma_min")
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"):
+        for options in ({}, {"solver_type": "heun"}, {"solver_type": "logrho"}):
+            theirs = getattr(diffusers, name).from_config(dict(unipc.config) | (options if "DEIS" not in name else {}))
+            plan = from_config(dict(unipc.config) | options | {"_class_name": name})
+            reference = walked(theirs, 8, torch.float64, None)[-1]
+            assert float((ours(plan, 8, torch.float64)[-1] - reference).abs().max()) < 1e-4
 
 
 def test_a_config_with_no_counterpart_is_refused_by_name() -> None:

@@ -227,12 +227,12 @@ def _multistep(
 
 def _dpmpp(config: Mapping[str, Any]) -> Plan:
     algorithm = str(config.get("algorithm_type", "dpmsolver++"))
-    samplers = {"dpmsolver++": "dpmpp-2m", "sde-dpmsolver++": "dpmpp-2m-sde"}
+    samplers = {"dpmsolver++": "dpmpp-2m", "deis": "dpmpp-2m", "sde-dpmsolver++": "dpmpp-2m-sde"}
     if algorithm not in samplers:
         raise InputError(f"algorithm_type {algorithm!r} is not supported; it can be one of: {', '.join(samplers)}")
     options = {
         "order": int(config.get("solver_order", 2)),
-        "solver": str(config.get("solver_type", "midpoint")),
+        "solver": "heun" if config.get("solver_type") == "heun" else "midpoint",  # other solvers' types are midpoint
         "lower_order_final": bool(config.get("lower_order_final", True)),
         "euler_at_final": bool(config.get("euler_at_final", False)),
     }
@@ -245,7 +245,7 @@ def _unipc(config: Mapping[str, Any]) -> Plan:
         raise InputError("unipc: only predict_x0 with the corrector at every step is supported")
     options = {
         "order": int(config.get("solver_order", 2)),
-        "solver": str(config.get("solver_type", "bh2")),
+        "solver": "bh1" if config.get("solver_type") == "bh1" else "bh2",  # other solvers' types are bh2
         "lower_order_final": bool(config.get("lower_order_final", True)),
     }
     held: Final = "last" if _level_spacing(config) else "first"
