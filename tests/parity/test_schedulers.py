@@ -306,6 +306,16 @@ def test_rectified_flow_is_diffusers_flow_matching(shift: float) -> None:
         assert float((step.x - x).abs().max()) < 1e-5  # diffusers keeps x in float32
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_matching_config_gives_diffusers_own_levels(shift: float) -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(14)
+    plan = plan_of(theirs)
+    levels = plan.knots(14)
+    sigmas = [plan.schedule.marginal(level)[1] for level in levels]
+    assert np.allclose(sigmas, theirs.sigmas.numpy(), atol=1e-6) and plan.initial_scale(levels[0]) == 1
+
+
 def test_edm_is_diffusers_edm_with_its_preconditioning() -> None:
     """Their F is our v with its sign turned, on data divided by sigma_data."""
     theirs = diffusers.EDMEulerScheduler()

@@ -29,6 +29,7 @@ def knots(
     grid: Grid = "whole",
     clean_counts: bool = False,
     within: str = "linspace",
+    cleanest: float = 0.0,
     rho: float = 7.0,
     original_steps: int = 50,
 ) -> np.ndarray:
@@ -44,6 +45,7 @@ def knots(
     steps_offset: added to "leading" indices. final: the last knot: "zero" (clean), "first" (the schedule's cleanest
     level), "last" (the level before it again, as DEIS does), or a logSNR. grid: whether "linspace" indices are rounded.
     clean_counts: whether "leading" and "linspace" count the clean end as one of the steps (DPM-Solver, UniPC, DEIS).
+    cleanest: the last t that "linspace" visits on a continuous schedule.
     Raises InputError for steps below 1, more steps than the table has entries, an unknown spacing, or a start
     that leaves no step.
     """
@@ -58,7 +60,7 @@ def knots(
             raise InputError(f"{steps} steps are more than the {len(schedule)} levels the schedule has")
         levels = _table_levels(schedule, steps, spacing, steps_offset, grid, clean_counts, original_steps)
     else:
-        levels = _continuous_levels(schedule, steps, spacing, clean_counts)
+        levels = _continuous_levels(schedule, steps, spacing, clean_counts, cleanest)
     if level_spacing:
         levels = _ramp(level_spacing, levels[0], levels[-1], steps, rho)
     levels = np.append(levels, _final_level(schedule, final, levels))
@@ -108,14 +110,14 @@ def _table_levels(
 
 
 def _continuous_levels(
-    schedule: Schedule, steps: int, spacing: str | Sequence[float], clean_counts: bool
+    schedule: Schedule, steps: int, spacing: str | Sequence[float], clean_counts: bool, cleanest: float
 ) -> np.ndarray:
-    """Levels at t: trailing t_i = 1 − i/n; leading one step later; linspace from 1 to 0 (to 1/n if the end counts)."""
+    """Levels at t: trailing t_i = 1 − i/n; leading one step later; linspace from 1 to the cleanest."""
     count = np.arange(steps)
     placed: dict[str, Callable[[], np.ndarray]] = {
         "trailing": lambda: 1 - count / steps,
         "leading": lambda: 1 - (count + 1) / (steps + 1),
-        "linspace": lambda: np.linspace(1, 0, steps + 1)[:steps] if clean_counts else np.linspace(1, 0, steps),
+        "linspace": lambda: np.linspace(1, cleanest, steps + clean_counts)[:steps],
     }
     if not isinstance(spacing, str):
         times = np.asarray(spacing, dtype=np.float64)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from latentgen.diffusion.prediction import Prediction
+from latentgen.diffusion.schedule.continuous import RectifiedFlow
 from latentgen.diffusion.schedule.discrete import (
     Discrete,
     Interpolation,
@@ -40,6 +41,7 @@ class Plan:
     grid: Grid = "whole"
     clean_counts: bool = False
     within: str = "linspace"
+    cleanest: float = 0.0
     original_steps: int = 50
     initial: Literal["unit", "sigma"] = "unit"
     clip: float | None = None
@@ -59,6 +61,7 @@ class Plan:
             grid=self.grid,
             clean_counts=self.clean_counts,
             within=self.within,
+            cleanest=self.cleanest,
             original_steps=self.original_steps,
         )
 
@@ -274,6 +277,31 @@ def _lcm(config: Mapping[str, Any]) -> Plan:
     )
 
 
+def _flow(config: Mapping[str, Any]) -> Plan:
+    """Flow matching as diffusers samples it by itself: linspace down to the shifted 1/N, then shifted once more."""
+    for key in (
+        "shift_terminal",
+        "invert_sigmas",
+        "stochastic_sampling",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+    ):
+        if config.get(key):
+            raise InputError(f"flow matching: {key} is not supported; turn it off in scheduler_config.json")
+    levels, shift = int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0))
+    if levels != 1000:
+        raise InputError(
+            f"flow matching: num_train_timesteps is {levels}; networks are told 1000·sigma, so it must be 1000"
+        )
+    return Plan(
+        schedule=RectifiedFlow(shift),
+        prediction=Prediction("flow"),
+        sampler="euler",
+        spacing="linspace",
+        cleanest=shift / levels / (1 + (shift - 1) / levels),
+    )
+
+
 def consistency_boundary(time: float, sigma_data: float = 0.5) -> tuple[float, float]:
     """(c_skip, c_out) of a consistency model (Song et al. 2023, appendix C; Luo et al. 2023, eq. 9)."""
     return sigma_data**2 / (time**2 + sigma_data**2), time / (time**2 + sigma_data**2) ** 0.5
@@ -292,4 +320,5 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Plan]] = {
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
     "LCMScheduler": _lcm,
+    "FlowMatchEulerDiscreteScheduler": _flow,
 }
