@@ -259,7 +259,8 @@ def test_a_picture_is_that_of_its_own_seed_alone(name: str) -> None:
 
 def test_knots_that_go_the_wrong_way_and_missing_seeds_are_refused() -> None:
     denoise, x = two_modes(variance_preserving).denoise, np.ones((1, 2))
-    for levels in (np.array([1.0, 0.0]), np.array([0.0]), np.array([0.0, np.nan]), np.array([-50.0, 0.0])):
+    for wrong in ([1.0, 0.0], [0.0], [0.0, np.nan], [-50.0, 0.0], [-1.0, -1.0, 2.0], [-1.0, 2.0, 1.0]):
+        levels = np.array(wrong)
         with pytest.raises(InputError):
             last(ddim, denoise, x, levels, variance_preserving)
     for name in ("ddpm", "euler-ancestral", "dpmpp-2m-sde", "langevin", "predictor-corrector", "lcm"):
@@ -281,3 +282,11 @@ def test_the_table_for_people_names_every_sampler_once_and_says_which_draw_noise
         except InputError:
             drew = True
         assert drew == note.random, note.name
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_last_knot_that_stays_is_walked_to(name: str) -> None:
+    levels = np.array([-3.0, -1.0, 0.5, 2.0, 2.0])
+    denoise, x = two_modes(variance_preserving).denoise, np.random.default_rng(0).standard_normal((2, 3))
+    end = last(SAMPLERS[name], denoise, x, levels, variance_preserving, Noise([0, 1]))
+    assert np.isfinite(end).all()

@@ -36,7 +36,7 @@ def ddim(
         x0 = denoise(x, leg.logsnr)
         std = eta * leg.next_sigma * math.sqrt(leg.ratio)  # eq. 16, in terms of SNR
         x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
-        if std > 0 and not leg.to_clean:
+        if std > 0 and not leg.simple:
             x = x + std * drawn(noise, leg, x)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
@@ -63,10 +63,10 @@ def ddpm(
         x0, v = estimate if variance == "learned-range" else (estimate, None)
         small, large = leg.next_sigma * math.sqrt(leg.ratio), leg.sigma * math.sqrt(leg.ratio)
         std = large if variance == "fixed-large" else small
-        if v is not None and not leg.to_clean:
+        if v is not None and not leg.simple:
             std = small * exp(0.5 * (v + 1) * math.log(large / small))
         x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - small**2, 0.0)))  # the posterior mean, eq. 7
-        if not leg.to_clean:
+        if not leg.simple:
             x = x + std * drawn(noise, leg, x)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 

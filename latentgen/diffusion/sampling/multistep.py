@@ -192,7 +192,7 @@ def unipc(
             x = _unified_step(*before, solver, x0)
         past = [(0.5 * leg.logsnr, x0), *past[: order - 1]]
         left = len(knots) - 1 - leg.index
-        usable = 1 if leg.to_clean else min(len(past), left) if lower_order_final else len(past)
+        usable = 1 if leg.simple else min(len(past), left) if lower_order_final else len(past)
         before = (x, leg, past[:usable])
         x = _unified_step(*before, solver, None)
         yield Step(leg.index, x, x0, leg.next_logsnr)

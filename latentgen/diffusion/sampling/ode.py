@@ -76,11 +76,11 @@ def dpmpp_2m(
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
         past = [(0.5 * leg.logsnr, x0), *past[: order - 1]]
-        usable = 1 if leg.to_clean or (leg.last and (few or euler_at_final)) else len(past)
+        usable = 1 if leg.simple or (leg.last and (few or euler_at_final)) else len(past)
         usable = min(usable, 2) if few and leg.index == len(knots) - 3 else usable
         slopes = differences(past[:usable], leg.h)
         x = exponential_step(x, x0, slopes, leg, solver, eta)
-        if eta and not leg.to_clean:
+        if eta and not leg.simple:
             x = x + leg.next_sigma * math.sqrt(-math.expm1(-2 * eta * leg.h)) * drawn(noise, leg, x)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
@@ -168,7 +168,7 @@ def _ancestral(x: Array, x0: Array, leg: Leg, noise: Noise | None, eta: float) -
     """DDIM's step with eta."""
     std = eta * leg.next_sigma * math.sqrt(leg.ratio)
     moved = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
-    return moved if leg.to_clean or std == 0 else moved + std * drawn(noise, leg, x)
+    return moved if leg.simple or std == 0 else moved + std * drawn(noise, leg, x)
 
 
 def path(noise: Noise | None) -> Noise | None:

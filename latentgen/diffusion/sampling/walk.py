@@ -51,6 +51,11 @@ class Leg(NamedTuple):
         return self.next_logsnr >= LOGSNR_MAX
 
     @property
+    def simple(self) -> bool:
+        """Whether only a first-order step is defined: to clean, where lambda has no end, or to the same level."""
+        return self.to_clean or self.next_logsnr == self.logsnr
+
+    @property
     def ratio(self) -> float:
         """1 − (SNR here)/(SNR next): the share of the noise that is new in an ancestral step, in [0, 1]."""
         return -math.expm1(self.logsnr - self.next_logsnr)
@@ -59,13 +64,13 @@ class Leg(NamedTuple):
 def legs(knots: np.ndarray, marginal: Marginal) -> Iterator[Leg]:
     """The shared prologue: the checked knots, two by two, with their marginals.
 
-    Raises InputError unless knots are at least two finite, bounded numbers that never fall.
+    Raises InputError unless knots are at least two finite, bounded numbers that rise; the last may be the one before.
     """
     levels = [float(level) for level in knots]
     if len(levels) < 2 or not all(LOGSNR_MIN <= level <= LOGSNR_MAX for level in levels):
         raise InputError("knots must be two or more logSNR levels inside the schedule's bounds")
-    if any(after < before for before, after in pairwise(levels)):
-        raise InputError("knots must go from noise to clean: logSNR may never fall on the way")
+    if any(after <= before for before, after in pairwise(levels[:-1])) or levels[-1] < levels[-2]:
+        raise InputError("knots must go from noise to clean: logSNR must rise at every step (the last may stay)")
     return _legs(levels, marginal)
 
 
