@@ -1,0 +1,370 @@
+"""From a recipe to objects, through explicit tables; and `train`, which runs a recipe's stages in their order."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from latentgen.checkpoint import save_pipeline
+from latentgen.data import Picture, load_pixels, read_folder
+from latentgen.diffusion.prediction import Prediction
+from latentgen.diffusion.schedule import from_config
+from latentgen.durable import write_folder
+from latentgen.errors import InputError
+from latentgen.models import create
+from latentgen.recipe import Recipe, Train, read_recipe
+from latentgen.training import finish
+from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
+from latentgen.training.cache import cached, latent_moments, text_states
+from latentgen.training.captions import CaptionTable
+from latentgen.training.clip import ClipObjective
+from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
+from latentgen.training.loop import LoopSettings
+from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
+
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours -> diffusers' names
+BETAS = {  # ours -> diffusers' names
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+}
+
+
+def train(
+    recipe: Path, out: Path | None = None, data: Path | None = None, report: Report = print
+) -> Path:
+    """Train every stage of a recipe and write the weights folder; what is done already is not done again.
+
+    out: the weights folder, `weights/NAME` if not given; the run's own state (checkpoints, caches, logs, sheets) stands
+    beside it in `OUT.training`. data: a captioned folder instead of the recipe's. Returns the weights folder.
+    Raises InputError for a recipe, a folder or a gate that does not hold.
+    """
+    what = read_recipe(recipe)
+    run = Run(what, out or Path("weights") / what.name, data or what.data.folder, report)
+    return run.all()
+
+
+def scheduler_config(recipe: Recipe) -> Mapping[str, Any]:
+    """What diffusers' scheduler_config.json says of the recipe's diffusion."""
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "num_train_timesteps": 1000,
+        **BETAS[recipe.unet.schedule],
+        "prediction_type": PREDICTIONS[recipe.unet.prediction],
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "timestep_spacing": "trailing",
+        "final_sigmas_type": "zero",
+        "thresholding": False,
+    }
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The captioned pictures of a run, decoded: those to train on and those held out."""
+
+    pixels: np.ndarray
+    pictures: tuple[Picture, ...]
+    held_pixels: np.ndarray
+    held: tuple[Picture, ...]
+    weights: np.ndarray
+
+    @cached_property
+    def captions(self) -> CaptionTable:
+        """Every caption to train on."""
+        return CaptionTable(self.pictures)
+
+    @cached_property
+    def held_captions(self) -> tuple[str, ...]:
+        """The main caption of each held-out picture."""
+        return tuple(picture.captions[0] for picture in self.held)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any pixel, caption or weight."""
+        digest = hashlib.sha256(self.captions.fingerprint().encode())
+        for array in (self.pixels, self.held_pixels, self.weights):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass
+class Run:
+    """One run of a recipe: each stage is made when a later one asks for it."""
+
+    recipe: Recipe
+    out: Path
+    folder: Path
+    say: Report
+
+    @cached_property
+    def state(self) -> Path:
+        """Where the run keeps its own things."""
+        return self.out.with_name(f"{self.out.name}.training")
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """Devices, precision and processes; bf16 autocast on a GPU that has it, fp32 on a CPU."""
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return Accelerator(mixed_precision="bf16" if bf16 else "no")
+
+    def report(self, line: str) -> None:
+        """One line, from the main process alone."""
+        if self.accelerator.is_main_process:
+            self.say(line)
+
+    def all(self) -> Path:
+        """Tokenizer, CLIP, VAE, U-Net, weights folder."""
+        self.report(f"{self.recipe.name}: on {self.accelerator.device}, {self.accelerator.num_processes} process(es)")
+        unet, figures = self.unet
+        if self.accelerator.is_main_process:
+            self.save(unet, {**self.figures, "unet": dict(figures)})
+            self.report(f"{self.recipe.name}: wrote {self.out}")
+        return self.out
+
+    # --- data
+
+    @cached_property
+    def data(self) -> TrainingData:
+        """Pictures and captions; what cannot be used is listed."""
+        what = self.recipe.data
+        with self.accelerator.main_process_first():
+            folder = read_folder(self.folder)
+            pixels = load_pixels(folder, what.size, self.state / "cache")
+        for problem in (*folder.problems, *pixels.problems):
+            self.report(f"data: left out {problem.path}: {problem.reason}")
+        held = np.array([picture.split == what.held_out for picture in pixels.pictures])
+        if held.all() or not held.any():
+            raise InputError(
+                f"{self.folder}: {'all' if held.all() else 'no'} pictures are held out (split {what.held_out!r}); mark "
+                f'about a twentieth of them with "split": "{what.held_out}"'
+            )
+        taught = [picture for picture, out in zip(pixels.pictures, held, strict=True) if not out]
+        tested = [picture for picture, out in zip(pixels.pictures, held, strict=True) if out]
+        weights = np.array([_weight(picture, what.weights) for picture in taught])
+        self.report(f"data: {len(taught)} pictures to train on, {len(tested)} held out, from {self.folder}")
+        return TrainingData(
+            np.ascontiguousarray(pixels.array[~held]), tuple(taught), pixels.array[held], tuple(tested), weights
+        )
+
+    # --- tokenizer
+
+    @cached_property
+    def words(self) -> CLIPTokenizer:
+        """The tokenizer: learned, or read back."""
+        what = self.recipe.tokenizer
+        place = self._place("tokenizer", what.model_dump(), self.data.captions.fingerprint())
+        if not (place / "tokenizer_config.json").is_file():
+            learned = create.tokenizer(self.data.captions.texts, what.vocabulary, what.context)
+            if self.accelerator.is_main_process:
+                write_folder(place, lambda aside: learned.save_pretrained(aside) and None)
+            self.accelerator.wait_for_everyone()
+        words: CLIPTokenizer = CLIPTokenizer.from_pretrained(place)
+        lengths = [len(ids) for ids in words(list(self.data.captions.texts)).input_ids]
+        cut = sum(length > what.context for length in lengths)
+        self.figures["tokenizer"] = {"vocabulary": len(words), "captions": len(lengths), "captions_cut": cut}
+        self.report(
+            f"tokenizer: {len(words)} tokens; {len(lengths)} captions, the longest {max(lengths)} tokens; "
+            f"{cut} are cut at {what.context}"
+        )
+        return words
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """What each stage reached."""
+        return {}
+
+    # --- CLIP
+
+    @cached_property
+    def clip(self) -> CLIPModel:
+        """Both towers, trained."""
+        what, size = self.recipe.clip, self.recipe.data.size
+        form = what.model_dump(exclude={"gate", "train"})
+        place = self._place("clip", form, _loop(what.train), self.data.fingerprint, self.words.get_vocab())
+        self._seed()
+        model = create.clip(self.words, size=size, **form)
+        objective = ClipObjective(
+            model,
+            self.words,
+            self.data.pixels,
+            self.data.captions,
+            (self.data.held_pixels, self.data.held_captions),
+            self.data.weights,
+            self.accelerator,
+        )
+        self._run("clip", objective, what.train, what.gate, place)
+        return model.eval().requires_grad_(False)
+
+    # --- VAE
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder, trained, its latents normalised."""
+        what, size = self.recipe.vae, self.recipe.data.size
+        form = what.model_dump(exclude={"gate", "train", "loss"})
+        terms = AutoencoderLoss(**what.loss.model_dump())
+        tower = self.clip.vision_model if terms.perceptual else None
+        seen = _content(tower) if tower is not None else None
+        place = self._place("vae", form, what.loss.model_dump(), _loop(what.train), self.data.fingerprint, seen)
+        self._seed()
+        vae = create.autoencoder(size=size, **form)
+        objective = AutoencoderObjective(
+            vae, tower, self.data.pixels, self.data.held_pixels, self.data.weights, terms, self.accelerator
+        )
+        figures = self._run("vae", objective, what.train, what.gate, place)
+        normalised = normalise_latents(vae, self.data.pixels, self.accelerator.device)
+        self.figures["vae"] = {**figures, **normalised}
+        self.report("vae: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in normalised.items()))
+        return vae.eval().requires_grad_(False)
+
+    # --- U-Net
+
+    @cached_property
+    def text_encoder(self) -> CLIPTextModel:
+        """CLIP's text tower, as the pipeline holds it."""
+        return create.text_tower(self.clip)
+
+    @cached_property
+    def unet(self) -> tuple[UNet2DConditionModel, Mapping[str, float]]:
+        """The U-Net, trained, and its figures."""
+        what, data = self.recipe.unet, self.data
+        vae, text = self.vae, self.text_encoder
+        upstream = (_content(vae), _content(text), data.fingerprint)
+        form = what.model_dump(include={"channels", "layers", "head_width"})
+        goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
+        place = self._place("unet", form, goal, _loop(what.train), *upstream)
+        channels, side = vae.config.latent_channels, self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1)
+        width, length = text.config.hidden_size, self.words.model_max_length
+        device = self.accelerator.device
+
+        def latents(name: str, pixels: np.ndarray) -> Latents:
+            path = self.state / "cache" / f"latents-{name}-{fingerprint(*upstream)}.npy"
+            shape = (len(pixels), 2, channels, side, side)
+            return Latents(self._cached(path, shape, np.float32, lambda: latent_moments(vae, pixels, device)))
+
+        def states(name: str, texts: tuple[str, ...]) -> TextStates:
+            path = self.state / "cache" / f"text-{name}-{fingerprint(*upstream)}.npy"
+            shape = (len(texts) + 1, length, width)
+            return TextStates(
+                self._cached(path, shape, np.float16, lambda: text_states(text, self.words, texts, device))
+            )
+
+        train_latents, train_states = latents("train", data.pixels), states("train", data.captions.texts)
+        held = latents("held", data.held_pixels), states("held", data.held_captions)
+        self._seed()
+        unet = create.unet(latent_channels=channels, latent_size=side, text_width=width, **form)
+        plan = from_config(scheduler_config(self.recipe))
+        denoising = Denoising(plan.schedule, Prediction(what.prediction), what.weighting, what.caption_dropout)
+        objective = DenoiseObjective(
+            unet,
+            denoising,
+            train_latents,
+            data.captions,
+            train_states,
+            data.weights,
+            held,
+            self.accelerator,
+            sheet=lambda: self.sheet(unet),
+        )
+        figures = self._run("unet", objective, what.train, what.gate, place)
+        return unet.eval(), figures
+
+    def sheet(self, unet: UNet2DConditionModel) -> Any:
+        """The recipe's prompts, rendered by the U-Net as it is now, from fixed noise."""
+        from latentgen.pipeline import Pipeline
+        from latentgen.training.sheet import contact_sheet
+
+        what = self.recipe
+        pipe = Pipeline.from_parts(
+            tokenizer=self.words,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            unet=unet,
+            scheduler_config=scheduler_config(what),
+        )
+        prompts = list(what.sample.prompts)
+        images = pipe(prompts, seed=[what.sample.seed + n for n in range(len(prompts))], **what.defaults.model_dump()).images
+        return contact_sheet(images, what.sample.columns, prompts)
+
+    # --- the result
+
+    def save(self, unet: UNet2DConditionModel, figures: Mapping[str, Any]) -> None:
+        """Write the weights folder, whole or not at all."""
+        extras = finish.extra_files(
+            name=self.recipe.name,
+            recipe=self.recipe.model_dump(mode="json"),
+            figures=figures,
+            defaults=self.recipe.defaults.model_dump(),
+            size=self.recipe.data.size,
+            data=self.folder,
+            sheet=self.sheet(unet),
+        )
+        save_pipeline(
+            self.out,
+            tokenizer=self.words,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            unet=unet,
+            scheduler_config=scheduler_config(self.recipe),
+            extra_files=extras,
+        )
+
+    # --- shared by the stages
+
+    def _place(self, name: str, *depends: Any) -> Path:
+        return self.state / f"{name}-{fingerprint(self.recipe.seed, *depends)}"
+
+    def _seed(self) -> None:
+        """Weights start from the recipe's seed, whichever stages ran before."""
+        torch.manual_seed(self.recipe.seed)
+
+    def _run(self, name: str, objective: Any, what: Train, gate: Mapping[str, float], place: Path) -> Mapping[str, float]:
+        figures = run_stage(
+            name,
+            objective,
+            LoopSettings(**what.model_dump()),
+            place,
+            self.accelerator,
+            seed=self.recipe.seed,
+            gate=gate,
+            pace=Pace(**self.recipe.pace.model_dump()),
+            report=self.report,
+        )
+        self.figures[name] = dict(figures)
+        return figures
+
+    def _cached(self, path: Path, shape: tuple[int, ...], kind: type, parts: Callable[[], Any]) -> np.ndarray:
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process and not path.is_file():
+                self.report(f"cache: computing {path.name}")
+            return cached(path, shape, kind, parts)
+
+
+def _loop(what: Train) -> Mapping[str, Any]:
+    return settings_fingerprint(LoopSettings(**what.model_dump()))
+
+
+def _weight(picture: Picture, weights: Mapping[str, Mapping[str, float]]) -> float:
+    """The product of what the recipe says of each of the picture's columns."""
+    factors = (table.get(str(picture.attributes.get(column)), 1.0) for column, table in weights.items())
+    return float(np.prod(list(factors))) if weights else 1.0
+
+
+def _content(network: nn.Module) -> str:
+    """A hash of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

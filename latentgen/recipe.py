@@ -1,0 +1,187 @@
+"""Recipes: strict TOML into frozen objects. A key that is not known is an error that names the nearest right one."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentgen.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Train(_Section):
+    """The loop of a stage. `batch` counts all processes; `rate` is AdamW's, `decay` the part of the run it falls over."""
+
+    steps: Positive
+    batch: Positive
+    rate: Annotated[float, Field(gt=0)]
+    warmup: Positive = 100
+    decay: Part = 0.3
+    weight_decay: Amount = 0.01
+    betas: tuple[Part, Part] = (0.9, 0.99)
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+class Data(_Section):
+    """The captioned folder, the side in pixels, and which split is kept for testing.
+
+    `weights` says how often pictures are seen: a column of the metadata, its values, a factor each (1 where unnamed).
+    """
+
+    folder: Path
+    size: Positive
+    held_out: str = "test"
+    weights: dict[str, dict[str, Amount]] = {}
+
+
+class Tokenizer(_Section):
+    """A byte-level BPE; `context` in tokens, start and end included."""
+
+    vocabulary: Positive
+    context: Annotated[int, Field(ge=4)] = 77
+
+
+class Clip(_Section):
+    """Both towers have one width."""
+
+    width: Positive
+    heads: Positive
+    patch: Positive
+    text_layers: Positive
+    image_layers: Positive
+    gate: dict[str, float] = {}
+    train: Train
+
+
+class VaeLoss(_Section):
+    """Weights of the VAE's terms beside L1, each a mean over elements."""
+
+    kl: Amount = 5e-4
+    perceptual: Amount = 0.1
+    adversary: Amount = 0.0
+    adversary_start: Annotated[int, Field(ge=0)] = 0
+
+
+class Vae(_Section):
+    """An AutoencoderKL; one level more halves the side once more."""
+
+    channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    latent_channels: Positive
+    layers: Positive = 1
+    groups: Positive = 8
+    loss: VaeLoss = VaeLoss()
+    gate: dict[str, float] = {}
+    train: Train
+
+
+class Unet(_Section):
+    """A UNet2DConditionModel and the diffusion it learns."""
+
+    channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    layers: Positive = 1
+    head_width: Positive = 32
+    schedule: Literal["cosine", "scaled-linear", "linear"] = "cosine"
+    prediction: Literal["eps", "x0", "v"] = "v"
+    weighting: str = "simple"
+    caption_dropout: Part = 0.1
+    gate: dict[str, float] = {}
+    train: Train
+
+
+class Sample(_Section):
+    """The sheet drawn while the U-Net trains: fixed prompts, fixed noise."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    columns: Positive = 8
+    seed: int = 0
+
+
+class Defaults(_Section):
+    """How the finished weights are rendered unless told otherwise; the sheets are drawn with it."""
+
+    num_inference_steps: Positive = 25
+    guidance_scale: Amount = 4.0
+    sampler: str = "dpmpp-2m"
+
+
+class Pace(_Section):
+    """When a stage looks up from its work."""
+
+    log_seconds: Amount = 10.0
+    save_seconds: Amount = 300.0
+    validate_steps: Positive = 500
+
+
+class Recipe(_Section):
+    """One trainable pipeline: a data set, four stages, and how to look at the result."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    seed: int = 0
+    data: Data
+    tokenizer: Tokenizer
+    clip: Clip
+    vae: Vae
+    unet: Unet
+    sample: Sample
+    defaults: Defaults = Defaults()
+    pace: Pace = Pace()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises InputError, naming the key, for anything that is not right in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        hint = f"; there is {', '.join(near)}" if near else "; give a .toml file such as pipelines/icons.toml"
+        raise InputError(f"recipe {path} does not exist{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read ({error}); give a .toml file") from None
+    try:
+        return Recipe.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"recipe {path} is not TOML: {error}") from None
+    except ValidationError as error:
+        raise InputError(f"recipe {path}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, in words, unknown keys first: they are most often the cause of the rest."""
+    flaws = sorted(error.errors(), key=lambda flaw: flaw["type"] != "extra_forbidden")
+    flaw = flaws[0]
+    where = ".".join(str(part) for part in flaw["loc"])
+    more = f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
+    if flaw["type"] == "extra_forbidden":
+        *section, key = (str(part) for part in flaw["loc"])
+        known = _keys(section)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        right = f"did you mean {near[0]!r}?" if near else f"it can be one of: {', '.join(known)}"
+        place = f"[{'.'.join(section)}]" if section else "the top level"
+        return f"unknown key {key!r} in {place}; {right}{more}"
+    if flaw["type"] == "missing":
+        return f"{where} is missing; write it{more}"
+    return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{more}"
+
+
+def _keys(section: list[str]) -> list[str]:
+    """The keys a section may hold."""
+    model: Any = Recipe
+    for name in section:
+        field = model.model_fields.get(name)
+        if field is None:
+            return []
+        kinds = [field.annotation, *get_args(field.annotation)]
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

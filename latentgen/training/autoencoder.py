@@ -1,0 +1,172 @@
+"""The VAE stage: pictures to small latents and back (Kingma & Welling 2014; Rombach et al. 2022, section 3.1)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel
+
+from latentgen.training.clip import shift, to_unit
+from latentgen.training.draw import VALIDATION, Draw
+from latentgen.training.sheet import contact_sheet, from_unit
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of the terms; each term is a mean over elements. `adversary_start` is a step of the run."""
+
+    kl: float = 5e-4
+    perceptual: float = 0.1
+    adversary: float = 0.0
+    adversary_start: int = 0
+
+
+class Perceptual(nn.Module):
+    """Distance of two pictures in the hidden states of the CLIP image tower trained before.
+
+    The layers' states are compared at unit length, as LPIPS does (Zhang et al. 2018, equation 1, unit weights).
+    """
+
+    def __init__(self, tower: CLIPVisionModel) -> None:
+        super().__init__()
+        self.tower = tower.eval().requires_grad_(False)
+
+    def forward(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> (B,)."""
+        with torch.no_grad():
+            goal = self._states(wanted)
+        distances = [(a - b).square().sum(-1).mean(-1) for a, b in zip(self._states(found), goal, strict=True)]
+        return torch.stack(distances).mean(0)
+
+    def _states(self, pixels: Tensor) -> list[Tensor]:
+        hidden = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        return [F.normalize(state, dim=-1) for state in hidden[1:]]
+
+
+class Adversary(nn.Sequential):
+    """Tells patches of real pictures from reconstructed ones (PatchGAN; Isola et al. 2017, section 3.2.2)."""
+
+    def __init__(self, width: int = 32) -> None:
+        def block(narrow: int, wide: int) -> list[nn.Module]:
+            return [nn.Conv2d(narrow, wide, 4, 2, 1), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
+
+        first: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        deeper = [*block(width, 2 * width), *block(2 * width, 4 * width)]
+        super().__init__(*first, *deeper, nn.Conv2d(4 * width, 1, 3, 1, 1))
+
+    def losses(self, real: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        """(hinge loss of the adversary itself, what the VAE descends), scalars; each reaches its own weights alone."""
+        own = F.relu(1 - self(real)).mean() + F.relu(1 + self(found.detach())).mean()
+        frozen = {name: weight.detach() for name, weight in self.named_parameters()}
+        fooled = -torch.func.functional_call(self, frozen, (found,)).mean()
+        return own, fooled
+
+
+class AutoencoderObjective:
+    """L1 + KL + perceptual distance, and an adversary if asked for, all descended in one step."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        tower: CLIPVisionModel,
+        pixels: np.ndarray,
+        held_out: np.ndarray,
+        weights: np.ndarray,
+        terms: AutoencoderLoss,
+        accelerator: Accelerator,
+        *,
+        reach: int = 4,
+    ) -> None:
+        nets: dict[str, nn.Module] = {"vae": vae}
+        if terms.adversary:
+            nets["adversary"] = Adversary()
+        self.module = nn.ModuleDict(nets).to(accelerator.device)
+        self.vae = vae
+        self.weights = weights
+        self._perceptual = Perceptual(tower).to(accelerator.device)
+        self._pixels, self._held_out, self._terms, self._reach = pixels, held_out, terms, reach
+        self._device = accelerator.device
+
+    def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+        """-> "loss" and its terms. Pictures are moved a little, so that patches fall on no fixed grid."""
+        real = shift(to_unit(self._pixels[items], self._device), draw.uniform(2), self._reach)
+        posterior = self.vae.encode(real).latent_dist
+        noise = draw.normal(*posterior.mean.shape[1:]).to(self._device)
+        found = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+        terms = {"l1": (found - real).abs().mean(), "kl": kl, "perceptual": self._perceptual(found, real).mean()}
+        loss = terms["l1"] + self._terms.kl * kl + self._terms.perceptual * terms["perceptual"]
+        if self._terms.adversary:
+            own, fooled = self.module["adversary"].losses(real, found)
+            started = float(draw.step >= self._terms.adversary_start)
+            loss = loss + own + self._terms.adversary * started * fooled
+            terms |= {"adversary": own, "fooled": fooled}
+        return {"loss": loss, **terms}
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """PSNR in dB of held-out pictures through their latents' means, and the latents' KL in nats an element."""
+        self.module.eval()
+        errors, kls = [], []
+        for part in np.array_split(self._held_out, max(1, -(-len(self._held_out) // 64))):
+            real = to_unit(part, self._device)
+            posterior = self.vae.encode(real).latent_dist
+            found = self.vae.decode(posterior.mean).sample.clamp(-1, 1)
+            errors.append(((found - real) / 2).square().mean(dim=(1, 2, 3)))
+            kls.append(0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean(dim=(1, 2, 3)))
+        return {"psnr": float(-10 * torch.cat(errors).log10().mean()), "kl": float(torch.cat(kls).mean())}
+
+    @torch.no_grad()
+    def sheet(self) -> Image.Image | None:
+        """Held-out pictures and, below each, what the VAE makes of it."""
+        self.module.eval()
+        chosen = self._held_out[:: max(1, len(self._held_out) // 24)][:24]
+        real = to_unit(chosen, self._device)
+        found = self.vae.decode(self.vae.encode(real).latent_dist.mean).sample
+        pairs = [picture for row in range(0, len(chosen), 12) for part in (real, found) for picture in part[row : row + 12]]
+        return contact_sheet([from_unit(picture) for picture in pairs], columns=12)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> Mapping[str, float]:
+    """Give every latent channel mean 0 and std 1 over `pixels`, inside the VAE's own 1x1 convolutions.
+
+    z' = (z - m) / s a channel is folded into `quant_conv` (mean and log-variance alike) and undone in
+    `post_quant_conv`, so that any program that reads the folder gets the normalised latents; what is left for diffusers'
+    single `scaling_factor` is 1 / std over all channels, close to 1. Returns the figures before and after.
+    """
+    vae.eval()
+    mean, std = _moments(vae, pixels, device)
+    channels = len(mean)
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()
+    out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
+    out.weight *= std[None, :, None, None]
+    _, after = _moments(vae, pixels, device)
+    factor = 1.0 / float(after.square().mean().sqrt())
+    vae.register_to_config(scaling_factor=factor)
+    return {
+        "latent_std_before": float(std.square().mean().sqrt()),
+        "latent_std": 1.0 / factor,
+        "scaling_factor": factor,
+    }
+
+
+def _moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std of sampled latents by channel, (C,) each; up to 2048 pictures, sampling noise fixed."""
+    chosen = pixels[:: max(1, len(pixels) // 2048)]
+    drawn = []
+    for number, part in enumerate(np.array_split(chosen, max(1, len(chosen) // 64))):
+        posterior = vae.encode(to_unit(part, device)).latent_dist
+        noise = Draw(0, number, len(part), stream=VALIDATION).normal(*posterior.mean.shape[1:]).to(device)
+        drawn.append(posterior.mean + posterior.std * noise)
+    latents = torch.cat(drawn)
+    return latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))

@@ -1,0 +1,128 @@
+"""The U-Net stage: the noise in a latent, told from its caption (Ho et al. 2020; Rombach et al. 2022, equation 3)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from latentgen.diffusion.denoiser import Condition
+from latentgen.diffusion.loss import denoising_loss
+from latentgen.diffusion.prediction import Prediction
+from latentgen.diffusion.schedule import Schedule
+from latentgen.models.network import unet_network
+from latentgen.training.captions import CaptionTable
+from latentgen.training.draw import VALIDATION, Draw
+
+VALIDATION_ROUNDS = 4  # each held-out picture is tried at so many times, spread evenly
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Encoded pictures as the U-Net sees them: (N, 2, C, h, w), mean and std of each posterior, scaled."""
+
+    moments: np.ndarray
+
+    def sample(self, items: np.ndarray, eps: Tensor) -> Tensor:
+        """Latents (B, C, h, w) from standard normal eps, where eps lives."""
+        chosen = torch.from_numpy(self.moments[items].astype(np.float32)).to(eps.device)
+        return chosen[:, 0] + chosen[:, 1] * eps
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What is learned: on which schedule, as which prediction, with which weight; how often without its caption."""
+
+    schedule: Schedule
+    prediction: Prediction
+    weighting: str = "simple"
+    caption_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Encoded captions: (texts + 1, L, D) float16 in the order of the table, the empty caption last."""
+
+    states: np.ndarray
+
+    def rows(self, numbers: np.ndarray, device: torch.device) -> Condition:
+        """The conditions of some captions, float32."""
+        return Condition(torch.from_numpy(self.states[numbers]).to(device).float())
+
+    @property
+    def empty(self) -> int:
+        """The number of the empty caption."""
+        return len(self.states) - 1
+
+
+class DenoiseObjective:
+    """Latents and text states come from a cache; the posterior is sampled anew each time."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        denoising: Denoising,
+        latents: Latents,
+        captions: CaptionTable,
+        states: TextStates,
+        weights: np.ndarray,
+        held_out: tuple[Latents, TextStates],
+        accelerator: Accelerator,
+        *,
+        sheet: Callable[[], Image.Image],
+    ) -> None:
+        self.module = unet.to(accelerator.device)
+        self.weights = weights
+        self._network = unet_network(unet)
+        self._what, self._latents, self._captions, self._states = denoising, latents, captions, states
+        self._held_out, self._accelerator, self._sheet = held_out, accelerator, sheet
+
+    def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+        """Equation 3 of Rombach et al. 2022, for the prediction chosen; some captions left empty (Ho & Salimans 2022)."""
+        device = self._accelerator.device
+        shape = self._latents.moments.shape[2:]
+        x0 = self._latents.sample(items, draw.normal(*shape).to(device))
+        chosen = self._captions.choose(items, draw.uniform().numpy())
+        dropped = draw.uniform().numpy() < self._what.caption_dropout
+        condition = self._states.rows(np.where(dropped, self._states.empty, chosen), device)
+        times = draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)
+        losses = self._losses(x0, condition, times, draw.normal(*shape).to(device))
+        return {"loss": losses.mean()}
+
+    def _losses(self, x0: Tensor, condition: Condition, times: Tensor, eps: Tensor) -> Tensor:
+        what = self._what
+        x0, eps = (value.contiguous(memory_format=torch.channels_last) for value in (x0, eps))
+        return denoising_loss(
+            self._network, what.schedule, what.prediction, x0, condition, times, eps, weighting=what.weighting
+        )
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """The same loss on held-out pairs, with fixed noise at fixed times, with the caption and without."""
+        self.module.eval()
+        latents, states = self._held_out
+        device = self._accelerator.device
+        told, untold = [], []
+        items = np.arange(len(latents.moments))
+        for turn in range(VALIDATION_ROUNDS):
+            for number, part in enumerate(np.array_split(items, max(1, -(-len(items) // 64)))):
+                draw = Draw(turn, number, len(part), stream=VALIDATION)
+                shape = latents.moments.shape[2:]
+                x0 = latents.sample(part, draw.normal(*shape).to(device))
+                eps, times = draw.normal(*shape).to(device), draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)
+                told.append(self._losses(x0, states.rows(part, device), times, eps))
+                if turn == 0:
+                    empty = np.full(len(part), states.empty)
+                    untold.append(self._losses(x0, states.rows(empty, device), times, eps))
+        with_caption, first = torch.cat(told), torch.cat(told[: len(untold)])
+        gain = float((torch.cat(untold) - first).mean())
+        return {"validation_loss": float(with_caption.mean()), "caption_gain": gain}
+
+    def sheet(self) -> Image.Image | None:
+        """Fixed prompts from fixed noise."""
+        self.module.eval()
+        return self._sheet()

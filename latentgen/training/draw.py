@@ -1,0 +1,72 @@
+"""Order and noise as pure functions of (seed, step): a resumed run sees what the uninterrupted one would have seen."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ORDER, STEP, VALIDATION = 1, 2, 3  # streams: numbers drawn for one purpose never depend on another's
+
+
+def _key(*parts: int) -> int:
+    """63 bits that depend on every part (NumPy's SeedSequence hash)."""
+    return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Draw:
+    """The random numbers of one step, drawn on the host for the whole batch; each process keeps its own rows.
+
+    So the numbers an item gets do not depend on the device or on how many processes share the batch.
+    """
+
+    def __init__(self, seed: int, step: int, total: int, rows: slice = slice(None), *, stream: int = STEP) -> None:
+        self.step = step
+        self.total = total
+        self.rows = rows
+        self._generator = torch.Generator().manual_seed(_key(stream, seed, step))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, (rows, *shape) float32."""
+        return torch.randn((self.total, *shape), generator=self._generator)[self.rows]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), (rows, *shape) float32."""
+        return torch.rand((self.total, *shape), generator=self._generator)[self.rows]
+
+    def stratified(self) -> Tensor:
+        """One uniform number a row, (rows,), spread evenly over the batch: row i of n lies at (u + i) / n mod 1.
+
+        Low-discrepancy times of Kingma et al. 2021 (VDM), appendix I.1; the rows are shuffled.
+        """
+        offset = torch.rand((), generator=self._generator)
+        order = torch.randperm(self.total, generator=self._generator)
+        return ((offset + order / self.total) % 1.0)[self.rows]
+
+
+class Order:
+    """Which items step k of a run trains on: every epoch a new permutation, batches running across its end.
+
+    An item of weight w is seen w times an epoch on average (systematic resampling, so to within one).
+    """
+
+    def __init__(self, weights: np.ndarray, batch: int, seed: int) -> None:
+        self.batch = batch
+        self._edges = np.cumsum(weights, dtype=np.float64)
+        self._seed = seed
+        self.epoch_size = max(1, round(float(self._edges[-1])))
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def _epoch(self, number: int) -> np.ndarray:
+        if number not in self._epochs:
+            self._epochs = {key: value for key, value in self._epochs.items() if key == number - 1}
+            random = np.random.Generator(np.random.Philox(_key(ORDER, self._seed, number)))
+            marks = (random.random() + np.arange(self.epoch_size)) * (self._edges[-1] / self.epoch_size)
+            chosen = np.searchsorted(self._edges, marks, side="right").clip(max=len(self._edges) - 1)
+            self._epochs[number] = random.permutation(chosen)
+        return self._epochs[number]
+
+    def items(self, step: int) -> np.ndarray:
+        """The items (batch,) of a step, counted from 0."""
+        places = np.arange(step * self.batch, (step + 1) * self.batch)
+        epochs = places // self.epoch_size
+        parts = [self._epoch(int(epoch))[places[epochs == epoch] % self.epoch_size] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)

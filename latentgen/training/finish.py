@@ -1,0 +1,49 @@
+"""What stands beside the networks in a finished weights folder: recipe, figures, defaults, licences, a sheet."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+def extra_files(
+    *,
+    name: str,
+    recipe: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    size: int,
+    data: Path,
+    sheet: Image.Image,
+) -> dict[str, bytes | str]:
+    """Relative path -> content. The data's NOTICE, where it has one, is kept word for word."""
+    notice = data / "NOTICE"
+    licences = notice.read_text(encoding="utf-8") if notice.is_file() else ""
+    drawn = io.BytesIO()
+    sheet.save(drawn, "PNG", optimize=True)
+    return {
+        "recipe.json": json.dumps(recipe, indent=2, ensure_ascii=False) + "\n",
+        "metrics.json": json.dumps(figures, indent=2) + "\n",
+        "latentgen.json": json.dumps({"defaults": dict(defaults), "sample_size": size}, indent=2) + "\n",
+        "README.md": _card(name, size, figures, licences),
+        "sheet.png": drawn.getvalue(),
+    }
+
+
+def _card(name: str, size: int, figures: Mapping[str, Any], licences: str) -> str:
+    rows = "\n".join(
+        f"| {stage} | {figure.replace('_', ' ')} | {value:.4g} |"
+        for stage, values in figures.items()
+        for figure, value in values.items()
+    )
+    source = f"\n## What it was trained on\n\n{licences.strip()}\n" if licences else ""
+    return (
+        f"# {name}\n\n"
+        f"A text-to-image model for {size} x {size} pictures, trained by `latentgen train pipelines/{name}.toml`; the "
+        "recipe as it was resolved is `recipe.json`.\n\n"
+        "![Prompts of the recipe, fixed seeds](sheet.png)\n\n"
+        f"| stage | figure | value |\n|---|---|---|\n{rows}\n{source}"
+    )

@@ -1,0 +1,186 @@
+"""One stage of a training run: goes on where it stopped, logs, samples, saves, and holds its gate at the end.
+
+A stage lives in a folder named for what it depends on, so that a stage that is done is not done again unless one of
+those things has changed, and nothing is lost when it changes back.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latentgen.durable import write_file
+from latentgen.errors import InputError
+from latentgen.training.loop import LoopSettings, Objective, Progress, TrainState, fit
+from latentgen.training.snapshots import Snapshots
+
+Report = Callable[[str], None]  # one line for people
+LENGTH = ("steps",)  # of LoopSettings: a run may be made longer or shorter and goes on from where it is
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When a stage looks up from its work: seconds between log lines and checkpoints, steps between validations."""
+
+    log_seconds: float = 10.0
+    save_seconds: float = 300.0
+    validate_steps: int = 500
+
+
+def fingerprint(*parts: Any) -> str:
+    """Twelve hexadecimal digits of what a stage depends on (anything JSON can write)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def settings_fingerprint(settings: LoopSettings) -> Mapping[str, Any]:
+    """The loop's settings without its length."""
+    return {key: value for key, value in asdict(settings).items() if key not in LENGTH}
+
+
+def run_stage(
+    name: str,
+    objective: Objective,
+    settings: LoopSettings,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    gate: Mapping[str, float],
+    pace: Pace,
+    report: Report,
+) -> Mapping[str, float]:
+    """Train the objective to its end and leave the averaged weights in `objective.module`; returns its figures.
+
+    `gate` names figures and the least each must reach (a name that starts with "max_" names the most).
+    Raises InputError where a gate does not hold; the checkpoints stay.
+    """
+    snapshots = Snapshots(folder / "checkpoints")
+    state = TrainState.start(objective.module, settings)
+    for line in snapshots.restore(state):
+        report(f"{name}: {line}")
+    main = accelerator.is_main_process
+    done = folder / "done.json"
+    if done.is_file() and state.step == settings.steps:
+        state.swap_average()
+        kept: Mapping[str, float] = json.loads(done.read_text())["figures"]
+        report(f"{name}: done before ({state.step} steps), {_line(kept)}")
+        return kept
+    if state.step > settings.steps:
+        raise InputError(f"{name} has already trained {state.step} steps; give steps = {state.step} or more")
+    report(f"{name}: {'goes on from' if state.step else 'starts at'} step {state.step} of {settings.steps}")
+    _train(name, objective, state, settings, folder, accelerator, snapshots, seed, pace, report)
+    state.swap_average()
+    figures = {**objective.validate(), "steps": float(state.step), "skipped": float(state.skipped)}
+    report(f"{name}: {_line(figures)}")
+    _hold(name, gate, figures, settings)
+    if main:
+        write_file(done, (json.dumps({"figures": figures}, indent=2) + "\n").encode())
+    return figures
+
+
+def _train(
+    name: str,
+    objective: Objective,
+    state: TrainState,
+    settings: LoopSettings,
+    folder: Path,
+    accelerator: Accelerator,
+    snapshots: Snapshots,
+    seed: int,
+    pace: Pace,
+    report: Report,
+) -> None:
+    main = accelerator.is_main_process
+    clock = _Clock(state.step, settings)
+    logged = saved = time.monotonic()
+    try:
+        for progress in fit(objective, state, settings, accelerator, seed=seed):
+            now = time.monotonic()
+            if main and (now - logged >= pace.log_seconds or progress.step == settings.steps):
+                logged = now
+                report(f"{name}: {clock.line(progress)}")
+                _append(folder / "log.jsonl", _entry(progress))
+            if progress.step % pace.validate_steps == 0 or progress.step == settings.steps:
+                _look(name, objective, state, folder, main, report)
+            if main and (now - saved >= pace.save_seconds or progress.step == settings.steps):
+                snapshots.save(state)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if main:
+            report(f"{name}: stopping; saving step {state.step}")
+            state.optimizer.zero_grad(set_to_none=True)
+            snapshots.save(state)
+        raise
+
+
+def _look(name: str, objective: Objective, state: TrainState, folder: Path, main: bool, report: Report) -> None:
+    """Validate and draw the sheet with the averaged weights."""
+    state.swap_average()
+    try:
+        figures = objective.validate()
+        sheet = objective.sheet() if main else None
+    finally:
+        state.swap_average()
+    if main:
+        report(f"{name}: step {state.step}, held out: {_line(figures)}")
+        _append(folder / "log.jsonl", {"step": state.step, **figures})
+        if sheet is not None:
+            (folder / "sheets").mkdir(parents=True, exist_ok=True)
+            sheet.save(folder / "sheets" / f"{name}-{state.step:07d}.png")
+
+
+class _Clock:
+    """Rate and time left, from the steps of this session."""
+
+    def __init__(self, start: int, settings: LoopSettings) -> None:
+        self._start, self._settings, self._began = start, settings, time.monotonic()
+
+    def line(self, progress: Progress) -> str:
+        spent = time.monotonic() - self._began
+        rate = (progress.step - self._start) / spent
+        left = (self._settings.steps - progress.step) / rate
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in progress.losses.items())
+        return (
+            f"step {progress.step}/{self._settings.steps}, {losses}, {rate * self._settings.batch:.1f} samples/s, "
+            f"{duration(left)} left"
+        )
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _hold(name: str, gate: Mapping[str, float], figures: Mapping[str, float], settings: LoopSettings) -> None:
+    for key, bound in gate.items():
+        most = key.startswith("max_")
+        figure = figures.get(key.removeprefix("max_"))
+        if figure is None:
+            raise InputError(f"the gate of {name} names {key!r}, which is none of its figures: {', '.join(figures)}")
+        if not (figure <= bound if most else figure >= bound):
+            side = "above" if most else "below"
+            raise InputError(
+                f"{name} does not pass its gate: {key.removeprefix('max_')} is {figure:.4g}, {side} {bound:.4g}, after "
+                f"{settings.steps} steps; raise steps in [{name}.train] and run the same command, it goes on from there"
+            )
+
+
+def _entry(progress: Progress) -> Mapping[str, float]:
+    return {"step": progress.step, **progress.losses, "rate": progress.rate, "norm": progress.norm}
+
+
+def _append(path: Path, entry: Mapping[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({key: float(f"{value:.6g}") for key, value in entry.items()}) + "\n")
+
+
+def _line(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
