@@ -1,0 +1,215 @@
+"""The loop: rates, averages, refused gradients; and a run that stopped ends where one that did not ends, to the bit."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latentgen import InputError
+from latentgen.training.draw import Draw
+from latentgen.training.loop import PATIENCE, LoopSettings, TrainState, fit
+from latentgen.training.snapshots import Snapshots
+from latentgen.training.stage import Pace, run_stage
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = LoopSettings(steps=30, batch=4, rate=1e-2, warmup=5, ema=0.9)
+
+
+class Regression:
+    """Noisy regression by a small convolution; `bad` steps have a loss that is not finite."""
+
+    def __init__(self, bad: frozenset[int] = frozenset()) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(2, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 2, 1)]
+        self.module: nn.Module = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.weights = np.ones(11)
+        self.data = torch.randn(11, 2, 6, 6)
+        self.bad = bad
+
+    def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+        x = self.data[items]
+        loss = (self.module(x + draw.normal(2, 6, 6)) - x).square().mean()
+        return {"loss": loss * math.nan if draw.step in self.bad else loss}
+
+    def validate(self) -> Mapping[str, float]:
+        return {"weight": float(next(self.module.parameters()).detach().sum())}
+
+    def sheet(self) -> Image.Image | None:
+        return None
+
+
+def start(bad: frozenset[int] = frozenset(), settings: LoopSettings = SETTINGS) -> tuple[Regression, TrainState]:
+    objective = Regression(bad)
+    return objective, TrainState.start(objective.module, settings)
+
+
+def flat(state: TrainState) -> dict[str, Tensor]:
+    return {f"{file}/{name}": value for file, part in state.tensors().items() for name, value in part.items()}
+
+
+def test_the_rate_rises_stays_and_falls_to_nothing() -> None:
+    settings = LoopSettings(steps=100, batch=1, rate=2.0, warmup=10, decay=0.25)
+    rates = [settings.rate_at(step) for step in range(101)]
+    np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10)
+    assert rates[10:76] == [2.0] * 66
+    np.testing.assert_allclose(rates[75:], 2.0 * np.arange(25, -1, -1) / 25)
+    assert LoopSettings(steps=100, batch=1, rate=2.0, warmup=1, decay=0.0).rate_at(99) == 2.0
+
+
+def test_the_average_follows_the_weights_after_a_warm_up() -> None:
+    objective, state = start()
+    expected = {name: weight.detach().clone() for name, weight in objective.module.named_parameters()}
+    for progress in fit(objective, state, SETTINGS, Accelerator(), seed=1):
+        decay = min(SETTINGS.ema, (1 + progress.step) / (10 + progress.step))
+        for name, weight in objective.module.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * weight.detach()
+    for name, value in state.average.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_swapping_the_average_twice_changes_nothing() -> None:
+    objective, state = start()
+    for _ in fit(objective, state, SETTINGS, Accelerator(), seed=1):
+        pass
+    before = {name: value.clone() for name, value in flat(state).items()}
+    state.swap_average()
+    assert torch.equal(objective.module.get_parameter("0.weight"), before["average/0.weight"])
+    state.swap_average()
+    assert all(torch.equal(value, before[name]) for name, value in flat(state).items())
+
+
+def test_every_step_says_what_it_did() -> None:
+    objective, state = start()
+    progress = list(fit(objective, state, SETTINGS, Accelerator(), seed=1))
+    assert [p.step for p in progress] == list(range(1, 31))
+    assert [p.rate for p in progress] == [SETTINGS.rate_at(step) for step in range(30)]
+    assert all(math.isfinite(p.norm) and p.norm > 0 for p in progress)
+    assert np.mean([p.losses["loss"] for p in progress[-5:]]) < np.mean([p.losses["loss"] for p in progress[:5]])
+
+
+@pytest.mark.parametrize("stop", [1, 7, 29])
+def test_a_run_that_was_stopped_ends_in_the_same_weights_to_the_bit(tmp_path: Path, stop: int) -> None:
+    objective, whole = start()
+    for _ in fit(objective, whole, SETTINGS, Accelerator(), seed=1):
+        pass
+
+    objective, first = start()
+    for progress in fit(objective, first, SETTINGS, Accelerator(), seed=1):
+        if progress.step == stop:
+            break
+    Snapshots(tmp_path).save(first)
+    objective, second = start()
+    torch.randn(5)  # what else drew numbers in the new process is no matter
+    Snapshots(tmp_path).restore(second)
+    assert second.step == stop
+    steps = [progress.step for progress in fit(objective, second, SETTINGS, Accelerator(), seed=1)]
+    assert steps == list(range(stop + 1, 31))
+    expected, found = flat(whole), flat(second)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_gradients_that_are_not_finite_never_reach_the_weights() -> None:
+    objective, state = start(frozenset({3, 4, 11}))
+    before: dict[str, Tensor] = {}
+    for progress in fit(objective, state, SETTINGS, Accelerator(), seed=1):
+        now = flat(state)
+        if progress.step - 1 in objective.bad:
+            assert not math.isfinite(progress.norm)
+            assert all(torch.equal(value, before[name]) for name, value in now.items())
+        before = {name: value.clone() for name, value in now.items()}
+    assert state.skipped == 3
+    assert all(torch.isfinite(value).all() for value in flat(state).values())
+
+
+def test_a_run_that_stays_broken_stops_with_a_line() -> None:
+    objective, state = start(frozenset(range(2, 60)))
+    with pytest.raises(InputError, match="not finite"):
+        for _ in fit(objective, state, LoopSettings(steps=60, batch=4, rate=1e-2), Accelerator(), seed=1):
+            pass
+    assert state.skipped == PATIENCE
+
+
+def stage(folder: Path, settings: LoopSettings, gate: Mapping[str, float], lines: list[str]) -> Regression:
+    objective = Regression()
+    pace = Pace(log_seconds=0, save_seconds=0, validate_steps=10)
+    run_stage("toy", objective, settings, folder, Accelerator(), seed=1, gate=gate, pace=pace, report=lines.append)
+    return objective
+
+
+def test_a_stage_that_is_done_is_not_done_again_and_goes_on_when_made_longer(tmp_path: Path) -> None:
+    lines: list[str] = []
+    first = stage(tmp_path, SETTINGS, {}, lines)
+    lines.clear()
+    again = stage(tmp_path, SETTINGS, {}, lines)
+    assert len(lines) == 1 and "done before" in lines[0]
+    for name, weight in first.module.state_dict().items():
+        assert torch.equal(weight, again.module.state_dict()[name])
+    lines.clear()
+    stage(tmp_path, LoopSettings(**{**vars(SETTINGS), "steps": 35}), {}, lines)
+    assert "goes on from step 30 of 35" in lines[0]
+    with pytest.raises(InputError, match="already trained 35 steps"):
+        stage(tmp_path, SETTINGS, {}, lines)
+
+
+def test_a_gate_that_does_not_hold_stops_the_run_and_keeps_the_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not pass its gate: weight is .* below 1e\+09.*raise steps"):
+        stage(tmp_path, SETTINGS, {"weight": 1e9}, [])
+    with pytest.raises(InputError, match="above"):
+        stage(tmp_path, SETTINGS, {"max_weight": -1e9}, [])
+    with pytest.raises(InputError, match="'psnr', which is none of its figures: weight"):
+        stage(tmp_path, SETTINGS, {"psnr": 1}, [])
+    assert not (tmp_path / "done.json").exists()
+    assert (tmp_path / "checkpoints" / "step-00000030").is_dir()
+
+
+def train(recipe: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_stage_a_run_ends_in_the_same_weights_to_the_bit(tmp_path: Path) -> None:
+    text = (ROOT / "tests" / "data" / "tiny.toml").read_text()
+    text = text.replace("log_seconds = 1\n", "log_seconds = 0\nsave_seconds = 0\n").replace("steps = 16", "steps = 24")
+    assert "save_seconds = 0" in text
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(text)
+
+    whole = train(recipe, tmp_path / "whole")
+    _, said = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+
+    for stage_name in ("vae", "unet"):  # killed twice: once in each, after some steps and before the last
+        run = train(recipe, tmp_path / "cut")
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            steps = sorted((tmp_path / "cut.training").glob(f"{stage_name}-*/checkpoints/step-*"))
+            if steps and int(steps[-1].name.removeprefix("step-")) >= 3:
+                break
+            assert run.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGKILL)
+        run.communicate()
+        assert run.returncode == -signal.SIGKILL
+        assert not (tmp_path / "cut").exists()
+    last = train(recipe, tmp_path / "cut")
+    _, said = last.communicate(timeout=300)
+    assert last.returncode == 0, said
+    assert "unet: goes on from step" in said and "vae: done before" in said
+    for file in sorted((tmp_path / "whole").rglob("*.safetensors")):
+        expected, found = load_file(file), load_file(tmp_path / "cut" / file.relative_to(tmp_path / "whole"))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[name]) for name, value in expected.items()), file.name

@@ -1,0 +1,105 @@
+"""Checkpoints: what was written comes back to the bit; what was torn or altered is refused by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from latentgen.training.loop import LoopSettings, TrainState
+from latentgen.training.snapshots import Snapshots
+
+SETTINGS = LoopSettings(steps=10, batch=2, rate=0.1, warmup=1)
+
+
+def state_at(step: int) -> TrainState:
+    torch.manual_seed(step)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)).to(memory_format=torch.channels_last)
+    state = TrainState.start(net, SETTINGS)
+    for _ in range(2):
+        net(torch.randn(1, 3, 5, 5)).square().sum().backward()
+        state.optimizer.step()
+    state.update_average(0.5)
+    state.step, state.skipped = step, 1
+    return state
+
+
+def equal(one: TrainState, other: TrainState) -> bool:
+    ours, theirs = one.tensors(), other.tensors()
+    return (one.step, one.skipped) == (other.step, other.skipped) and all(
+        ours[file].keys() == theirs[file].keys()
+        and all(torch.equal(ours[file][name], theirs[file][name]) for name in ours[file])
+        for file in ("model", "average", "optimizer")
+    )
+
+
+def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:
+    kept = state_at(3)
+    Snapshots(tmp_path).save(kept)
+    back = state_at(0)
+    assert not equal(kept, back)
+    assert Snapshots(tmp_path).restore(back) == []
+    assert equal(kept, back)
+
+
+def test_a_folder_without_checkpoints_changes_nothing(tmp_path: Path) -> None:
+    state = state_at(1)
+    assert Snapshots(tmp_path / "none").restore(state) == []
+    assert equal(state, state_at(1))
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        snapshots.save(state_at(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def torn(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def altered(folder: Path) -> None:
+    file = folder / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def lost(folder: Path) -> None:
+    (folder / "average.safetensors").unlink()
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"files": ')
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(torn, "model"), (altered, "optimizer"), (lost, "average"), (no_manifest, "manifest")],
+)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
+    tmp_path: Path, damage: object, named: str
+) -> None:
+    snapshots = Snapshots(tmp_path)
+    for step in (4, 5):
+        snapshots.save(state_at(step))
+    assert callable(damage)
+    damage(tmp_path / "step-00000005")
+    back = state_at(0)
+    refused = snapshots.restore(back)
+    assert equal(back, state_at(4))
+    assert len(refused) == 1 and "step-00000005" in refused[0] and named in refused[0]
+    assert (tmp_path / "step-00000005").is_dir()  # nothing is removed by reading
+
+
+def test_what_was_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path)
+    snapshots.save(state_at(4))
+    aside = tmp_path / ".step-00000005.writing"
+    aside.mkdir()
+    (aside / "model.safetensors").write_bytes(b"half")
+    back = state_at(0)
+    assert snapshots.restore(back) == []
+    assert back.step == 4
