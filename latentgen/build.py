@@ -1,24 +1,25 @@
 """From a recipe to objects, through explicit tables; and `train`, which runs a recipe's stages in their order."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from latentgen.checkpoint import save_pipeline
 from latentgen.data import Picture, load_pixels, read_folder
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import from_config
-from latentgen.durable import write_folder
+from latentgen.durable import alone, write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.recipe import Recipe, Train, read_recipe
@@ -31,17 +32,19 @@ from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, Tex
 from latentgen.training.loop import LoopSettings
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours -> diffusers' names
-BETAS = {  # ours -> diffusers' names
+BETAS: Mapping[str, Mapping[str, Any]] = {  # ours -> diffusers' names
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
 }
 
 
-def train(
-    recipe: Path, out: Path | None = None, data: Path | None = None, report: Report = print
-) -> Path:
+def train(recipe: Path, out: Path | None = None, data: Path | None = None, report: Report = print) -> Path:
     """Train every stage of a recipe and write the weights folder; what is done already is not done again.
 
     out: the weights folder, `weights/NAME` if not given; the run's own state (checkpoints, caches, logs, sheets) stands
@@ -127,10 +130,12 @@ class Run:
     def all(self) -> Path:
         """Tokenizer, CLIP, VAE, U-Net, weights folder."""
         self.report(f"{self.recipe.name}: on {self.accelerator.device}, {self.accelerator.num_processes} process(es)")
-        unet, figures = self.unet
-        if self.accelerator.is_main_process:
-            self.save(unet, {**self.figures, "unet": dict(figures)})
-            self.report(f"{self.recipe.name}: wrote {self.out}")
+        main = self.accelerator.is_main_process
+        with alone(self.state) if main else nullcontext():
+            unet, figures = self.unet
+            if main:
+                self.save(unet, {**self.figures, "unet": dict(figures)})
+                self.report(f"{self.recipe.name}: wrote {self.out}")
         return self.out
 
     # --- data
@@ -170,7 +175,7 @@ class Run:
             if self.accelerator.is_main_process:
                 write_folder(place, lambda aside: learned.save_pretrained(aside) and None)
             self.accelerator.wait_for_everyone()
-        words: CLIPTokenizer = CLIPTokenizer.from_pretrained(place)
+        words = create.read_tokenizer(place)
         lengths = [len(ids) for ids in words(list(self.data.captions.texts)).input_ids]
         cut = sum(length > what.context for length in lengths)
         self.figures["tokenizer"] = {"vocabulary": len(words), "captions": len(lengths), "captions_cut": cut}
@@ -245,7 +250,10 @@ class Run:
         form = what.model_dump(include={"channels", "layers", "head_width"})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         place = self._place("unet", form, goal, _loop(what.train), *upstream)
-        channels, side = vae.config.latent_channels, self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1)
+        channels, side = (
+            vae.config.latent_channels,
+            self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
+        )
         width, length = text.config.hidden_size, self.words.model_max_length
         device = self.accelerator.device
 
@@ -295,7 +303,9 @@ class Run:
             scheduler_config=scheduler_config(what),
         )
         prompts = list(what.sample.prompts)
-        images = pipe(prompts, seed=[what.sample.seed + n for n in range(len(prompts))], **what.defaults.model_dump()).images
+        images = pipe(
+            prompts, seed=[what.sample.seed + n for n in range(len(prompts))], **what.defaults.model_dump()
+        ).images
         return contact_sheet(images, what.sample.columns, prompts)
 
     # --- the result
@@ -330,7 +340,9 @@ class Run:
         """Weights start from the recipe's seed, whichever stages ran before."""
         torch.manual_seed(self.recipe.seed)
 
-    def _run(self, name: str, objective: Any, what: Train, gate: Mapping[str, float], place: Path) -> Mapping[str, float]:
+    def _run(
+        self, name: str, objective: Any, what: Train, gate: Mapping[str, float], place: Path
+    ) -> Mapping[str, float]:
         figures = run_stage(
             name,
             objective,

@@ -77,6 +77,26 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold `folder` (made if need be) for this process; the system lets go of it however the process ends.
+
+    Raises InputError when another process holds it. Where the system has no flock (Windows) nothing is held.
+    """
+    with saying_what_failed(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"another run trains in {folder}; wait for it, or give another --out") from None
+        yield
+
+
 def recover(target: Path) -> None:
     """Put the old folder back where a swap was cut between its two renames (only where no atomic exchange exists)."""
     old = target.with_name(f".{target.name}.old")

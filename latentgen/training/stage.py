@@ -6,8 +6,11 @@ those things has changed, and nothing is lost when it changes back.
 
 import hashlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +101,7 @@ def _train(
     main = accelerator.is_main_process
     clock = _Clock(state.step, settings)
     logged = saved = time.monotonic()
-    try:
+    with _stop_asked() as stop:
         for progress in fit(objective, state, settings, accelerator, seed=seed):
             now = time.monotonic()
             if main and (now - logged >= pace.log_seconds or progress.step == settings.steps):
@@ -110,12 +113,35 @@ def _train(
             if main and (now - saved >= pace.save_seconds or progress.step == settings.steps):
                 snapshots.save(state)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        if main:
-            report(f"{name}: stopping; saving step {state.step}")
-            state.optimizer.zero_grad(set_to_none=True)
-            snapshots.save(state)
-        raise
+            if stop:
+                if main:
+                    report(f"{name}: stopping; saving step {state.step}")
+                    snapshots.save(state)
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """A list that is filled when Ctrl-C or SIGTERM asks the run to stop: between two steps, where all is whole.
+
+    A second Ctrl-C stops at once. Outside the main thread signals are left alone.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _look(name: str, objective: Objective, state: TrainState, folder: Path, main: bool, report: Report) -> None:
