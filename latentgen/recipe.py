@@ -19,7 +19,7 @@ class _Section(BaseModel):
 
 
 class Train(_Section):
-    """The loop of a stage. `batch` counts all processes; `rate` is AdamW's, `decay` the part of the run it falls over."""
+    """The loop of a stage. `batch` counts all processes; `rate` is AdamW's, `decay` the part of the run it falls in."""
 
     steps: Positive
     batch: Positive

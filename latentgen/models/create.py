@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -41,6 +42,12 @@ def tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> CLIPTok
     words = [*alphabet, *(byte + SUFFIX for byte in alphabet), *("".join(merge) for merge in merges), START, END]
     ids = {word: number for number, word in enumerate(dict.fromkeys(words))}
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=context)
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer that `save_pretrained` left in a folder."""
+    words: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    return words
 
 
 def clip(

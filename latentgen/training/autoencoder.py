@@ -1,20 +1,25 @@
 """The VAE stage: pictures to small latents and back (Kingma & Welling 2014; Rombach et al. 2022, section 3.1)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel
 
 from latentgen.training.clip import shift, to_unit
 from latentgen.training.draw import VALIDATION, Draw
 from latentgen.training.sheet import contact_sheet, from_unit
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPVisionModel
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class AutoencoderObjective:
     def __init__(
         self,
         vae: AutoencoderKL,
-        tower: CLIPVisionModel,
+        tower: CLIPVisionModel | None,
         pixels: np.ndarray,
         held_out: np.ndarray,
         weights: np.ndarray,
@@ -84,12 +89,13 @@ class AutoencoderObjective:
         reach: int = 4,
     ) -> None:
         nets: dict[str, nn.Module] = {"vae": vae}
-        if terms.adversary:
-            nets["adversary"] = Adversary()
+        self._adversary = Adversary() if terms.adversary else None
+        if self._adversary is not None:
+            nets["adversary"] = self._adversary
         self.module = nn.ModuleDict(nets).to(accelerator.device)
         self.vae = vae
         self.weights = weights
-        self._perceptual = Perceptual(tower).to(accelerator.device)
+        self._perceptual = Perceptual(tower).to(accelerator.device) if tower is not None else None
         self._pixels, self._held_out, self._terms, self._reach = pixels, held_out, terms, reach
         self._device = accelerator.device
 
@@ -100,10 +106,13 @@ class AutoencoderObjective:
         noise = draw.normal(*posterior.mean.shape[1:]).to(self._device)
         found = self.vae.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
-        terms = {"l1": (found - real).abs().mean(), "kl": kl, "perceptual": self._perceptual(found, real).mean()}
-        loss = terms["l1"] + self._terms.kl * kl + self._terms.perceptual * terms["perceptual"]
-        if self._terms.adversary:
-            own, fooled = self.module["adversary"].losses(real, found)
+        terms = {"l1": (found - real).abs().mean(), "kl": kl}
+        loss = terms["l1"] + self._terms.kl * kl
+        if self._perceptual is not None:
+            terms["perceptual"] = self._perceptual(found, real).mean()
+            loss = loss + self._terms.perceptual * terms["perceptual"]
+        if self._adversary is not None:
+            own, fooled = self._adversary.losses(real, found)
             started = float(draw.step >= self._terms.adversary_start)
             loss = loss + own + self._terms.adversary * started * fooled
             terms |= {"adversary": own, "fooled": fooled}
@@ -129,7 +138,9 @@ class AutoencoderObjective:
         chosen = self._held_out[:: max(1, len(self._held_out) // 24)][:24]
         real = to_unit(chosen, self._device)
         found = self.vae.decode(self.vae.encode(real).latent_dist.mean).sample
-        pairs = [picture for row in range(0, len(chosen), 12) for part in (real, found) for picture in part[row : row + 12]]
+        pairs = [
+            picture for row in range(0, len(chosen), 12) for part in (real, found) for picture in part[row : row + 12]
+        ]
         return contact_sheet([from_unit(picture) for picture in pairs], columns=12)
 
 
@@ -138,8 +149,8 @@ def normalise_latents(vae: AutoencoderKL, pixels: np.ndarray, device: torch.devi
     """Give every latent channel mean 0 and std 1 over `pixels`, inside the VAE's own 1x1 convolutions.
 
     z' = (z - m) / s a channel is folded into `quant_conv` (mean and log-variance alike) and undone in
-    `post_quant_conv`, so that any program that reads the folder gets the normalised latents; what is left for diffusers'
-    single `scaling_factor` is 1 / std over all channels, close to 1. Returns the figures before and after.
+    `post_quant_conv`, so that any program reading the folder gets normalised latents; what is left for diffusers'
+    one `scaling_factor` is 1 / std over all channels, close to 1. Returns the figures before and after.
     """
     vae.eval()
     mean, std = _moments(vae, pixels, device)

@@ -1,16 +1,22 @@
 """Arrays that are computed once and kept: latents and text states, keyed by all they depend on."""
 
+from __future__ import annotations
+
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen.errors import InputError
 from latentgen.training.clip import to_unit, tokens
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 
 def cached(path: Path, shape: tuple[int, ...], dtype: type, parts: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
@@ -29,7 +35,8 @@ def cached(path: Path, shape: tuple[int, ...], dtype: type, parts: Callable[[], 
         except OSError as error:
             raise InputError(f"cannot write the cache {path}: {error.strerror or error}; free space there") from error
         finally:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
     kept: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return kept
 
@@ -45,10 +52,10 @@ def latent_moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device)
 
 
 @torch.no_grad()
-def text_states(model: CLIPTextModel, words: CLIPTokenizer, texts: tuple[str, ...], device: torch.device) -> Iterator[np.ndarray]:
+def text_states(
+    model: CLIPTextModel, words: CLIPTokenizer, texts: tuple[str, ...], device: torch.device
+) -> Iterator[np.ndarray]:
     """(n, L, D) float16: last hidden states of each text, then of the empty one."""
     model = model.to(device).eval()
-    for ids in tokens(words, [*texts, ""]).split(256):
+    for ids in torch.split(tokens(words, [*texts, ""]), 256):
         yield model(input_ids=ids.to(device)).last_hidden_state.half().cpu().numpy()
-
-

@@ -9,7 +9,7 @@ from latentgen.data import Picture
 
 
 class CaptionTable:
-    """`texts`: the different captions, in the order met; picture i has those numbered `_numbers[starts[i]:starts[i+1]]`."""
+    """`texts`: the different captions, in the order met; picture i has `_numbers[_starts[i]:_starts[i+1]]`."""
 
     def __init__(self, pictures: Sequence[Picture]) -> None:
         known: dict[str, int] = {}

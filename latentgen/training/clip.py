@@ -1,6 +1,9 @@
 """The CLIP stage: text and image towers that agree on which caption belongs to which picture (Radford et al. 2021)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -8,10 +11,12 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
 
 from latentgen.training.captions import CaptionTable
 from latentgen.training.draw import Draw
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
 
 
 def to_unit(pixels: np.ndarray, device: torch.device) -> Tensor:
@@ -80,7 +85,7 @@ class ClipObjective:
         pixels, texts = self._held_out
         device = self._accelerator.device
         images = torch.cat([self.image_features(to_unit(p, device)) for p in np.array_split(pixels, _parts(pixels))])
-        words = torch.cat([self.text_features(i.to(device)) for i in tokens(self._words, texts).split(128)])
+        words = torch.cat([self.text_features(i.to(device)) for i in torch.split(tokens(self._words, texts), 128)])
         similarity = words @ images.T
         right = torch.arange(len(texts), device=device)
         return {
@@ -113,4 +118,6 @@ def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
         return value
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(value.contiguous())) if value.requires_grad else accelerator.gather(value)
+    if not value.requires_grad:
+        return accelerator.gather(value)
+    return torch.cat(all_gather(value.contiguous()))  # type: ignore[no-untyped-call]

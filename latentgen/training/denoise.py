@@ -1,12 +1,14 @@
 """The U-Net stage: the noise in a latent, told from its caption (Ho et al. 2020; Rombach et al. 2022, equation 3)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from latentgen.diffusion.schedule import Schedule
 from latentgen.models.network import unet_network
 from latentgen.training.captions import CaptionTable
 from latentgen.training.draw import VALIDATION, Draw
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 VALIDATION_ROUNDS = 4  # each held-out picture is tried at so many times, spread evenly
 
@@ -82,7 +87,7 @@ class DenoiseObjective:
         self._held_out, self._accelerator, self._sheet = held_out, accelerator, sheet
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
-        """Equation 3 of Rombach et al. 2022, for the prediction chosen; some captions left empty (Ho & Salimans 2022)."""
+        """Equation 3 of Rombach et al. 2022, for the prediction chosen; some captions empty (Ho & Salimans 2022)."""
         device = self._accelerator.device
         shape = self._latents.moments.shape[2:]
         x0 = self._latents.sample(items, draw.normal(*shape).to(device))

@@ -1,7 +1,7 @@
 """The one training loop. What varies is an `Objective`; logging, sampling, saving and stopping are the caller's.
 
-    for progress in fit(objective, state, settings, accelerator, seed=0):
-        ...                                     # every step: look, save, or leave the loop
+for progress in fit(objective, state, settings, accelerator, seed=0):
+    ...                                     # every step: look, save, or leave the loop
 """
 
 import math
@@ -97,7 +97,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The state as named tensors, by file: what a checkpoint holds."""
-        names = {weight: name for name, weight in self.module.named_parameters()}
+        names: dict[Tensor, str] = {weight: name for name, weight in self.module.named_parameters()}
         moments = {
             f"{key}/{names[weight]}": value
             for weight, entries in self.optimizer.state.items()
@@ -154,7 +154,7 @@ def fit(
         draw = Draw(seed, step, settings.batch, rows)
         with accelerator.autocast():
             losses = objective.loss(order.items(step)[rows], draw)
-        losses["loss"].backward()
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
         _average_gradients(trained, accelerator)
         norm = float(nn.utils.clip_grad_norm_(trained, settings.clip))
         rate = settings.rate_at(step)

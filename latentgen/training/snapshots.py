@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written aside, proved, renamed; a torn one is refused by name and the one before used."""
+"""Checkpoints of a training run: written aside, proved, renamed; a torn one is refused by name, the one before used."""
 
 import json
 import shutil
