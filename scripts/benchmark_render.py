@@ -1,0 +1,178 @@
+"""Rendering against plain diffusers: the same weights, sampler, steps, guidance and latents; time, memory, pictures.
+
+    python scripts/benchmark_render.py [--weights FOLDER] [--steps 25] [--batch 1] [--rounds 5] [--json FILE]
+
+A warm picture is one call of the pipeline, pixels on the host, divided by the batch; the first call is not counted.
+Shell to picture is one PNG from a fresh process: `latentgen render`, and the shortest script with diffusers.
+The ratio is diffusers to latentgen, the median over the rounds: above 1 latentgen is faster.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmark_process import ENGINES, guarded, in_turn, machine, paired_ratio, peak_mib, run, show
+
+from latentgen.checkpoint import find, open_folder
+from latentgen.diffusion.schedule import from_config
+from latentgen.errors import InputError
+
+PROMPTS = ("a red apple", "a blue bird", "a smiling face", "a green car")
+SHORTEST = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline
+folder, prompt, steps, guidance, out = sys.argv[1:]
+gpu = torch.cuda.is_available()
+pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16 if gpu else torch.float32)
+pipe.to("cuda" if gpu else "cpu")
+call = {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+pipe(prompt, **call, generator=torch.Generator().manual_seed(0)).images[0].save(out)
+"""
+Render = Callable[[list[str], np.ndarray, int, float], np.ndarray]  # prompts, latents, steps, guidance -> (B, H, W, 3)
+
+
+def sampler_of(folder: Path) -> str:
+    """The name here of the folder's own scheduler."""
+    return from_config(open_folder(folder, verify=False).config("scheduler")).sampler
+
+
+def ours(folder: Path) -> Render:
+    """latentgen's Pipeline, which computes in float32 on a CPU and in float16 on a GPU."""
+    from latentgen.pipeline import Pipeline
+
+    pipe, sampler = Pipeline.from_pretrained(folder), sampler_of(folder)
+
+    def render(prompts: list[str], latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+        call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+        return np.asarray(pipe(prompts, latents=latents, seed=0, output_type="np", **call).images)
+
+    return render
+
+
+def theirs(folder: Path) -> Render:
+    """diffusers' StableDiffusionPipeline as it comes, in the same types."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    gpu = torch.cuda.is_available()
+    dtype = torch.float16 if gpu else torch.float32
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to("cuda" if gpu else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+
+    def render(prompts: list[str], latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+        height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
+        call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+        start = torch.from_numpy(latents).to(pipe.device, dtype)
+        return np.asarray(pipe(prompts, latents=start, output_type="np", **call).images)
+
+    return render
+
+
+def work(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One worker: load, render once, then `repeats` times against the clock; the pictures are left in the scratch."""
+    render = {"latentgen": ours, "diffusers": theirs}[asked.worker](folder)
+    config = open_folder(folder, verify=False).config("unet")
+    side = config["sample_size"]
+    sides = (side, side) if isinstance(side, int) else tuple(side)
+    latents = np.random.default_rng(0).standard_normal((asked.batch, config["in_channels"], *sides), np.float32)
+    prompts = [PROMPTS[k % len(PROMPTS)] for k in range(asked.batch)]
+    pictures = render(prompts, latents, asked.steps, asked.guidance)
+    seconds = []
+    for _ in range(asked.repeats):
+        start = time.perf_counter()
+        pictures = render(prompts, latents, asked.steps, asked.guidance)
+        seconds.append((time.perf_counter() - start) / asked.batch)
+    peak = peak_mib()
+    np.save(asked.scratch / f"{asked.worker}.npy", pictures)
+    warm = {"seconds": seconds, "median": statistics.median(seconds), "least": min(seconds), "peak_mib": peak}
+    return {**warm, "machine": machine()}
+
+
+def shell_seconds(asked: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Seconds from starting a process to one PNG on the disk, by engine."""
+    steps, guidance, sampler = str(asked.steps), str(asked.guidance), sampler_of(folder)
+    out = {engine: str(asked.scratch / f"{engine}.png") for engine in ENGINES}
+    options = ["--steps", steps, "--guidance", guidance, "--sampler", sampler, "--seed", "0", "--weights", str(folder)]
+    mine = [sys.executable, "-m", "latentgen.cli", "render", PROMPTS[0], *options, "--out", out["latentgen"]]
+    other = [sys.executable, "-c", SHORTEST, str(folder), PROMPTS[0], steps, guidance, out["diffusers"]]
+    seconds = {}
+    for engine, command in zip(ENGINES, (mine, other), strict=True):
+        start = time.perf_counter()
+        run(command)
+        seconds[engine] = time.perf_counter() - start
+    return seconds
+
+
+def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> None:
+    """Both engines in turn, then both from the shell in turn; a table and JSON."""
+    pairs = in_turn(__file__, [*given, "--weights", str(folder), "--scratch", str(asked.scratch)], asked.rounds)
+    shells = [shell_seconds(asked, folder) for _ in range(asked.rounds)]
+    pictures = [np.load(asked.scratch / f"{engine}.npy") for engine in ENGINES]
+    shell = {engine: statistics.median(turn[engine] for turn in shells) for engine in ENGINES}
+    warm = {engine: [second for pair in pairs for second in pair[engine]["seconds"]] for engine in ENGINES}
+    result: dict[str, Any] = {
+        "steps": asked.steps,
+        "batch": asked.batch,
+        "guidance_scale": asked.guidance,
+        "rounds": asked.rounds,
+        "sampler": sampler_of(folder),
+        "size": list(pictures[0].shape[1:3]),
+        "machine": pairs[0]["latentgen"]["machine"],
+        "seconds_least": {engine: min(warm[engine]) for engine in ENGINES},
+        "seconds_median": {engine: statistics.median(warm[engine]) for engine in ENGINES},
+        "ratio": paired_ratio(pairs, "median", "diffusers", "latentgen"),
+        "shell_seconds": shell,
+        "shell_ratio": statistics.median(turn["diffusers"] / turn["latentgen"] for turn in shells),
+        "peak_mib": {engine: max(pair[engine]["peak_mib"] for pair in pairs) for engine in ENGINES},
+        "largest_difference": float(np.abs(pictures[0] - pictures[1]).max()),
+        "pairs": pairs,
+        "shells": shells,
+    }
+    names = {
+        "seconds_least": "seconds a warm picture, least",
+        "seconds_median": "seconds a warm picture, median",
+        "shell_seconds": "seconds from shell to picture",
+        "peak_mib": "peak memory, MiB",
+    }
+    rows = {said: result[key] for key, said in names.items()}
+    ratio = (
+        f"ratio diffusers/latentgen {result['ratio']:.3f} warm, {result['shell_ratio']:.3f} from the shell; largest "
+        f"difference of a pixel in [0, 1] {result['largest_difference']:.2g}"
+    )
+    title = f"{asked.steps} steps of {result['sampler']}, batch {asked.batch}"
+    show(title, rows, ratio, result, asked.json)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="a weights folder; default: the embedded one")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--guidance", type=float, default=4.0, help="above 1, which would be off")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of processes")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls in each process")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if min(asked.steps, asked.batch, asked.rounds, asked.repeats) < 1 or asked.guidance <= 1:
+        raise InputError("--steps, --batch, --rounds and --repeats must be 1 or more, and --guidance above 1")
+    folder = find(asked.weights).resolve()
+    if asked.worker:
+        print(json.dumps(work(asked, folder)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        asked.scratch = Path(scratch)
+        measure(asked, folder, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    guarded(main)

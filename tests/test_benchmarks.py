@@ -1,0 +1,55 @@
+"""Both benchmarks run, with a tiny folder, and say both engines' rates and the ratio."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def ran(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    there = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=there, timeout=240, check=False)
+
+
+def test_the_render_benchmark_says_both_times_and_that_the_pictures_agree(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "render.json"
+    done = ran("benchmark_render.py", "--weights", folder, "--steps", 2, "--rounds", 1, "--repeats", 1, "--json", out)
+    assert done.returncode == 0, done.stderr
+    for said in ("latentgen", "diffusers", "warm picture", "shell to picture", "peak memory", "ratio"):
+        assert said in done.stdout
+    result = json.loads(out.read_text())
+    assert result["largest_difference"] < 1e-3
+    for figure in ("seconds_least", "seconds_median", "shell_seconds", "peak_mib"):
+        assert all(result[figure][engine] > 0 for engine in ("latentgen", "diffusers"))
+    assert result["ratio"] == pytest.approx(
+        result["seconds_median"]["diffusers"] / result["seconds_median"]["latentgen"]
+    )
+
+
+def test_the_training_benchmark_says_both_rates(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "train.json"
+    done = ran("benchmark_train.py", "--weights", folder, "--batch", 4, "--steps", 2, "--rounds", 1, "--json", out)
+    assert done.returncode == 0, done.stderr
+    for said in ("latentgen", "diffusers", "samples a second", "GFLOP/s", "waiting for data", "ratio"):
+        assert said in done.stdout
+    result = json.loads(out.read_text())
+    rates = result["samples_per_second"]
+    assert result["ratio"] == pytest.approx(rates["latentgen"] / rates["diffusers"])
+    for engine in ("latentgen", "diffusers"):
+        assert result["gflops"][engine] > 0
+        assert 0 < result["waiting"][engine] < 1
+
+
+def test_a_folder_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
+    done = ran("benchmark_train.py", "--weights", tmp_path / "none", "--rounds", 1)
+    assert done.returncode == 2
+    assert done.stderr.startswith("latentgen: no weights folder at")
+    assert len(done.stderr.splitlines()) == 1
