@@ -1,4 +1,4 @@
-"""The command line: render, replay, train. Each verb is one call into the library; nothing heavy is imported before it.
+"""The command line: render, replay, train, samplers. Each verb is one call into the library; nothing heavy is imported before it.
 
 Exit codes: 0 done, 2 something given cannot be used (one line, `latentgen: …`), 130 stopped by Ctrl-C.
 """
@@ -142,6 +142,23 @@ def train(
     folder = build.train(recipe, out, data, report)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(folder)
+
+
+@app.command()
+def samplers() -> None:
+    """Say what each sampler is, its source, its order of convergence, and when to choose it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from latentgen.diffusion.sampling import TABLE
+
+    table = Table(box=None, padding=(0, 2, 1, 0))
+    for column in ("sampler", "what it is", "order", "choose it for", "source"):
+        table.add_column(column, no_wrap=column == "sampler", overflow="fold")
+    for note in TABLE:
+        order = f"{note.order}; {note.evaluations} a step" + ("; random" if note.random else "")
+        table.add_row(note.name, note.what, order, note.when, note.source)
+    Console().print(table)
 
 
 def main() -> None:

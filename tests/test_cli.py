@@ -18,6 +18,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from latentgen import __version__, cli
+from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.image import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,14 @@ def refused(ran: Ran, line: str) -> None:
 def test_the_version_is_that_of_the_package() -> None:
     assert shell("--version") == Ran(0, [f"latentgen {__version__}"], "")
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("version", __version__) == __version__
+
+
+def test_the_samplers_are_listed_with_their_sources() -> None:
+    said = shell("samplers")
+    assert said.code == 0 and not said.err
+    names = {line.split()[0] for line in said.out if line and not line.startswith(" ")}
+    assert set(SAMPLERS) <= names
+    assert any("Lu et al." in line for line in said.out)
 
 
 @pytest.mark.parametrize("verb", [[], ["render"], ["replay"], ["train"]])
