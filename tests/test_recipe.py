@@ -1,0 +1,131 @@
+"""Recipes: the ones we ship hold; whatever is wrong in one costs one line that says what would be right."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from latentgen import InputError
+from latentgen.build import BETAS, PREDICTIONS, scheduler_config
+from latentgen.diffusion.schedule import from_config
+from latentgen.recipe import Recipe, read_recipe
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "data" / "tiny.toml"
+SHIPPED = sorted((ROOT / "pipelines").glob("*.toml"))
+
+Change = Callable[[str], str]
+
+
+def put(old: str, new: str) -> Change:
+    def change(text: str) -> str:
+        assert text.count(old) >= 1, old
+        return text.replace(old, new, 1)
+
+    return change
+
+
+def refusal(tmp_path: Path, change: Change) -> str:
+    """The one line that a changed recipe is refused with."""
+    path = tmp_path / "changed.toml"
+    path.write_text(change(TINY.read_text()))
+    with pytest.raises(InputError) as caught:
+        read_recipe(path)
+    line = str(caught.value)
+    assert "\n" not in line and str(path) in line and "pydantic" not in line
+    return line
+
+
+@pytest.mark.parametrize("path", [TINY, *SHIPPED], ids=lambda path: path.name)
+def test_every_recipe_of_ours_holds_and_is_named_for_its_file(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe  # as recipe.json keeps it
+    from_config(scheduler_config(recipe))
+
+
+def test_there_are_recipes() -> None:
+    assert SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (put("steps = 12", "step = 12"), r"unknown key 'step' in \[clip.train\]; did you mean 'steps'\?"),
+        (put("[vae.loss]", "[vae.los]"), r"unknown key 'los' in \[vae\]; did you mean 'loss'\?"),
+        (put("[unet]", "[u-net]"), r"unknown key 'u-net' in the top level; did you mean 'unet'\?"),
+        (put("held_out", "heldout"), r"unknown key 'heldout' in \[data\]; did you mean 'held_out'\?"),
+        (put("seed = 0", "sede = 0"), r"unknown key 'sede' in the top level; did you mean 'seed'\?"),
+        (put("columns = 2", "zzz = 2"), r"unknown key 'zzz' in \[sample\]; it can be one of: prompts, columns, seed"),
+        (put("size = 32", ""), "data.size is missing; write it"),
+        (put("[tokenizer]", "[pace.tokenizer]"), "unknown key 'tokenizer'"),
+    ],
+)
+def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Change, said: str) -> None:
+    assert re.search(said, refusal(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (put("size = 32", "size = 0"), "data.size is 0: input should be greater than or equal to 1"),
+        (put("size = 32", 'size = "big"'), "data.size is 'big': input should be a valid integer"),
+        (put("size = 32", "size = 32.5"), "data.size is 32.5: input should be a valid integer"),
+        (put("steps = 12", "steps = 0"), "clip.train.steps is 0: "),
+        (put("rate = 1e-3", "rate = 0"), "clip.train.rate is 0: input should be greater than 0"),
+        (put("rate = 1e-3", "rate = nan"), "clip.train.rate is nan: "),
+        (put("ema = 0.9", "ema = 1.0"), r"clip.train.ema is 1.0: input should be less than 1"),
+        (put("context = 16", "context = 3"), "tokenizer.context is 3: "),
+        (put("channels = [32, 64]", "channels = []"), r"unet.channels is \[\]: "),
+        (put("channels = [32, 64]", "channels = [32, -1]"), "unet.channels.1 is -1: "),
+        (put("head_width = 32", 'schedule = "cosin"'), "unet.schedule is 'cosin': input should be 'cosine', "),
+        (put("head_width = 32", 'prediction = "w"'), "unet.prediction is 'w': input should be 'eps', 'x0' or 'v'"),
+        (put("head_width = 32", "caption_dropout = 1.5"), "unet.caption_dropout is 1.5: "),
+        (put("smileys-emotion = 0.5", "smileys-emotion = -1"), "data.weights.group.smileys-emotion is -1: "),
+        (put('name = "tiny"', 'name = "../tiny"'), "name is '../tiny': "),
+        (put('prompts = ["a red', 'prompts = [] # ["a red'), r"sample.prompts is \[\]: "),
+        (put("adversary = 0.02", "adversary = -0.1"), "vae.loss.adversary is -0.1: "),
+        (put("chance = 0.01", 'chance = "high"'), "clip.gate.chance is 'high': "),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_its_key(tmp_path: Path, change: Change, said: str) -> None:
+    assert re.search(said, refusal(tmp_path, change))
+
+
+def test_more_than_one_flaw_is_counted_and_the_unknown_key_comes_first(tmp_path: Path) -> None:
+    line = refusal(tmp_path, lambda text: text.replace("size = 32", "sise = 32").replace("patch = 8", "patch = 0"))
+    assert "did you mean 'size'?" in line and line.endswith("(and 2 more)")
+
+
+def test_what_is_not_toml_says_where(tmp_path: Path) -> None:
+    line = refusal(tmp_path, put("[data]", "[data"))
+    assert "is not TOML" in line and "line" in line
+
+
+def test_a_missing_recipe_says_which_there_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not exist; there is .*icons\.toml"):
+        read_recipe(ROOT / "pipelines" / "icon.toml")
+    with pytest.raises(InputError, match=r"does not exist; give a \.toml file such as pipelines/icons\.toml"):
+        read_recipe(tmp_path / "nowhere" / "mine.toml")
+
+
+def test_what_cannot_be_read_as_text_costs_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_recipe(tmp_path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_recipe(binary)
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = read_recipe(TINY)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1
+
+
+def test_every_schedule_and_prediction_of_a_recipe_has_its_row() -> None:
+    fields = Recipe.model_fields["unet"].annotation.model_fields  # type: ignore[union-attr]
+    assert set(BETAS) == set(fields["schedule"].annotation.__args__)
+    assert set(PREDICTIONS) == set(fields["prediction"].annotation.__args__)
