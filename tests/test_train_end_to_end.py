@@ -1,0 +1,175 @@
+"""`latentgen train` from captions to a folder that renders, here and in diffusers; again; and with flaws in the data."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latentgen import Pipeline
+from latentgen.checkpoint import open_folder
+from latentgen.diffusion.noise import Noise
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "data" / "tiny.toml"
+ICONS = ROOT / "tests" / "data" / "icons"
+STAGES = ("clip", "vae", "unet")
+
+pytestmark = pytest.mark.slow
+
+
+def train(out: Path, data: Path | None = None, recipe: Path = TINY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--out", str(out)]
+    if data is not None:
+        command += ["--data", str(data)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder that the tiny recipe became, and what was said on the way."""
+    out = tmp_path_factory.mktemp("trained") / "tiny"
+    done = train(out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def few(place: Path, count: int = 24) -> Path:
+    """A small captioned folder: some pictures of the sample, two of them held out."""
+    lines = (ICONS / "metadata.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    chosen = [entry for entry in entries if entry["split"] == "test"][:2]
+    chosen += [entry for entry in entries if entry["split"] == "train"][: count - 2]
+    for entry in chosen:
+        target = place / entry["file_name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ICONS / entry["file_name"], target)
+    (place / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in chosen))
+    return place
+
+
+def test_every_stage_says_what_it_did_and_the_folder_is_the_last_line(trained: tuple[Path, object]) -> None:
+    out, done = trained
+    assert isinstance(done, subprocess.CompletedProcess)
+    assert done.stdout == f"{out}\n"
+    for stage in STAGES:
+        assert f"{stage}: starts at step 0" in done.stderr
+    assert "196 pictures to train on, 9 held out" in done.stderr
+    assert "are cut at 16" in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+
+
+def test_the_folder_is_whole_and_says_where_it_comes_from(trained: tuple[Path, object]) -> None:
+    out, _ = trained
+    open_folder(out)
+    recipe, metrics = (json.loads((out / name).read_text()) for name in ("recipe.json", "metrics.json"))
+    assert recipe["name"] == "tiny" and recipe["unet"]["train"]["betas"] == [0.9, 0.99]  # as resolved
+    assert metrics.keys() == {"tokenizer", *STAGES}
+    assert metrics["vae"]["psnr"] > 5 and metrics["unet"]["steps"] == 16
+    assert json.loads((out / "latentgen.json").read_text())["defaults"]["num_inference_steps"] == 4
+    assert (out / "sheet.png").is_file()
+    assert (ICONS / "NOTICE").read_text().strip() in (out / "README.md").read_text()
+    assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    for stage in STAGES:
+        (place,) = out.with_name("tiny.training").glob(f"{stage}-*")
+        entries = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        assert {"loss", "rate", "norm"} <= {key for entry in entries for key in entry}
+        assert stage == "clip" or list((place / "sheets").glob("*.png"))
+
+
+def test_it_renders(trained: tuple[Path, object]) -> None:
+    output = Pipeline.from_pretrained(trained[0])("a red apple, noto emoji style", seed=7)
+    assert output.images[0].size == (32, 32)
+    assert np.asarray(output.images[0]).std() > 0
+
+
+def test_diffusers_makes_the_same_picture_of_it(trained: tuple[Path, object]) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    latents = torch.from_numpy(Noise([7]).initial((4, 4, 4)))
+    asked = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "np"}
+    theirs = StableDiffusionPipeline.from_pretrained(trained[0], safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs("a cat, noto emoji style", latents=latents.clone(), height=32, width=32, **asked).images
+    found = Pipeline.from_pretrained(trained[0])("a cat, noto emoji style", latents=latents.clone(), **asked).images
+    np.testing.assert_allclose(np.asarray(found), expected, atol=2e-3)
+
+
+def test_the_same_command_again_does_nothing_again(trained: tuple[Path, object]) -> None:
+    out, _ = trained
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    began = time.monotonic()
+    done = train(out)
+    took = time.monotonic() - began
+    assert done.returncode == 0
+    for stage in STAGES:
+        assert f"{stage}: done before" in done.stderr and f"{stage}: starts" not in done.stderr
+    assert "cache: computing" not in done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert took < 60
+
+
+def test_longer_steps_go_on_and_only_what_depends_on_them_is_done_again(
+    trained: tuple[Path, object], tmp_path: Path
+) -> None:
+    first, _ = trained
+    out = tmp_path / "tiny"
+    shutil.copytree(first.with_name("tiny.training"), tmp_path / "tiny.training")
+    recipe = tmp_path / "longer.toml"
+    head, unet = TINY.read_text().split("[unet]")
+    recipe.write_text(head + "[unet]" + unet.replace("steps = 16", "steps = 18"))
+    done = train(out, recipe=recipe)
+    assert done.returncode == 0, done.stderr
+    assert "vae: done before" in done.stderr and "unet: goes on from step 16 of 18" in done.stderr
+
+
+def test_a_broken_picture_costs_a_line(tmp_path: Path) -> None:
+    data = few(tmp_path / "data")
+    broken = sorted((data / "images").rglob("*.webp"))[-1]
+    broken.write_bytes(broken.read_bytes()[:40])
+    done = train(tmp_path / "out", data)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if broken.name in line]
+    assert len(lines) == 1 and lines[0].startswith("data: left out ")
+    assert "Traceback" not in done.stderr
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a refusal."""
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("latentgen: ")]
+    assert len(lines) == 1 and done.stderr.endswith(f"{lines[0]}\n")
+    return lines[0]
+
+
+def test_an_entry_that_names_a_missing_picture_stops_before_anything_is_written(tmp_path: Path) -> None:
+    data = few(tmp_path / "data")
+    gone = sorted((data / "images").rglob("*.webp"))[0]
+    gone.unlink()
+    line = refused(train(tmp_path / "out", data))
+    assert gone.name in line and "does not exist (1 of 24 entries" in line
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.glob("out.training/**/*")] == [".lock"]  # that one run was here, no more
+
+
+def test_a_folder_without_held_out_pictures_is_told_how_to_mark_them(tmp_path: Path) -> None:
+    data = few(tmp_path / "data")
+    metadata = data / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"split": "test"', '"split": "train"'))
+    assert '"split": "test"' in refused(train(tmp_path / "out", data))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_does_not_hold_is_refused_before_anything(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(TINY.read_text().replace("caption", "x").replace("head_width", "headwidth"))
+    assert "did you mean 'head_width'?" in refused(train(tmp_path / "out", recipe=recipe))
+    assert "does not exist" in refused(train(tmp_path / "out", recipe=tmp_path / "none.toml"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
