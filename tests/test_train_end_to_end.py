@@ -1,4 +1,4 @@
-"""`latentgen train` from captions to a folder that renders, here and in diffusers; again; and with flaws in the data."""
+"""`latentgen train` from captions to a folder that renders, here and in diffusers; again; with flaws in the data."""
 
 import json
 import os
