@@ -1,4 +1,4 @@
-"""The sheet of forty everyday prompts that README shows: animals, food, faces, vehicles, tools, weather, in nine styles.
+"""The sheet of forty everyday prompts in README: animals, food, faces, vehicles, tools, weather, in nine styles.
 
 usage: python scripts/draw_sheet.py [--weights FOLDER] [--out docs/icons.png] [--seed 0] [--scale 2]
 """
@@ -24,7 +24,16 @@ STYLES = (
 )
 SUBJECTS = (
     *("a cat", "a dog", "a fish", "a bird", "a pig", "a frog", "a butterfly", "an elephant"),
-    *("a red apple", "a banana", "a strawberry", "a pizza", "a hamburger", "an ice cream", "a cup of coffee", "a carrot"),
+    *(
+        "a red apple",
+        "a banana",
+        "a strawberry",
+        "a pizza",
+        "a hamburger",
+        "an ice cream",
+        "a cup of coffee",
+        "a carrot",
+    ),
     *("a smiling face", "an angry face", "a face with tears of joy", "a sleeping face", "a ghost", "a robot"),
     *("a red heart", "a rose", "a car", "a bicycle", "an airplane", "a rocket", "a ship", "a train"),
     *("a hammer", "a key", "scissors", "a light bulb", "a guitar", "a house", "the sun", "a cloud with rain"),
