@@ -1,4 +1,4 @@
-"""The command line: render, replay, train, samplers. Each verb is one call into the library, imported when it is called.
+"""The command line: render, replay, train, samplers. Each verb is one call into the library, imported when called.
 
 Exit codes: 0 done, 2 something given cannot be used (one line, `latentgen: …`), 130 stopped by Ctrl-C.
 """
