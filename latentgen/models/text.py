@@ -10,6 +10,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
 from latentgen.models.loading import load_module, quiet
+from latentgen.models.prompt import Laid, Token, Window, lay, literal, parse, sheet
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,35 @@ class TextEncoder:
         """The context length L in tokens, the start and end marks included."""
         return min(int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings))
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """states (B, L, D), the last hidden states after the final norm; each distinct prompt is encoded once.
+    @property
+    def window(self) -> Window:
+        """What the tower sees at once."""
+        marks = self.tokenizer
+        return Window(self.length, marks.bos_token_id, marks.eos_token_id, marks.pad_token_id)
 
-        A prompt is padded, or cut, to L tokens; what is cut is known from `cut`.
+    def tokens(self, text: str) -> list[Token]:
+        """A text's tokens, without marks."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [Token(id, *span) for id, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
+    def lay(self, prompt: str, *, weights: bool = False, limit: int | None = 1) -> Laid:
+        """A prompt as chunks, `limit` at most. weights: brackets weigh, BREAK parts chunks; else all is text."""
+        return lay(parse(prompt) if weights else literal(prompt), self.tokens, self.window, limit)
+
+    def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
+        """states (B, K·L, D), the last hidden states after the final norm; each distinct chunk is encoded once.
+
+        K is the number of chunks, 1 unless `limit` allows more. A chunk is padded to L tokens; what the last one cannot
+        hold is cut, and known from `lay`.
         """
-        distinct = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(
-            distinct, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(self.model.device)
+        laid = {prompt: self.lay(prompt, weights=weights, limit=limit) for prompt in dict.fromkeys(prompts)}
+        chunks = sheet([laid[prompt] for prompt in prompts], self.window)
+        ids = torch.from_numpy(chunks.ids).to(self.model.device)
         masked = getattr(self.model.config, "use_attention_mask", False)
+        mask = torch.from_numpy(chunks.mask).to(self.model.device) if masked else None
         with torch.no_grad():
-            states = self.model(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0]
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return Condition(states=states[rows].float())  # (distinct, L, D) -> (B, L, D)
+            states = self.model(ids, attention_mask=mask)[0]
+        return Condition(states=chunks.states(states.float()))  # (chunks, L, D) -> (B, K·L, D)
 
     def given(self, states: Any) -> Condition:
         """Prompt embeddings somebody brought (an array (B, L, D)) as a condition on this encoder's device."""
@@ -63,14 +79,8 @@ class TextEncoder:
 
     def count(self, prompt: str) -> int:
         """How many tokens a prompt has, the start and end marks included; more than `length` is cut."""
-        return len(self.tokenizer(prompt).input_ids)
+        return self.lay(prompt).count
 
     def cut(self, prompt: str) -> str:
         """The words of a prompt that lie beyond the context length, as they were written; "" where all fits."""
-        if self.count(prompt) <= self.length:
-            return ""
-        spans = self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-        start = int(spans[self.length - 1][0])  # the end mark takes the last place, so this token is the first one lost
-        words = prompt[start:]
-        begun = prompt[:start].rfind(" ") + 1 if start and not prompt[start - 1].isspace() else start
-        return (prompt[begun:] if prompt[begun:start].isalnum() else words).strip()
+        return self.lay(prompt).lost
