@@ -19,7 +19,10 @@ class _Section(BaseModel):
 
 
 class Train(_Section):
-    """The loop of a stage. `batch` counts all processes; `rate` is AdamW's, `decay` the part of the run it falls in."""
+    """The loop of a stage. `batch` counts all processes; `rate` is the optimiser's, `decay` the part of the run in
+    which it falls. `accumulate`: parts of a batch computed one after the other, to save memory. `averages`: relative
+    widths of power-function averages to keep, from which any other is made after training (Karras et al. 2024).
+    """
 
     steps: Positive
     batch: Positive
@@ -30,6 +33,11 @@ class Train(_Section):
     betas: tuple[Part, Part] = (0.9, 0.99)
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd"] = "adamw"
+    accumulate: Positive = 1
+    averages: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = ()
+    kept_averages: Positive = 16
 
 
 class Data(_Section):

@@ -76,6 +76,9 @@ class Adversary(nn.Sequential):
 class AutoencoderObjective:
     """L1 + KL + perceptual distance, and an adversary if asked for, all descended in one step."""
 
+    splits = True
+    judge = ("psnr", 1)
+
     def __init__(
         self,
         vae: AutoencoderKL,

@@ -35,6 +35,9 @@ def shift(pixels: Tensor, offsets: Tensor, reach: int) -> Tensor:
 class ClipObjective:
     """Symmetric cross-entropy over the batch; equal captions in a batch are all right answers for each other."""
 
+    splits = False
+    judge = ("retrieval_image_at_1", 1)
+
     def __init__(
         self,
         model: CLIPModel,

@@ -67,6 +67,9 @@ class TextStates:
 class DenoiseObjective:
     """Latents and text states come from a cache; the posterior is sampled anew each time."""
 
+    splits = True
+    judge = ("validation_loss", -1)
+
     def __init__(
         self,
         unet: UNet2DConditionModel,

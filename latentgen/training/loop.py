@@ -6,7 +6,7 @@ for progress in fit(objective, state, settings, accelerator, seed=0):
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,29 +16,46 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.errors import InputError
+from latentgen.training.averages import decay_at, gamma_of
 from latentgen.training.draw import Draw, Order
+from latentgen.training.optimizer import make_optimizer
 
-PATIENCE = 20  # steps in a row whose loss or gradient is not finite before the run gives up
+PATIENCE = 20  # steps in a row whose loss or gradient is not finite before the loop gives up
+
+
+class NotFinite(Exception):
+    """The loss or its gradient was not finite for PATIENCE steps in a row."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast. `batch` counts all processes; `rate` rises over `warmup` steps and falls at the end."""
+    """How long and how fast. `batch` counts all processes; `rate` rises over `warmup` steps and falls at the end.
+
+    accumulate: in how many parts, one after the other, a batch is computed, to save memory; the result is the same.
+    averages: relative widths of power-function averages to keep `kept_averages` times in a run (`training.averages`).
+    """
 
     steps: int
     batch: int
     rate: float
     warmup: int = 100
-    decay: float = 0.3  # the part of the run, at its end, over which the rate falls linearly to 0
+    decay: float = 0.3  # the part of the run, at its end, over which the rate falls to 0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999
+    decay_shape: str = "linear"  # or "cosine"
+    optimizer: str = "adamw"  # a name of training.optimizer.OPTIMIZERS
+    accumulate: int = 1
+    averages: tuple[float, ...] = ()
+    kept_averages: int = 16
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: warm-up, constant, linear decay to 0 at `steps`."""
+        """The learning rate of a step, counted from 0: warm-up, constant, decay to 0 at `steps`."""
         rising = (step + 1) / self.warmup if step < self.warmup else 1.0
         falling = (self.steps - step) / max(1.0, self.decay * self.steps) if self.decay else 1.0
+        if self.decay_shape == "cosine":
+            falling = (1 - math.cos(math.pi * min(falling, 1.0))) / 2
         return self.rate * min(rising, falling, 1.0)
 
 
@@ -47,6 +64,8 @@ class Objective(Protocol):
 
     module: nn.Module  # everything that is trained
     weights: np.ndarray  # (items,): how often each item is seen in an epoch
+    splits: bool  # whether the loss of a batch is the mean of its parts' losses, so that it may be accumulated
+    judge: tuple[str, int]  # the figure of `validate` that tells the best step; +1 the higher the better, -1 the lower
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """The scalar "loss" to descend, and whatever else is worth a line in the log."""
@@ -60,31 +79,54 @@ class Objective(Protocol):
 
 @dataclass
 class TrainState:
-    """All that a run is at a step: the module, its running average, the optimiser's moments."""
+    """All that a run is at a step: the module, its running averages, the optimiser's moments.
+
+    powers: averages by relative width, beside the exponential one. slowed: what the rate is multiplied by since the
+    run went back to a checkpoint, `retreats` times.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]
+    powers: dict[float, dict[str, Tensor]] = field(default_factory=dict)
     step: int = 0
     skipped: int = 0
+    retreats: int = 0
+    slowed: float = 1.0
 
     @classmethod
     def start(cls, module: nn.Module, settings: LoopSettings) -> "TrainState":
-        """AdamW (Loshchilov & Hutter 2019) on every trainable weight; matrices and kernels alone are decayed."""
+        """Step 0 of a run over every weight of the module that is to be trained."""
         trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-        groups = [
-            {"params": [w for w in trained.values() if w.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [w for w in trained.values() if w.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas, fused=True)
-        return cls(module, optimizer, {name: weight.detach().clone() for name, weight in trained.items()})
+        optimizer = make_optimizer(trained.values(), settings)
+
+        def copies() -> dict[str, Tensor]:
+            return {name: weight.detach().clone() for name, weight in trained.items()}
+
+        return cls(module, optimizer, copies(), {width: copies() for width in settings.averages})
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
-        """Exponential moving average with a warm-up, so that the first steps are soon forgotten."""
+        """Exponential moving average with a warm-up, so that the first steps are soon forgotten; and the others."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
+        self._draw_near(self.average, decay)
+        for width, average in self.powers.items():
+            self._draw_near(average, decay_at(max(1, self.step), gamma_of(width)))
+
+    def _draw_near(self, average: dict[str, Tensor], decay: float) -> None:
         named = dict(self.module.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [named[name] for name in self.average], 1.0 - decay)
+        torch._foreach_lerp_(list(average.values()), [named[name] for name in average], 1.0 - decay)
+
+    @torch.no_grad()
+    def flaw(self) -> str | None:
+        """The first weight, trained or averaged, that is not finite; None where all are."""
+        named = {name: weight for name, weight in self.module.named_parameters() if name in self.average}
+        checked: list[Mapping[str, Tensor]] = [named, self.average, *self.powers.values()]
+        for tensors in checked:
+            norms = torch.stack(torch._foreach_norm(list(tensors.values())))
+            if not bool(torch.isfinite(norms).all()):
+                return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+        return None
 
     @torch.no_grad()
     def swap_average(self) -> None:
@@ -103,14 +145,16 @@ class TrainState:
             for weight, entries in self.optimizer.state.items()
             for key, value in entries.items()
         }
-        return {"model": dict(self.module.state_dict()), "average": dict(self.average), "optimizer": moments}
+        powers = {f"average-{width:g}": dict(average) for width, average in self.powers.items()}
+        return {"model": dict(self.module.state_dict()), "average": dict(self.average), "optimizer": moments, **powers}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Put back what `tensors` gave."""
         self.module.load_state_dict(dict(tensors["model"]))
-        for name, averaged in self.average.items():
-            averaged.copy_(tensors["average"][name])
+        for file, average in {"average": self.average, **{f"average-{w:g}": a for w, a in self.powers.items()}}.items():
+            for name, averaged in average.items():
+                averaged.copy_(tensors[file][name])
         named = dict(self.module.named_parameters())
         self.optimizer.state.clear()
         for key, value in tensors["optimizer"].items():
@@ -136,28 +180,37 @@ def fit(
 ) -> Iterator[Progress]:
     """Train from `state.step` to `settings.steps`, yielding after every optimiser step.
 
-    Each process computes its rows of the global batch; gradients are averaged over processes, so that the weights are
-    those of a single process up to rounding. Raises InputError when the loss stays non-finite or the batch does not
-    divide among the processes.
+    Each process computes its rows of the global batch, in `settings.accumulate` parts; gradients are averaged over
+    processes, so that the weights are those of a single process, in one part, up to rounding. A step whose gradient is
+    not finite is skipped and counted. Raises InputError when the batch does not divide, and NotFinite when PATIENCE
+    steps in a row were skipped.
     """
-    world = accelerator.num_processes
-    if settings.batch % world:
-        raise InputError(f"a batch of {settings.batch} does not divide among {world} processes; choose a multiple")
-    share = settings.batch // world
-    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    world, parts = accelerator.num_processes, settings.accumulate
+    if settings.batch % (world * parts):
+        shares = f"{world} processes" if parts == 1 else f"{world} process(es) in {parts} parts"
+        raise InputError(f"a batch of {settings.batch} does not divide among {shares}; choose a multiple")
+    if parts > 1 and not objective.splits:
+        raise InputError("this stage compares the pictures of a batch with each other; leave its accumulate at 1")
+    part = settings.batch // (world * parts)
+    first = accelerator.process_index * part * parts
     order = Order(objective.weights, settings.batch, seed)
     trained = [weight for group in state.optimizer.param_groups for weight in group["params"]]
     bad = 0
     while state.step < settings.steps:
         step = state.step
         state.module.train()
-        draw = Draw(seed, step, settings.batch, rows)
-        with accelerator.autocast():
-            losses = objective.loss(order.items(step)[rows], draw)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        items = order.items(step)
+        found: list[Mapping[str, Tensor]] = []
+        for start in range(first, first + part * parts, part):
+            rows = slice(start, start + part)
+            draw = Draw(seed, step, settings.batch, rows)
+            with accelerator.autocast():
+                losses = objective.loss(items[rows], draw)
+            (losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]
+            found.append({name: value.detach() for name, value in losses.items()})
         _average_gradients(trained, accelerator)
         norm = float(nn.utils.clip_grad_norm_(trained, settings.clip))
-        rate = settings.rate_at(step)
+        rate = settings.rate_at(step) * state.slowed
         if math.isfinite(norm):
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
@@ -166,13 +219,14 @@ def fit(
         else:
             bad += 1
             state.skipped += 1
-            if bad >= PATIENCE:
-                raise InputError(f"the gradient was not finite {bad} steps in a row (step {step}); lower the rate")
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
         if not bad:
             state.update_average(settings.ema)
-        yield Progress(state.step, {name: float(value.detach()) for name, value in losses.items()}, rate, norm)
+        means = {name: float(sum(float(each[name]) for each in found) / parts) for name in found[0]}
+        yield Progress(state.step, means, rate, norm)
+        if bad >= PATIENCE:
+            raise NotFinite(f"the loss or its gradient was not finite {bad} steps in a row, up to step {state.step}")
 
 
 def _average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:

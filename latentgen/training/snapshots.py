@@ -7,11 +7,15 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from latentgen.durable import MANIFEST, sha256, write_folder
+from latentgen.errors import InputError
 from latentgen.training.loop import TrainState
+
+COUNTS = ("step", "skipped", "retreats", "slowed")  # what of a state is no tensor
+BEST = "best"
 
 
 class Snapshots:
-    """The checkpoints of one stage in one folder, the newest `keep` of them."""
+    """The checkpoints of one stage in one folder: the newest `keep` of them, and the weights that did best."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
@@ -21,17 +25,44 @@ class Snapshots:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def save(self, state: TrainState) -> Path:
-        """Write the state of this step; only when it is whole are the oldest removed."""
+        """Write the state of this step; only when it is read back whole are the oldest removed.
+
+        Raises InputError where it cannot be written, or a weight is not finite: nothing is replaced by what is broken.
+        """
+        flaw = state.flaw()
+        if flaw is not None:
+            raise InputError(
+                f"{flaw} is not finite at step {state.step}, which is not saved; lower the rate: the same command "
+                "goes on from the checkpoint before"
+            )
 
         def write(folder: Path) -> None:
             for name, tensors in state.tensors().items():
                 save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
-            (folder / "state.json").write_text(json.dumps({"step": state.step, "skipped": state.skipped}) + "\n")
+            (folder / "state.json").write_text(json.dumps({key: getattr(state, key) for key in COUNTS}) + "\n")
 
         target = write_folder(self.folder / f"step-{state.step:08d}", write)
+        torn = _flaw(target)
+        if torn is not None:
+            raise InputError(f"checkpoint {target} does not read back as it was written ({torn}); look at the disk")
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
         return target
+
+    def save_best(self, state: TrainState, figure: str, value: float, sign: int) -> bool:
+        """Keep the averaged weights where they are better than the best so far; whether they were."""
+        place = self.folder / BEST
+        if _flaw(place) is None:
+            known = json.loads((place / "best.json").read_text())
+            if known["figure"] == figure and known["value"] * sign >= value * sign:
+                return False
+
+        def write(folder: Path) -> None:
+            save_file({key: each.contiguous() for key, each in state.average.items()}, folder / "average.safetensors")
+            (folder / "best.json").write_text(json.dumps({"figure": figure, "value": value, "step": state.step}) + "\n")
+
+        write_folder(place, write)
+        return True
 
     def restore(self, state: TrainState) -> list[str]:
         """Load the newest whole checkpoint into `state`, if there is one; returns a line for each that was refused."""
@@ -39,10 +70,11 @@ class Snapshots:
         for folder in reversed(self._all()):
             flaw = _flaw(folder)
             if flaw is None:
+                files = {path.stem: path for path in folder.glob("*.safetensors")}
                 kept = json.loads((folder / "state.json").read_text())
-                files = ("model", "average", "optimizer")
-                state.load({name: load_file(folder / f"{name}.safetensors") for name in files}, kept["step"])
-                state.skipped = kept["skipped"]
+                state.load({name: load_file(path) for name, path in files.items()}, kept["step"])
+                for key in COUNTS:
+                    setattr(state, key, kept.get(key, getattr(state, key)))
                 break
             refused.append(f"checkpoint {folder} is refused: {flaw}")
         return refused

@@ -6,12 +6,13 @@ those things has changed, and nothing is lost when it changes back.
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ from accelerate import Accelerator
 
 from latentgen.durable import write_file
 from latentgen.errors import InputError
-from latentgen.training.loop import LoopSettings, Objective, Progress, TrainState, fit
+from latentgen.training import averages
+from latentgen.training.board import Board
+from latentgen.training.loop import LoopSettings, NotFinite, Objective, Progress, TrainState, fit
 from latentgen.training.snapshots import Snapshots
 
 Report = Callable[[str], None]  # one line for people
-LENGTH = ("steps",)  # of LoopSettings: a run may be made longer or shorter and goes on from where it is
+# Of LoopSettings: what may change in the middle of a run, which then goes on from where it is.
+FREE = ("steps", "accumulate", "kept_averages")
+RETREATS = 3  # how often a run goes back to its last good checkpoint before it gives up
+SLOWER = 0.5  # what the rate is multiplied by each time
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 def settings_fingerprint(settings: LoopSettings) -> Mapping[str, Any]:
-    """The loop's settings without its length."""
-    return {key: value for key, value in asdict(settings).items() if key not in LENGTH}
+    """What of the loop's settings a stage depends on; of those added later, what is not at its default."""
+    added = {f.name: f.default for f in fields(LoopSettings) if f.name in ("decay_shape", "optimizer", "averages")}
+    told = asdict(settings)
+    return {key: value for key, value in told.items() if key not in FREE and (key not in added or value != added[key])}
 
 
 def run_stage(
@@ -101,16 +109,21 @@ def _train(
     main = accelerator.is_main_process
     clock = _Clock(state.step, settings)
     logged = saved = time.monotonic()
-    with _stop_asked() as stop:
-        for progress in fit(objective, state, settings, accelerator, seed=seed):
+    every = max(1, settings.steps // settings.kept_averages)
+    with _stop_asked() as stop, Board.beside(folder, name, main) as board:
+        for progress in _lasting(name, objective, state, settings, accelerator, snapshots, seed, report):
             now = time.monotonic()
             if main and (now - logged >= pace.log_seconds or progress.step == settings.steps):
                 logged = now
                 report(f"{name}: {clock.line(progress)}")
                 _append(folder / "log.jsonl", _entry(progress))
+                board.figures(progress.step, _entry(progress))
             if progress.step % pace.validate_steps == 0 or progress.step == settings.steps:
-                _look(name, objective, state, folder, main, report)
-            if main and (now - saved >= pace.save_seconds or progress.step == settings.steps):
+                _look(name, objective, state, folder, snapshots, main, report, board)
+            if main and state.powers and (progress.step % every == 0 or progress.step == settings.steps):
+                averages.store(folder / "averages", progress.step, state.powers)
+            due = now - saved >= pace.save_seconds and math.isfinite(progress.norm)  # never in the middle of trouble
+            if main and (due or progress.step == settings.steps):
                 snapshots.save(state)
                 saved = time.monotonic()
             if stop:
@@ -118,6 +131,36 @@ def _train(
                     report(f"{name}: stopping; saving step {state.step}")
                     snapshots.save(state)
                 raise KeyboardInterrupt
+
+
+def _lasting(
+    name: str,
+    objective: Objective,
+    state: TrainState,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    snapshots: Snapshots,
+    seed: int,
+    report: Report,
+) -> Iterator[Progress]:
+    """The loop; where it stays broken it goes on from the last good checkpoint with a lower rate, and says so."""
+    while True:
+        try:
+            yield from fit(objective, state, settings, accelerator, seed=seed)
+            return
+        except NotFinite as broken:
+            retreats, slowed, skipped = state.retreats + 1, state.slowed * SLOWER, state.skipped
+            if retreats > RETREATS:
+                raise InputError(f"{name}: {broken}, after {RETREATS} retreats; lower the rate") from broken
+            accelerator.wait_for_everyone()
+            if not any(snapshots.folder.glob("step-*")):
+                raise InputError(
+                    f"{name}: {broken}, and there is no checkpoint to go back to; lower the rate"
+                ) from None
+            for line in snapshots.restore(state):
+                report(f"{name}: {line}")
+            state.retreats, state.slowed, state.skipped = retreats, slowed, skipped
+            report(f"{name}: {broken}; back to step {state.step}, the rate now {slowed:g} times what was asked")
 
 
 @contextmanager
@@ -144,8 +187,17 @@ def _stop_asked() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _look(name: str, objective: Objective, state: TrainState, folder: Path, main: bool, report: Report) -> None:
-    """Validate and draw the sheet with the averaged weights."""
+def _look(
+    name: str,
+    objective: Objective,
+    state: TrainState,
+    folder: Path,
+    snapshots: Snapshots,
+    main: bool,
+    report: Report,
+    board: Board,
+) -> None:
+    """Validate and draw the sheet with the averaged weights; keep them if they are the best so far."""
     state.swap_average()
     try:
         figures = objective.validate()
@@ -155,6 +207,9 @@ def _look(name: str, objective: Objective, state: TrainState, folder: Path, main
     if main:
         report(f"{name}: step {state.step}, held out: {_line(figures)}")
         _append(folder / "log.jsonl", {"step": state.step, **figures})
+        board.figures(state.step, figures)
+        figure, sign = objective.judge
+        snapshots.save_best(state, figure, figures[figure], sign)
         if sheet is not None:
             (folder / "sheets").mkdir(parents=True, exist_ok=True)
             sheet.save(folder / "sheets" / f"{name}-{state.step:07d}.png")

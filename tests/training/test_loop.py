@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from latentgen import InputError
 from latentgen.training.draw import Draw
-from latentgen.training.loop import PATIENCE, LoopSettings, TrainState, fit
+from latentgen.training.loop import PATIENCE, LoopSettings, NotFinite, TrainState, fit
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, run_stage
 
@@ -29,6 +30,9 @@ SETTINGS = LoopSettings(steps=30, batch=4, rate=1e-2, warmup=5, ema=0.9)
 
 class Regression:
     """Noisy regression by a small convolution; `bad` steps have a loss that is not finite."""
+
+    splits = True
+    judge = ("weight", 1)
 
     def __init__(self, bad: frozenset[int] = frozenset()) -> None:
         torch.manual_seed(0)
@@ -134,12 +138,62 @@ def test_gradients_that_are_not_finite_never_reach_the_weights() -> None:
     assert all(torch.isfinite(value).all() for value in flat(state).values())
 
 
-def test_a_run_that_stays_broken_stops_with_a_line() -> None:
+def test_a_loop_that_stays_broken_says_so() -> None:
     objective, state = start(frozenset(range(2, 60)))
-    with pytest.raises(InputError, match="not finite"):
-        for _ in fit(objective, state, LoopSettings(steps=60, batch=4, rate=1e-2), Accelerator(), seed=1):
+    with pytest.raises(NotFinite, match="20 steps in a row, up to step 22"):
+        for _ in fit(objective, state, replace(SETTINGS, steps=60), Accelerator(), seed=1):
             pass
     assert state.skipped == PATIENCE
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_same_weights(parts: int) -> None:
+    ends = []
+    for accumulate in (1, parts):
+        objective, state = start()
+        for _ in fit(objective, state, replace(SETTINGS, accumulate=accumulate), Accelerator(), seed=1):
+            pass
+        ends.append(flat(state))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=2e-5, rtol=1e-4)
+
+
+def test_parts_must_divide_the_batch_and_the_loss_must_allow_them() -> None:
+    objective, state = start()
+    with pytest.raises(InputError, match="a batch of 4 does not divide among 1 process"):
+        next(fit(objective, state, replace(SETTINGS, accumulate=3), Accelerator(), seed=1))
+    objective.splits = False
+    with pytest.raises(InputError, match="leave its accumulate at 1"):
+        next(fit(objective, state, replace(SETTINGS, accumulate=2), Accelerator(), seed=1))
+
+
+def test_the_rate_falls_by_a_cosine_where_asked() -> None:
+    settings = LoopSettings(steps=100, batch=1, rate=2.0, warmup=10, decay=0.25, decay_shape="cosine")
+    falling = [settings.rate_at(step) for step in range(75, 101)]
+    np.testing.assert_allclose(falling, 1 + np.cos(np.pi * np.arange(26) / 25), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "sgd"])
+def test_other_optimisers_learn_and_resume_to_the_bit(tmp_path: Path, name: str) -> None:
+    settings = replace(SETTINGS, optimizer=name, rate=0.1)
+    objective, whole = start(settings=settings)
+    losses = [p.losses["loss"] for p in fit(objective, whole, settings, Accelerator(), seed=1)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    objective, first = start(settings=settings)
+    for progress in fit(objective, first, settings, Accelerator(), seed=1):
+        if progress.step == 11:
+            break
+    Snapshots(tmp_path).save(first)
+    objective, second = start(settings=settings)
+    Snapshots(tmp_path).restore(second)
+    for _ in fit(objective, second, settings, Accelerator(), seed=1):
+        pass
+    assert all(torch.equal(value, flat(second)[key]) for key, value in flat(whole).items())
+
+
+def test_an_unknown_optimiser_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown optimizer 'adam'; it can be one of: adamw"):
+        start(settings=replace(SETTINGS, optimizer="adam"))
 
 
 def stage(folder: Path, settings: LoopSettings, gate: Mapping[str, float], lines: list[str]) -> Regression:
@@ -173,6 +227,67 @@ def test_a_gate_that_does_not_hold_stops_the_run_and_keeps_the_checkpoints(tmp_p
         stage(tmp_path, SETTINGS, {"psnr": 1}, [])
     assert not (tmp_path / "done.json").exists()
     assert (tmp_path / "checkpoints" / "step-00000030").is_dir()
+
+
+class Exploding(Regression):
+    """Steps 20 to 45 are broken while the rate is above a bound: what too high a rate does."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound, self.rate = bound, math.inf
+
+    def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+        self.bad = frozenset(range(20, 46)) if self.rate > self.bound else frozenset()
+        return super().loss(items, draw)
+
+
+def test_a_stage_that_breaks_goes_back_to_its_last_good_checkpoint_with_a_lower_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentgen.training import stage as room
+
+    objective, lines = Exploding(0.3 * SETTINGS.rate), []
+    settings = replace(SETTINGS, steps=60, decay=0.0)
+    seen: list[tuple[int, float, float]] = []
+
+    def watched(*given: object, **named: object) -> object:
+        objective.rate = settings.rate * given[1].slowed  # type: ignore[attr-defined]
+        for progress in fit(*given, **named):  # type: ignore[arg-type]
+            seen.append((progress.step, progress.rate, progress.norm))
+            yield progress
+
+    monkeypatch.setattr(room, "fit", watched)
+    pace = Pace(log_seconds=0, save_seconds=0, validate_steps=10)
+    figures = run_stage(
+        "toy", objective, settings, tmp_path, Accelerator(), seed=1, gate={}, pace=pace, report=lines.append
+    )
+    said = [line for line in lines if "back to step" in line]
+    assert len(said) == 2 and "back to step 20, the rate now 0.5 times" in said[0] and "0.25 times" in said[1]
+    assert figures["skipped"] == 2 * PATIENCE and figures["steps"] == 60
+    assert [step for step, _, _ in seen] == [*range(1, 41), *range(21, 41), *range(21, 61)]
+    assert seen[-1][1] == pytest.approx(SETTINGS.rate / 4)
+    assert all(torch.isfinite(value).all() for value in objective.module.state_dict().values())
+
+
+def test_a_stage_that_stays_broken_gives_up_with_a_line_and_keeps_what_was_good(tmp_path: Path) -> None:
+    objective = Regression(frozenset(range(10, 90)))
+    pace = Pace(log_seconds=0, save_seconds=0, validate_steps=100)
+    with pytest.raises(InputError, match="after 3 retreats; lower the rate"):
+        run_stage(
+            "toy",
+            objective,
+            replace(SETTINGS, steps=90),
+            tmp_path,
+            Accelerator(),
+            seed=1,
+            gate={},
+            pace=pace,
+            report=lambda line: None,
+        )
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == [
+        "step-00000009",
+        "step-00000010",
+    ]
 
 
 def train(recipe: Path, out: Path) -> subprocess.Popen[str]:

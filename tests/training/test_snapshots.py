@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from latentgen.durable import write_folder
+from latentgen.errors import InputError
 from latentgen.training.loop import LoopSettings, TrainState
 from latentgen.training.snapshots import Snapshots
 
@@ -103,3 +106,42 @@ def test_what_was_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
     back = state_at(0)
     assert snapshots.restore(back) == []
     assert back.step == 4
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path)
+    snapshots.save(state_at(4))
+    broken = state_at(5)
+    with torch.no_grad():
+        broken.average["0.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"0\.weight is not finite at step 5"):
+        snapshots.save(broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_nothing_is_removed_before_its_successor_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshots = Snapshots(tmp_path, keep=1)
+    snapshots.save(state_at(4))
+
+    def failing(target: Path, write: object) -> Path:
+        write_folder(target, write)  # type: ignore[arg-type]
+        torn(target)  # a disk that lies
+        return target
+
+    monkeypatch.setattr("latentgen.training.snapshots.write_folder", failing)
+    with pytest.raises(InputError, match="does not read back"):
+        snapshots.save(state_at(5))
+    back = state_at(0)
+    snapshots.restore(back)
+    assert equal(back, state_at(4))
+
+
+def test_the_best_weights_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path)
+    kept = [snapshots.save_best(state_at(step), "loss", value, -1) for step, value in ((1, 0.5), (2, 0.3), (3, 0.4))]
+    assert kept == [True, True, False]
+    found = load_file(tmp_path / "best" / "average.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in state_at(2).average.items())
+    assert Snapshots(tmp_path).save_best(state_at(4), "psnr", 20.0, 1)  # another figure: no comparison
+    assert Snapshots(tmp_path).save_best(state_at(5), "psnr", 21.0, 1)
+    assert not Snapshots(tmp_path).save_best(state_at(6), "psnr", 20.5, 1)

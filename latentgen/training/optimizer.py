@@ -1,0 +1,62 @@
+"""Optimisers by name, through an explicit table."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentgen.errors import InputError
+
+if TYPE_CHECKING:
+    from latentgen.training.loop import LoopSettings
+
+Groups = Iterable[dict[str, Any]]
+
+
+def _adamw(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), fused."""
+    return torch.optim.AdamW(groups, lr=what.rate, betas=what.betas, fused=True)
+
+
+def _adamw_8bit(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
+    """AdamW whose moments are kept in 8 bits by blocks (Dettmers et al. 2022); needs the package bitsandbytes."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InputError(
+            'the optimizer "adamw-8bit" needs the package bitsandbytes; install it, or choose "adamw"'
+        ) from None
+    return AdamW8bit(groups, lr=what.rate, betas=what.betas)
+
+
+def _adafactor(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
+    """Adafactor (Shazeer & Stern 2018): second moments by row and column, hardly any memory."""
+    return torch.optim.Adafactor(groups, lr=what.rate)
+
+
+def _sgd(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
+    """Stochastic gradient descent with Nesterov's momentum, which is the first of `betas`."""
+    return torch.optim.SGD(groups, lr=what.rate, momentum=what.betas[0], nesterov=what.betas[0] > 0)
+
+
+OPTIMIZERS: Mapping[str, Callable[[Groups, "LoopSettings"], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw-8bit": _adamw_8bit,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+}
+
+
+def make_optimizer(weights: Iterable[torch.nn.Parameter], what: "LoopSettings") -> torch.optim.Optimizer:
+    """The optimiser `what.optimizer` names, over weights that are trained; matrices and kernels alone are decayed.
+
+    Raises InputError for a name that is not in the table, or whose package is not installed.
+    """
+    if what.optimizer not in OPTIMIZERS:
+        raise InputError(f"unknown optimizer {what.optimizer!r}; it can be one of: {', '.join(OPTIMIZERS)}")
+    chosen = list(weights)
+    groups = [
+        {"params": [weight for weight in chosen if weight.ndim >= 2], "weight_decay": what.weight_decay},
+        {"params": [weight for weight in chosen if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    return OPTIMIZERS[what.optimizer]([group for group in groups if group["params"]], what)
