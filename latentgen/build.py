@@ -19,7 +19,7 @@ from latentgen.checkpoint import save_pipeline
 from latentgen.data import Picture, load_pixels, read_folder
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import from_config
-from latentgen.durable import alone, write_folder
+from latentgen.durable import alone, write_file, write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.recipe import Recipe, Train, read_recipe
@@ -30,6 +30,7 @@ from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
 from latentgen.training.loop import LoopSettings
+from latentgen.training.report import write_page
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
 
 if TYPE_CHECKING:
@@ -136,6 +137,10 @@ class Run:
             if main:
                 self.save(unet, {**self.figures, "unet": dict(figures)})
                 self.report(f"{self.recipe.name}: wrote {self.out}")
+                page = self.state / "report.html"
+                recipe = self.recipe.model_dump(mode="json")
+                write_file(page, write_page(self.recipe.name, self.state, self.figures, recipe).encode())
+                self.report(f"{self.recipe.name}: curves and sheets are in {page}")
         return self.out
 
     # --- data
