@@ -35,6 +35,7 @@ OPTIONS = {  # what a person typed, for what Python calls it
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "num_images_per_prompt": "--n",
+    "max_embeddings_multiples": "--max-chunks",
     "seed": "--seed",
 }
 
@@ -85,6 +86,13 @@ def render(
     batch: Annotated[
         int, typer.Option(help="Pictures rendered at a time; more is faster, and a replay repeats the whole batch.")
     ] = 1,
+    prompt_weights: Annotated[
+        bool, typer.Option(help="Read (word:1.3), [word] and BREAK in prompts; off, brackets are plain text.")
+    ] = True,
+    max_chunks: Annotated[
+        int | None,
+        typer.Option(help="How many contexts long a prompt may be; 1 cuts it.", show_default="as long as it is"),
+    ] = None,
 ) -> None:
     """Render each PROMPT into a PNG file that holds everything it takes to make it again.
 
@@ -93,7 +101,9 @@ def render(
     from latentgen.render import Order
     from latentgen.render import render as run
 
-    order = Order(prompts, negative, steps, guidance, seed, read_size(size), n, sampler, batch)
+    order = Order(
+        prompts, negative, steps, guidance, seed, read_size(size), n, sampler, batch, prompt_weights, max_chunks
+    )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, progress))
     for path in written:

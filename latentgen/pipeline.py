@@ -24,6 +24,7 @@ from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
 from latentgen.errors import InputError
 from latentgen.image import Picture, to_bytes
+from latentgen.models.prompt import alike
 from latentgen.request import OUTPUT_TYPES, Request, Terms, read_request
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ UNSTEERED = frozenset({"probability-flow"})
 
 
 class PromptCut(UserWarning):
-    """A prompt is longer than the text encoder's context: the message says which words are not seen."""
+    """A prompt is longer than what may be read of it: the message says which words are not seen."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class Pipeline:
         latents: Array | None = None,
         prompt_embeds: Array | None = None,
         negative_prompt_embeds: Array | None = None,
+        prompt_weights: bool = True,
+        max_embeddings_multiples: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
     ) -> Output:
@@ -170,10 +173,13 @@ class Pipeline:
         factor. seed: s gives picture k the seed s + k, a list names each, None draws fresh ones, reported in `seeds`;
         picture k is the picture of its own seed rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`.
         generator: torch generators instead of a seed, drawn from as diffusers does. latents: unit noise (B, C, h, w) to
-        start from. prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts. output_type: "pil",
+        start from. prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts. prompt_weights: read
+        `(word:1.3)`, `[word]` and BREAK as the web UI does (models/prompt.py); False takes brackets as text, as
+        diffusers does. max_embeddings_multiples: how many contexts long a prompt may be (1 cuts it as diffusers does);
+        None is as long as it is, each chunk of a context encoded on its own. output_type: "pil",
         "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w).
         callback_on_step_end(pipe, index, time, {"latents": x}) is called after each step and may return other latents.
-        Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words beyond the context.
+        Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words that are cut.
         """
         if latents is not None and height is None and width is None and len(latents.shape) == 4:
             height, width = (int(side) * self.terms.factor for side in latents.shape[2:])
@@ -191,6 +197,8 @@ class Pipeline:
             seed=seed,
             sampler=sampler,
             embedded=None if prompt_embeds is None else len(prompt_embeds),
+            prompt_weights=prompt_weights,
+            max_embeddings_multiples=max_embeddings_multiples,
         )
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
@@ -227,17 +235,21 @@ class Pipeline:
     def _encode(self, request: Request, given: Any, given_negative: Any) -> tuple[Condition, Condition | None]:
         """The condition (B, L, D) and, where guidance is on, the one to be guided away from."""
         for text in dict.fromkeys((*request.prompts, *request.negatives)):
-            self._say_what_is_cut(text)
+            self._say_what_is_cut(text, request)
         condition = self._states(request, request.prompts, given, "prompt_embeds")
         if request.guidance <= 1:
             return condition, None
         if given_negative is not None and any(request.negatives):
             raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
-        return condition, self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
+        negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
+        if condition.states.shape[1] == negative.states.shape[1]:
+            return condition, negative
+        states, others = alike(condition.states, negative.states)
+        return replace(condition, states=states), replace(negative, states=others)
 
     def _states(self, request: Request, prompts: Sequence[str], given: Any, name: str) -> Condition:
         if given is None:
-            return self.text.encode(prompts)
+            return self.text.encode(prompts, weights=request.prompt_weights, limit=request.max_embeddings_multiples)
         if len(given.shape) != 3 or len(request) % len(given):
             raise InputError(f"{name} has shape {tuple(given.shape)}; it must be (prompts, tokens, width)")
         each = len(request) // len(given)
@@ -297,6 +309,8 @@ class Pipeline:
             "sampler": request.sampler,
             "height": request.height,
             "width": request.width,
+            "prompt_weights": request.prompt_weights,
+            "max_embeddings_multiples": request.max_embeddings_multiples,
             "weights": self.weights,
             "latentgen": __version__,
             "pillow": PIL.__version__,
@@ -304,11 +318,11 @@ class Pipeline:
             **({"brought": brought} if brought else {}),
         }
 
-    def _say_what_is_cut(self, text: str) -> None:
-        words = self.text.cut(text)
-        if words:
-            counted = f"the prompt has {self.text.count(text)} tokens, of which {self.text.length} are used"
-            warnings.warn(f"{counted}; not seen: {words!r}", PromptCut, stacklevel=4)
+    def _say_what_is_cut(self, text: str, request: Request) -> None:
+        laid = self.text.lay(text, weights=request.prompt_weights, limit=request.max_embeddings_multiples)
+        if laid.lost:
+            counted = f"the prompt has {laid.count} tokens, of which {laid.used} are used"
+            warnings.warn(f"{counted}; not seen: {laid.lost!r}", PromptCut, stacklevel=4)
 
 
 def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:

@@ -38,6 +38,8 @@ class Order:
     n: int = 1
     sampler: str | None = None
     batch: int = 1
+    prompt_weights: bool = True
+    max_embeddings_multiples: int | None = None
 
 
 def render(
@@ -63,6 +65,8 @@ def render(
         n=order.n,
         seed=order.seed,
         sampler=order.sampler,
+        prompt_weights=order.prompt_weights,
+        max_embeddings_multiples=order.max_embeddings_multiples,
     )
     if order.batch < 1:
         raise InputError(f"the batch is {order.batch}; it must be 1 or more")
@@ -80,6 +84,8 @@ def render(
             "sampler": request.sampler,
             "height": request.height,
             "width": request.width,
+            "prompt_weights": request.prompt_weights,
+            "max_embeddings_multiples": request.max_embeddings_multiples,
         }
         done, total = start * request.steps, len(request) * request.steps
         for target, picture in zip(targets[rows], pictures(pipe, settings, progress, done, total), strict=True):
@@ -118,6 +124,10 @@ def pictures(
 
     wanted = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "sampler")
     arguments = {key: settings[key] for key in (*wanted, "height", "width", "seed")}
+    # pictures of before there were weights and chunks say neither: their prompts were text, cut to the context
+    arguments |= {
+        key: settings.get(key, old) for key, old in (("prompt_weights", False), ("max_embeddings_multiples", 1))
+    }
     rendered: list[Any] = pipe(settings["prompt"], **arguments, callback_on_step_end=step).images
     return rendered
 

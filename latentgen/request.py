@@ -67,6 +67,8 @@ class Request:
     sampler: str
     height: int
     width: int
+    prompt_weights: bool = True
+    max_embeddings_multiples: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -87,6 +89,8 @@ def read_request(
     seed: int | Sequence[int] | None = None,
     sampler: str | None = None,
     embedded: int | None = None,
+    prompt_weights: bool = True,
+    max_embeddings_multiples: int | None = None,
 ) -> Request:
     """Check an order against what the weights allow, and fill in what was not said.
 
@@ -108,6 +112,10 @@ def read_request(
         sampler=nearest_sampler(terms.sampler if sampler is None else sampler, samplers),
         height=_side("height", terms.size if height is None else height, terms.factor),
         width=_side("width", terms.size if width is None else width, terms.factor),
+        prompt_weights=bool(prompt_weights),
+        max_embeddings_multiples=None
+        if max_embeddings_multiples is None
+        else _whole("max_embeddings_multiples", max_embeddings_multiples, 1),
     )
 
 

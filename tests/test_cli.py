@@ -216,8 +216,11 @@ def test_a_picture_of_a_batch_replays_to_the_byte_with_its_company(
 
 
 def test_a_cut_prompt_is_said_on_standard_error(run: Callable[..., Ran], folder: Path, tmp_path: Path) -> None:
-    ran = run("render", "a red apple " * 9, "--out", tmp_path / "a.png", "--weights", folder, *FAST)
+    call = ["render", "a red apple " * 9, "--out", tmp_path / "a.png", "--weights", folder, *FAST]
+    ran = run(*call, "--max-chunks", 1, "--no-prompt-weights")
     assert ran.code == 0 and ran.err.startswith("latentgen: the prompt has ") and "not seen: '" in ran.err
+    assert run(*call).err == ""
+    assert run(*call, "--max-chunks", 0).err == "latentgen: --max-chunks is 0; it must be 1 or more\n"
 
 
 def test_a_full_disk_leaves_the_old_picture(

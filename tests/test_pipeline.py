@@ -146,7 +146,7 @@ def test_guidance_of_one_costs_one_evaluation_a_step(pipe: Pipeline, monkeypatch
 def test_words_beyond_the_context_are_counted_and_shown(pipe: Pipeline) -> None:
     prompt = "a red apple on a white table and a blue bird and the green frog in the rain with an umbrella"
     with pytest.warns(PromptCut) as caught:
-        pipe(prompt, seed=0, **STEPS)
+        pipe(prompt, seed=0, max_embeddings_multiples=1, **STEPS)
     (warning,) = [entry for entry in caught if entry.category is PromptCut]
     line = str(warning.message)
     assert f"{pipe.text.count(prompt)} tokens, of which 16 are used" in line
@@ -157,7 +157,8 @@ def test_words_beyond_the_context_are_counted_and_shown(pipe: Pipeline) -> None:
     assert warning.filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptCut)
-        pipe(kept, seed=0, **STEPS)
+        pipe(kept, seed=0, max_embeddings_multiples=1, **STEPS)
+        pipe(prompt, seed=0, **STEPS)  # as long as it is
 
 
 def test_latents_that_are_brought_give_the_size(pipe: Pipeline) -> None:
@@ -205,6 +206,8 @@ BAD = [
     ({"prompt": "a", "seed": 2**64}, "is too large"),
     ({"prompt": "a", "seed": 1, "generator": torch.Generator()}, "a seed and a generator"),
     ({"prompt": "a", "generator": [torch.Generator()] * 3}, "3 generators for 1 pictures"),
+    ({"prompt": "a", "max_embeddings_multiples": 0}, "max_embeddings_multiples is 0; it must be 1 or more"),
+    ({"prompt": "(a:101)"}, "the prompt weighs 'a' by 101; weights go from -100 to 100"),
     ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     ({"prompt": "a", "latents": LATENTS}, r"latents have shape \(2, 4, 8, 8\); it must be \(1, 4, 8, 8\)"),
     ({"prompt": "a", "output_type": "jpg"}, "output_type 'jpg' is not known"),

@@ -117,7 +117,7 @@ def parse(prompt: str) -> tuple[Section, ...]:
             runs.append(_Run(text))
     sections: list[list[Piece]] = [[]]
     for run in runs:
-        if not math.isfinite(run.weight) or abs(run.weight) > LARGEST:
+        if run.text and not abs(run.weight) <= LARGEST:
             raise InputError(f"the prompt weighs {run.text[:40]!r} by {run.weight:g}; weights go from -100 to 100")
         for number, text in enumerate([run.text] if run.plain else _BREAK.split(run.text)):
             if number:
@@ -302,5 +302,6 @@ def _torn(one: Token, other: Token, text: str) -> bool:
 
 def _whole_words(text: str, start: int) -> str:
     """The words of a text from `start` on; a word that is torn there is said whole."""
-    begun = text[:start].rfind(" ") + 1 if start and not text[start - 1].isspace() else start
-    return (text[begun:] if text[begun:start].isalnum() else text[start:]).strip()
+    while 0 < start < len(text) and text[start - 1 : start + 1].isalnum():
+        start -= 1
+    return text[start:].strip()
