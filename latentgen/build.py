@@ -234,10 +234,13 @@ class Run:
             vae, tower, self.data.pixels, self.data.held_pixels, self.data.weights, terms, self.accelerator
         )
         figures = self._run("vae", objective, what.train, what.gate, place)
-        normalised = normalise_latents(vae, self.data.pixels, self.accelerator.device)
-        self.figures["vae"] = {**figures, **normalised}
-        self.report("vae: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in normalised.items()))
+        self.figures["vae"] = {**figures, **self._normalised(vae)}
         return vae.eval().requires_grad_(False)
+
+    def _normalised(self, vae: AutoencoderKL) -> Mapping[str, float]:
+        figures = normalise_latents(vae, self.data.pixels, self.accelerator.device)
+        self.report("vae: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()))
+        return figures
 
     # --- U-Net
 

@@ -139,15 +139,24 @@ def train(
     data: Annotated[
         Path | None, typer.Option(help="A folder of captioned pictures.", show_default="the recipe's own")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, measure a few steps, say what it will take; no more.")
+    ] = False,
 ) -> None:
     """Train every stage of a recipe: tokenizer, CLIP, VAE and U-Net, from captioned pictures to a weights folder.
 
     Stop it at any moment; the same command goes on from there.
     """
-    from latentgen import build
 
     def report(line: object) -> None:
         print(line, file=sys.stderr, flush=True)
+
+    if dry_run:
+        from latentgen.rehearsal import rehearse
+
+        rehearse(recipe, out, data, report)
+        return
+    from latentgen import build
 
     folder = build.train(recipe, out, data, report)
     if os.environ.get("RANK", "0") == "0":

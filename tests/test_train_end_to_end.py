@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,3 +174,23 @@ def test_a_recipe_that_does_not_hold_is_refused_before_anything(tmp_path: Path) 
     assert "did you mean 'head_width'?" in refused(train(tmp_path / "out", recipe=recipe))
     assert "does not exist" in refused(train(tmp_path / "out", recipe=tmp_path / "none.toml"))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--out", str(tmp_path / "out"), "--dry-run"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert list(tmp_path.iterdir()) == []
+    lines = done.stderr.splitlines()
+    for stage in STAGES:
+        (line,) = [line for line in lines if line.startswith(f"{stage}: ")]
+        assert re.search(r"M weights, [\d.]+ GFLOP a sample, [\d.]+ samples/s .* in all, \d+ MiB of memory", line)
+    assert f"would write {tmp_path / 'out'}" in lines[-1] and "ONLY" not in lines[-1]
+
+
+def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(TINY.read_text().replace("tests/data/icons", "tests/data/nowhere"))
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--dry-run"]
+    assert "nowhere" in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120))
