@@ -178,10 +178,12 @@ def test_a_recipe_that_does_not_hold_is_refused_before_anything(tmp_path: Path) 
 
 def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--out", str(tmp_path / "out"), "--dry-run"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout == "", done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [scratch] and not list(scratch.glob("latentgen-*"))
     lines = done.stderr.splitlines()
     for stage in STAGES:
         (line,) = [line for line in lines if line.startswith(f"{stage}: ")]
