@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,10 +23,10 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    assert bool(done.returncode) == bool(code), done.stderr  # the launcher turns any failure of a process into 1
     return done
 
 
@@ -43,17 +44,39 @@ def weights(training: Path, stage: str) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
-    """Up to rounding, which Adam makes large where a gradient is nothing: so weights are compared as a whole."""
-    recipe = tmp_path / "tiny.toml"
-    recipe.write_text(TINY.read_text().replace("log_seconds = 1\n", "log_seconds = 0\n"))
-    train = ["-m", "latentgen.cli", "train", str(recipe), "--out"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    run([sys.executable, *train, str(tmp_path / "one")])
-    done = run([sys.executable, *launch, *train, str(tmp_path / "two")])
+    """To the bit where one process computes the batch in the same two parts: then every sum has the same order.
+
+    CLIP compares the whole batch with itself, so its sums differ by rounding, which Adam makes large where a gradient
+    is nothing but rounding (the bias of a key in attention): its weights are compared as a whole.
+    """
+    text = TINY.read_text().replace("log_seconds = 1\n", "log_seconds = 0\n")
+    in_parts = text.replace("[vae.train]\n", "[vae.train]\naccumulate = 2\n")
+    in_parts = in_parts.replace("[unet.train]\n", "[unet.train]\naccumulate = 2\n")
+    recipes = {"one": in_parts, "clip": text.replace("chance = 0.01", "chance = 2"), "two": text}
+    for name, recipe in recipes.items():
+        (tmp_path / f"{name}.toml").write_text(recipe)
+
+    def train(name: str, processes: int, code: int = 0) -> subprocess.CompletedProcess[str]:
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        verb = ["-m", "latentgen.cli", "train", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)]
+        return run([sys.executable, *(launch if processes > 1 else []), *verb], code)
+
+    train("one", 1)
+    one = tmp_path / "one.training"
+
+    stopped = train("clip", 2, code=2)  # its gate cannot hold: it stops there
+    assert "clip does not pass its gate" in stopped.stderr
+    alone, shared = weights(one, "clip"), weights(tmp_path / "clip.training", "clip")
+    np.testing.assert_allclose(norms(tmp_path / "clip.training", "clip")[:3], norms(one, "clip")[:3], rtol=1e-4)
+    assert float((shared - alone).norm() / alone.norm()) < 1e-4
+
+    two = tmp_path / "two.training"
+    for made in ("tokenizer", "clip"):
+        (place,) = one.glob(f"{made}-*")
+        shutil.copytree(place, two / place.name)
+    done = train("two", 2)
     assert "2 process(es)" in done.stderr and done.stderr.count("vae: starts") == 1
+    assert "clip: done before" in done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "two")]
-    one, two = tmp_path / "one.training", tmp_path / "two.training"
-    for stage, near in (("clip", 1e-4), ("vae", 5e-3), ("unet", 5e-3)):
-        np.testing.assert_allclose(norms(two, stage)[:3], norms(one, stage)[:3], rtol=5e-3)
-        expected = weights(one, stage)
-        assert float((weights(two, stage) - expected).norm() / expected.norm()) < near, stage
+    for stage in ("vae", "unet"):
+        assert torch.equal(weights(two, stage), weights(one, stage)), stage
