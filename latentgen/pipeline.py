@@ -24,6 +24,7 @@ from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
 from latentgen.errors import InputError
 from latentgen.image import Picture, to_bytes
+from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.prompt import alike
 from latentgen.request import OUTPUT_TYPES, Request, Terms, read_request
 
@@ -77,7 +78,7 @@ class Output:
 
 
 @dataclass(eq=False)
-class Pipeline:
+class Pipeline(TakesLoras):
     """A text encoder, a denoising network and an autoencoder, with the schedule they were trained in.
 
     scheduler: a diffusers scheduler config. terms: what the weights allow and their defaults. weights, machine: what
@@ -91,6 +92,7 @@ class Pipeline:
     terms: Terms
     weights: Mapping[str, Any] | None = None
     machine: Mapping[str, Any] | None = None
+    loras: Loras | None = None
     interrupt: bool = False
     _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
 
@@ -106,19 +108,22 @@ class Pipeline:
 
         from latentgen.models import loading
         from latentgen.models.latent import Latent
+        from latentgen.models.lora.layers import module_loras
         from latentgen.models.network import load_unet, unet_network
         from latentgen.models.text import TextEncoder
 
         place = loading.choose_device(device)
         kind = loading.choose_dtype(dtype, place)
+        text, unet = TextEncoder.load(checkpoint, place, kind), load_unet(checkpoint, place, kind)
         return cls(
-            text=TextEncoder.load(checkpoint, place, kind),
-            network=unet_network(load_unet(checkpoint, place, kind)),
+            text=text,
+            network=unet_network(unet),
             latent=Latent.load(checkpoint, place, kind),
             scheduler=checkpoint.config("scheduler"),
             terms=terms,
             weights=identity(checkpoint, path),
             machine=loading.machine(place, kind),
+            loras=module_loras(unet=unet, text_encoder=text.model),
         )
 
     @classmethod
@@ -137,12 +142,14 @@ class Pipeline:
         extras: what latentgen.json would hold. The modules are in eval mode, on one device; no gradient is recorded.
         """
         from latentgen.models.latent import Latent
+        from latentgen.models.lora.layers import module_loras
         from latentgen.models.network import unet_network
         from latentgen.models.text import TextEncoder
 
         terms = Terms.read(unet.config, vae.config, from_config(scheduler_config).sampler, extras)
         network = unet_network(unet, gradients=False)
-        return cls(TextEncoder(tokenizer, text_encoder), network, Latent(vae), scheduler_config, terms)
+        loras = module_loras(unet=unet, text_encoder=text_encoder)
+        return cls(TextEncoder(tokenizer, text_encoder), network, Latent(vae), scheduler_config, terms, loras=loras)
 
     def __call__(
         self,
@@ -242,9 +249,10 @@ class Pipeline:
         if given_negative is not None and any(request.negatives):
             raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
         negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
-        if condition.states.shape[1] == negative.states.shape[1]:
+        one, other = condition.states, negative.states
+        if one is None or other is None or one.shape[1] == other.shape[1]:
             return condition, negative
-        states, others = alike(condition.states, negative.states)
+        states, others = alike(one, other)
         return replace(condition, states=states), replace(negative, states=others)
 
     def _states(self, request: Request, prompts: Sequence[str], given: Any, name: str) -> Condition:
@@ -315,6 +323,7 @@ class Pipeline:
             "latentgen": __version__,
             "pillow": PIL.__version__,
             **(self.machine or {}),
+            **({"loras": self.loras.settings()} if self.loras is not None and self.loras.loaded else {}),
             **({"brought": brought} if brought else {}),
         }
 
