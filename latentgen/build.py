@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel
 from torch import nn
 
 from latentgen.checkpoint import save_pipeline
@@ -29,6 +30,7 @@ from latentgen.training.cache import cached, latent_moments, text_states
 from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
+from latentgen.training.features import FeatureObjective, FeatureTerms, shape_of_patches, tower_patches
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
@@ -227,7 +229,9 @@ class Run:
         terms = AutoencoderLoss(**what.loss.model_dump())
         tower = self.clip.vision_model if terms.perceptual else None
         seen = _content(tower) if tower is not None else None
-        place = self._place("vae", form, what.loss.model_dump(), _loop(what.train), self.data.fingerprint, seen)
+        place = self._place(
+            "vae", form, _told(what.loss, "equivariance"), _loop(what.train), self.data.fingerprint, seen
+        )
         self._seed()
         vae = create.autoencoder(size=size, **form)
         objective = AutoencoderObjective(
@@ -257,6 +261,7 @@ class Run:
         upstream = (_content(vae), _content(text), data.fingerprint)
         form = what.model_dump(include={"channels", "layers", "head_width"})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
+        goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
         place = self._place("unet", form, goal, _loop(what.train), *upstream)
         channels, side = (
             vae.config.latent_channels,
@@ -283,19 +288,20 @@ class Run:
         unet = create.unet(latent_channels=channels, latent_size=side, text_width=width, **form)
         plan = from_config(scheduler_config(self.recipe))
         denoising = Denoising(plan.schedule, Prediction(what.prediction), what.weighting, what.caption_dropout)
-        objective = DenoiseObjective(
-            unet,
-            denoising,
-            train_latents,
-            data.captions,
-            train_states,
-            data.weights,
-            held,
-            self.accelerator,
-            sheet=lambda: self.sheet(unet),
-        )
+        parts = (unet, denoising, train_latents, data.captions, train_states, data.weights, held, self.accelerator)
+        objective = DenoiseObjective(*parts, sheet=lambda: self.sheet(unet))
+        if what.align or what.disperse:
+            terms = FeatureTerms(what.align, what.disperse)
+            targets = self._tower_patches() if what.align else None
+            objective = FeatureObjective(*parts, terms=terms, targets=targets, sheet=lambda: self.sheet(unet))
         figures = self._run("unet", objective, what.train, what.gate, place)
         return unet.eval(), figures
+
+    def _tower_patches(self) -> np.ndarray:
+        tower, pixels = self.clip.vision_model, self.data.pixels
+        path = self.state / "cache" / f"patches-{fingerprint(_content(tower), self.data.fingerprint)}.npy"
+        shape = tuple(shape_of_patches(tower, len(pixels)))
+        return self._cached(path, shape, np.float16, lambda: tower_patches(tower, pixels, self.accelerator.device))
 
     def sheet(self, unet: UNet2DConditionModel) -> Any:
         """The recipe's prompts, rendered by the U-Net as it is now, from fixed noise."""
@@ -370,6 +376,12 @@ class Run:
             if self.accelerator.is_main_process and not path.is_file():
                 self.report(f"cache: computing {path.name}")
             return cached(path, shape, kind, parts)
+
+
+def _told(section: BaseModel, *later: str) -> Mapping[str, Any]:
+    """A recipe's section; of the keys that came later, those that are not at their default."""
+    told = section.model_dump()
+    return {k: v for k, v in told.items() if k not in later or v != type(section).model_fields[k].default}
 
 
 def _loop(what: Train) -> Mapping[str, Any]:

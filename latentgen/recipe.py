@@ -72,12 +72,13 @@ class Clip(_Section):
 
 
 class VaeLoss(_Section):
-    """Weights of the VAE's terms beside L1, each a mean over elements."""
+    """Weights of the VAE's terms beside L1, each a mean over elements; `equivariance` is a part of the steps."""
 
     kl: Amount = 5e-4
     perceptual: Amount = 0.1
     adversary: Amount = 0.0
     adversary_start: Annotated[int, Field(ge=0)] = 0
+    equivariance: Part = 0.0
 
 
 class Vae(_Section):
@@ -93,7 +94,10 @@ class Vae(_Section):
 
 
 class Unet(_Section):
-    """A UNet2DConditionModel and the diffusion it learns."""
+    """A UNet2DConditionModel and the diffusion it learns.
+
+    `align`, `disperse`: weights of what is asked of its middle while it trains (`training.features`).
+    """
 
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
     layers: Positive = 1
@@ -102,6 +106,8 @@ class Unet(_Section):
     prediction: Literal["eps", "x0", "v"] = "v"
     weighting: str = "simple"
     caption_dropout: Part = 0.1
+    align: Amount = 0.0
+    disperse: Amount = 0.0
     gate: dict[str, float] = {}
     train: Train
 

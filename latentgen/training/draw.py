@@ -32,6 +32,10 @@ class Draw:
         """Uniform numbers in [0, 1), (rows, *shape) float32."""
         return torch.rand((self.total, *shape), generator=self._generator)[self.rows]
 
+    def shared(self, count: int) -> list[float]:
+        """Uniform numbers in [0, 1) that are the same for every row, on every process."""
+        return torch.rand(count, generator=self._generator).tolist()
+
     def stratified(self) -> Tensor:
         """One uniform number a row, (rows,), spread evenly over the batch: row i of n lies at (u + i) / n mod 1.
 

@@ -142,3 +142,12 @@ def test_normalised_latents_have_mean_0_and_std_1_and_the_picture_stays(pixels: 
     vae.save_pretrained(tmp_path)
     assert AutoencoderKL.from_pretrained(tmp_path).config.scaling_factor == pytest.approx(figures["scaling_factor"])
     assert figures["scaling_factor"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_moved_picture_trains_every_part_and_the_perceptual_term_still_fits(pixels: np.ndarray, tower: Any) -> None:
+    made = objective(pixels, tower, equivariance=1.0)
+    for step in range(4):  # sizes differ from step to step
+        losses = made.loss(np.arange(8), Draw(0, step, 8))
+        losses["loss"].backward()
+        assert torch.isfinite(losses["loss"])
+    assert min(gradient(part) for part in (made.vae.encoder, made.vae.decoder)) > 0
