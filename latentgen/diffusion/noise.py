@@ -5,9 +5,10 @@ step i. Picture k of a batch draws from its own seed alone, so it is the picture
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,33 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
     return drawn[:count].reshape(shape)
 
 
+def quick_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 of the given shape, in half the time of `normal`: 16 of the counter's bits a number.
+
+    The inverse of the normal distribution function at the midpoints of 2^16 equal parts, looked up; the largest is
+    4.3 standard deviations. For the noise of steps and paths, of which there is much.
+    """
+    count = math.prod(shape)
+    raw = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(-(-count // 4))
+    words = np.asarray(raw, dtype="<u8").view("<u2")[:count]
+    return quantiles().take(words, mode="wrap").reshape(shape)
+
+
+@lru_cache(maxsize=1)
+def quantiles() -> np.ndarray:
+    """The normal quantiles at (k + 1/2)/2^16, of variance 1: float32 (65536,), rising."""
+    inverse = NormalDist().inv_cdf  # Wichura 1988, AS 241
+    half = np.array([inverse((k + 0.5) / 65536) for k in range(32768)])
+    return np.asarray(np.concatenate([half, -half[::-1]]) / np.sqrt(np.mean(half**2)), dtype=np.float32)
+
+
+def rows(normals: Callable[[int, int, tuple[int, ...]], np.ndarray], seeds: Sequence[int], *of: Any) -> np.ndarray:
+    """One draw for each seed, (B, *shape)."""
+    if len(seeds) == 1:
+        return normals(seeds[0], *of)[None]
+    return np.stack([normals(seed, *of) for seed in seeds])
+
+
 @dataclass(frozen=True)
 class Noise:
     """One stream of noise for each row of the batch, `seeds[k]` for row k. A seed is an integer in [0, 2**64)."""
@@ -56,7 +84,7 @@ class Noise:
 
     def draw(self, stream: int, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal float32 (B, *shape) of one stream."""
-        return np.stack([normal(seed, stream, shape) for seed in self.seeds])
+        return rows(normal, self.seeds, stream, shape)
 
     def initial(self, shape: tuple[int, ...]) -> np.ndarray:
         """The noise a picture starts from: float32 (B, *shape); `shape` is without the batch."""
@@ -69,7 +97,7 @@ class Noise:
         """
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
-        return like(self.draw(FIRST_STEP + index, tuple(like_.shape[1:])), like_)
+        return like(rows(quick_normal, self.seeds, FIRST_STEP + index, tuple(like_.shape[1:])), like_)
 
     def brownian(self) -> "Noise":
         """The Brownian path of the same seeds, for samplers that follow one path however many steps they take."""
@@ -99,7 +127,8 @@ class Brownian(Noise):
         total = self._within(last, end, shape) - self._within(first, start, shape)
         for cell in range(first, last):
             total = total + self._node(cell, 0, shape)
-        return like(total / np.float32(math.sqrt((after - now) / unit)), like_)
+        total *= np.float32(math.sqrt(unit / (after - now)))
+        return like(total, like_)
 
     def brownian(self) -> "Noise":
         """Itself."""
@@ -107,13 +136,16 @@ class Brownian(Noise):
 
     def _within(self, cell: int, place: int, shape: tuple[int, ...]) -> Any:
         """W(cell + place/2**DEPTH) − W(cell), for place in [0, 2**DEPTH)."""
+        if place == 0:
+            return np.float32(0)
         low, width, node = 0, 1 << self.DEPTH, 1
         left: Any = np.float32(0)
         right: Any = self._node(cell, 0, shape)
         while place != low:
             width //= 2
             spread = np.float32(math.sqrt(width / (2 << self.DEPTH)))  # of the middle of a bridge over 2·width
-            middle = np.float32(0.5) * (left + right) + spread * self._node(cell, node, shape)
+            middle = spread * self._node(cell, node, shape)
+            middle += np.float32(0.5) * (left + right)
             upper = place >= low + width
             low, left, right = (low + width, middle, right) if upper else (low, left, middle)
             node = 2 * node + upper
@@ -126,4 +158,4 @@ class Brownian(Noise):
 @lru_cache(maxsize=32)
 def _tree_normal(seeds: tuple[int, ...], stream: int, shape: tuple[int, ...]) -> np.ndarray:
     """A node's noise; the cache only saves the neighbouring step from drawing the shared nodes again."""
-    return np.stack([normal(seed, stream, shape) for seed in seeds])
+    return rows(quick_normal, seeds, stream, shape)
