@@ -18,10 +18,11 @@ from latentgen import __version__
 from latentgen.checkpoint import Checkpoint, find, open_folder
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
-from latentgen.diffusion.guidance import guided
+from latentgen.diffusion.guidance import Projection, guided
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
+from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.errors import InputError
 from latentgen.image import Picture, to_bytes
 from latentgen.models.lora import Loras, TakesLoras
@@ -34,24 +35,6 @@ if TYPE_CHECKING:
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Array]], dict[str, Array] | None]
 
-# The diffusers scheduler that stands for each sampler: it says how the folder's scheduler config is to be read.
-_DPM = {"_class_name": "DPMSolverMultistepScheduler"}
-_PNDM = {"_class_name": "PNDMScheduler"}
-SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
-    "ddim": {"_class_name": "DDIMScheduler"},
-    "ddpm": {"_class_name": "DDPMScheduler"},
-    "euler": {"_class_name": "EulerDiscreteScheduler"},
-    "euler-ancestral": {"_class_name": "EulerAncestralDiscreteScheduler"},
-    "heun": {"_class_name": "HeunDiscreteScheduler"},
-    "lms": {"_class_name": "LMSDiscreteScheduler"},
-    "dpmpp-2m": {**_DPM, "algorithm_type": "dpmsolver++"},
-    "dpmpp-2m-sde": {**_DPM, "algorithm_type": "sde-dpmsolver++"},
-    "unipc": {"_class_name": "UniPCMultistepScheduler"},
-    "deis": {"_class_name": "DEISMultistepScheduler"},
-    "plms": {**_PNDM, "skip_prk_steps": True},
-    "pndm": {**_PNDM, "skip_prk_steps": False},
-    "lcm": {"_class_name": "LCMScheduler"},
-}
 # Samplers whose state is their own between steps: what a callback returns cannot reach it.
 UNSTEERED = frozenset({"probability-flow"})
 
@@ -93,6 +76,7 @@ class Pipeline(TakesLoras):
     weights: Mapping[str, Any] | None = None
     machine: Mapping[str, Any] | None = None
     loras: Loras | None = None
+    perturbed: Network | None = None
     interrupt: bool = False
     _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
 
@@ -109,7 +93,7 @@ class Pipeline(TakesLoras):
         from latentgen.models import loading
         from latentgen.models.latent import Latent
         from latentgen.models.lora.layers import module_loras
-        from latentgen.models.network import load_unet, unet_network
+        from latentgen.models.network import load_unet, perturbed_network, unet_network
         from latentgen.models.text import TextEncoder
 
         place = loading.choose_device(device)
@@ -124,6 +108,7 @@ class Pipeline(TakesLoras):
             weights=identity(checkpoint, path),
             machine=loading.machine(place, kind),
             loras=module_loras(unet=unet, text_encoder=text.model),
+            perturbed=perturbed_network(unet),
         )
 
     @classmethod
@@ -159,6 +144,9 @@ class Pipeline(TakesLoras):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_projection: tuple[float, float | None] | None = None,
+        pag_scale: float = 0.0,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -176,7 +164,10 @@ class Pipeline(TakesLoras):
         """Render one picture for each prompt, times num_images_per_prompt.
 
         What is not said is taken from the weights' own defaults. guidance_scale: w of Ho & Salimans as diffusers counts
-        it; 1 or less is off. guidance_rescale: phi of Lin et al. 2023. height, width: pixels, multiples of the latent
+        it; 1 or less is off. guidance_rescale: phi of Lin et al. 2023. guidance_interval: the part of the steps, from
+        0 (noise) to 1 (clean), in which guidance acts (Kynkäänniemi et al. 2024). guidance_projection: eta and norm of
+        adaptive projected guidance (Sadat et al. 2025). pag_scale: perturbed-attention guidance in the middle block
+        (Ahn et al. 2024); 0 is off. height, width: pixels, multiples of the latent
         factor. seed: s gives picture k the seed s + k, a list names each, None draws fresh ones, reported in `seeds`;
         picture k is the picture of its own seed rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`.
         generator: torch generators instead of a seed, drawn from as diffusers does. latents: unit noise (B, C, h, w) to
@@ -206,6 +197,9 @@ class Pipeline(TakesLoras):
             embedded=None if prompt_embeds is None else len(prompt_embeds),
             prompt_weights=prompt_weights,
             max_embeddings_multiples=max_embeddings_multiples,
+            interval=guidance_interval,
+            projection=guidance_projection,
+            pag=pag_scale,
         )
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
@@ -217,12 +211,44 @@ class Pipeline(TakesLoras):
         condition, negative = self._encode(request, prompt_embeds, negative_prompt_embeds)
         x = self._draw(request, noise, latents) * plan.initial_scale(knots[0])
         denoiser = Denoiser(self.network, plan.schedule, plan.prediction)
-        scale = max(request.guidance, 1.0)
-        denoise = guided(denoiser, condition, negative, scale=scale, rescale=request.rescale, clip=plan.clip)
+        denoise = self._guided(request, plan, knots, denoiser, condition, negative)
         x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
         brought = {"generator": generator, "latents": latents, "callback_on_step_end": self._steered or None}
         brought |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         return self._decode(x, request, output_type, sorted(key for key, value in brought.items() if value is not None))
+
+    def _guided(
+        self,
+        request: Request,
+        plan: Plan,
+        knots: np.ndarray,
+        denoiser: Denoiser,
+        condition: Condition,
+        negative: Condition | None,
+    ) -> Denoise:
+        """The denoiser with its conditions and every kind of guidance that was asked for."""
+        if request.pag and self.perturbed is None:
+            raise InputError("pag_scale needs a network whose attention can be perturbed, which this engine's cannot")
+        other = None if self.perturbed is None else replace(denoiser, network=self.perturbed)
+        interval = None
+        if request.interval is not None:
+            first, last = (round(part * request.steps) for part in request.interval)
+            interval = (float(knots[first]), float(knots[max(first, last - 1)]))
+        return guided(
+            denoiser,
+            condition,
+            negative,
+            scale=max(request.guidance, 1.0),
+            rescale=request.rescale,
+            interval=interval,
+            projection=None if request.projection is None else Projection(*request.projection),
+            perturbed=other,
+            perturbed_scale=request.pag,
+            clip=plan.clip,
+            threshold=plan.threshold,
+            threshold_max=plan.threshold_max,
+            variance=plan.options.get("variance") == "learned-range",
+        )
 
     def _noise(self, request: Request, generator: Any, seed: Any) -> Any:
         """Where randomness comes from: one stream for each picture's seed, or the caller's torch generators."""
@@ -314,6 +340,9 @@ class Pipeline(TakesLoras):
             "num_inference_steps": request.steps,
             "guidance_scale": request.guidance,
             "guidance_rescale": request.rescale,
+            "guidance_interval": request.interval,
+            "guidance_projection": request.projection,
+            "pag_scale": request.pag,
             "sampler": request.sampler,
             "height": request.height,
             "width": request.width,
@@ -332,24 +361,6 @@ class Pipeline(TakesLoras):
         if laid.lost:
             counted = f"the prompt has {laid.count} tokens, of which {laid.used} are used"
             warnings.warn(f"{counted}; not seen: {laid.lost!r}", PromptCut, stacklevel=4)
-
-
-def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
-    """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it.
-
-    So does `OtherScheduler.from_config(scheduler.config)` in diffusers, but that x0 is never clipped unless the config
-    says so: latents have no bounds.
-    """
-    plan = from_config(config)
-    if sampler != plan.sampler:
-        read_as = SCHEDULERS.get(sampler, SCHEDULERS["ddim"])
-        own = ("solver_type",) if config.get("_class_name") != read_as["_class_name"] else ()
-        kept = {key: value for key, value in config.items() if key not in own and value is not None}
-        plan = from_config({"clip_sample": False, **kept, **read_as})
-        plan = plan if sampler in SCHEDULERS else replace(plan, sampler=sampler, options={})
-    if plan.threshold is not None:
-        raise InputError("dynamic thresholding is not supported; turn `thresholding` off in scheduler_config.json")
-    return plan
 
 
 def terms_of(checkpoint: Checkpoint) -> Terms:

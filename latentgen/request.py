@@ -69,6 +69,9 @@ class Request:
     width: int
     prompt_weights: bool = True
     max_embeddings_multiples: int | None = None
+    interval: tuple[float, float] | None = None
+    projection: tuple[float, float | None] | None = None
+    pag: float = 0.0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -91,6 +94,9 @@ def read_request(
     embedded: int | None = None,
     prompt_weights: bool = True,
     max_embeddings_multiples: int | None = None,
+    interval: Sequence[float] | None = None,
+    projection: Sequence[float | None] | None = None,
+    pag: float = 0.0,
 ) -> Request:
     """Check an order against what the weights allow, and fill in what was not said.
 
@@ -116,7 +122,26 @@ def read_request(
         max_embeddings_multiples=None
         if max_embeddings_multiples is None
         else _whole("max_embeddings_multiples", max_embeddings_multiples, 1),
+        interval=None if interval is None else _interval(interval),
+        projection=None if projection is None else _projection(projection),
+        pag=_finite("pag_scale", pag, 0.0, math.inf),
     )
+
+
+def _interval(parts: Sequence[float]) -> tuple[float, float]:
+    ends = tuple(_finite("guidance_interval", part, 0.0, 1.0) for part in parts)
+    if len(ends) != 2 or ends[0] >= ends[1]:
+        raise InputError(
+            f"guidance_interval is {list(parts)}; it must be two parts of the way, as (0.1, 0.8): 0 is noise, 1 clean"
+        )
+    return ends[0], ends[1]
+
+
+def _projection(parts: Sequence[float | None]) -> tuple[float, float | None]:
+    if len(parts) != 2 or parts[0] is None:
+        raise InputError(f"guidance_projection is {list(parts)}; it must be (eta, norm), as (0, 15) or (0, None)")
+    norm = None if parts[1] is None else _finite("guidance_projection's norm", parts[1], 1e-6, math.inf)
+    return _finite("guidance_projection's eta", parts[0], 0.0, 1.0), norm
 
 
 def nearest_sampler(name: str, samplers: Iterable[str]) -> str:

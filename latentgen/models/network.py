@@ -1,5 +1,7 @@
 """Denoising networks behind one signature: (x, time, condition) -> raw output."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,5 +32,39 @@ def unet_network(unet: Any, *, gradients: bool | None = None) -> Network:
         with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
             out = unet(x.to(unet.dtype), time, encoder_hidden_states=states.to(unet.dtype), return_dict=False)[0]
         return out.to(x.dtype)
+
+    return network
+
+
+class IdentityAttention:
+    """Self-attention whose every place attends to itself alone: perturbed attention (Ahn et al. 2024, equation 14)."""
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D): values and the output projection, without the map between places."""
+        projected: torch.Tensor = attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states)))
+        return projected
+
+
+@contextmanager
+def perturbed(unet: Any, part: str = "mid_block") -> Iterator[None]:
+    """Inside, the self-attention layers of one part of a U-Net are `IdentityAttention`; then what they were."""
+    layers = [layer for name, layer in unet.named_modules() if name.startswith(part) and name.endswith(".attn1")]
+    before = [layer.processor for layer in layers]
+    for layer in layers:
+        layer.processor = IdentityAttention()
+    try:
+        yield
+    finally:
+        for layer, processor in zip(layers, before, strict=True):
+            layer.processor = processor
+
+
+def perturbed_network(unet: Any, part: str = "mid_block") -> Network:
+    """`unet_network` with the self-attention of its middle perturbed, for perturbed-attention guidance."""
+    plain = unet_network(unet)
+
+    def network(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        with perturbed(unet, part):
+            return plain(x, time, condition)
 
     return network
