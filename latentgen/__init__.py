@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentgen.errors import InputError
-    from latentgen.pipeline import Output, Pipeline
+    from latentgen.output import Output
+    from latentgen.pipeline import Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Output", "Pipeline", "__version__"]
 
-_HOMES = {"InputError": "latentgen.errors", "Output": "latentgen.pipeline", "Pipeline": "latentgen.pipeline"}
+_HOMES = {"InputError": "latentgen.errors", "Output": "latentgen.output", "Pipeline": "latentgen.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from latentgen.diffusion.schedule import from_config
 from latentgen.durable import alone, write_file, write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
+from latentgen.models.loading import has_bf16
 from latentgen.recipe import Recipe, Train, read_recipe
 from latentgen.training import finish
 from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
@@ -121,9 +122,9 @@ class Run:
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        """Devices, precision and processes; bf16 autocast on a GPU that has it, fp32 on a CPU."""
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return Accelerator(mixed_precision="bf16" if bf16 else "no")
+        """Devices, precision and processes."""
+        asked = self.recipe.precision
+        return Accelerator(mixed_precision="bf16" if asked == "bf16" or (asked == "auto" and has_bf16()) else "no")
 
     def report(self, line: str) -> None:
         """One line, from the main process alone."""

@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 
 from latentgen import __version__
-from latentgen.checkpoint import Checkpoint, find, open_folder
+from latentgen.checkpoint import Checkpoint, find, open_checkpoint, refuse_other_kinds
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
 from latentgen.diffusion.guidance import Projection, guided
@@ -27,12 +27,14 @@ from latentgen.errors import InputError
 from latentgen.image import Picture, to_bytes
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.prompt import alike
+from latentgen.output import Output, identity, picture_settings
 from latentgen.request import OUTPUT_TYPES, Request, Terms, read_request
 
 if TYPE_CHECKING:
     from latentgen.models.latent import Latent
-    from latentgen.models.text import TextEncoder
+    from latentgen.models.text import TextEncoder, TwoTextEncoders
 
+Given = tuple[Any, Any]  # states and pooled states that somebody brought, or None
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Array]], dict[str, Array] | None]
 
 # Samplers whose state is their own between steps: what a callback returns cannot reach it.
@@ -43,23 +45,6 @@ class PromptCut(UserWarning):
     """A prompt is longer than what may be read of it: the message says which words are not seen."""
 
 
-@dataclass(frozen=True)
-class Output:
-    """What a call gives. images: PIL pictures, or an array as `output_type` says. seeds: one for each picture.
-
-    settings: all it takes to make the pictures again, JSON-ready; prompt, negative_prompt and seed are lists with an
-    entry for each picture. `of(k)` is what picture k's PNG says.
-    """
-
-    images: Any
-    seeds: tuple[int, ...]
-    settings: Mapping[str, Any]
-
-    def of(self, k: int) -> dict[str, Any]:
-        """The settings of picture k alone, and beside whom it was rendered where it was not alone."""
-        return picture_settings(self.settings, k)
-
-
 @dataclass(eq=False)
 class Pipeline(TakesLoras):
     """A text encoder, a denoising network and an autoencoder, with the schedule they were trained in.
@@ -68,7 +53,7 @@ class Pipeline(TakesLoras):
     is said of them in the settings. `interrupt = True`, set from a callback, ends the run after that step.
     """
 
-    text: "TextEncoder"
+    text: "TextEncoder | TwoTextEncoders"
     network: Network
     latent: "Latent"
     scheduler: Mapping[str, Any]
@@ -81,29 +66,42 @@ class Pipeline(TakesLoras):
     _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
 
     @classmethod
-    def from_pretrained(cls, path: str | Path | None = None, *, device: Any = None, dtype: Any = None) -> "Pipeline":
-        """Open a weights folder in diffusers' layout, a hub id, or (None) the embedded default.
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        tokenizer: str | Path | None = None,
+        prediction_type: str | None = None,
+    ) -> "Pipeline":
+        """Open a Stable Diffusion 1, 2 or XL checkpoint, or (None) the embedded default.
 
+        path: a weights folder in diffusers' layout, a single .safetensors file in the original one, or a hub id.
         device: where it runs; None is the first GPU, else the CPU. dtype: what it computes in; None is float16 on a
-        GPU and float32 on a CPU, to which half-precision storage is widened. Raises InputError with one line.
+        GPU and float32 on a CPU, to which half-precision storage is widened. tokenizer: a CLIP tokenizer's folder, for
+        a single file, which holds none. prediction_type: "epsilon" or "v_prediction" instead of what the scheduler's
+        config says; of single files of Stable Diffusion 2 nothing tells, and v is assumed. Raises InputError with one
+        line.
         """
-        checkpoint = open_folder(find(path))
+        checkpoint = open_checkpoint(find(path), tokenizer=tokenizer)
         terms = terms_of(checkpoint)
 
         from latentgen.models import loading
         from latentgen.models.latent import Latent
         from latentgen.models.lora.layers import module_loras
         from latentgen.models.network import load_unet, perturbed_network, unet_network
-        from latentgen.models.text import TextEncoder
+        from latentgen.models.text import load_text
 
         place = loading.choose_device(device)
         kind = loading.choose_dtype(dtype, place)
-        text, unet = TextEncoder.load(checkpoint, place, kind), load_unet(checkpoint, place, kind)
+        text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
         return cls(
             text=text,
             network=unet_network(unet),
             latent=Latent.load(checkpoint, place, kind),
-            scheduler=checkpoint.config("scheduler"),
+            scheduler=checkpoint.config("scheduler")
+            | ({"prediction_type": prediction_type} if prediction_type else {}),
             terms=terms,
             weights=identity(checkpoint, path),
             machine=loading.machine(place, kind),
@@ -156,6 +154,8 @@ class Pipeline(TakesLoras):
         latents: Array | None = None,
         prompt_embeds: Array | None = None,
         negative_prompt_embeds: Array | None = None,
+        pooled_prompt_embeds: Array | None = None,
+        negative_pooled_prompt_embeds: Array | None = None,
         prompt_weights: bool = True,
         max_embeddings_multiples: int | None = None,
         output_type: str = "pil",
@@ -171,7 +171,8 @@ class Pipeline(TakesLoras):
         factor. seed: s gives picture k the seed s + k, a list names each, None draws fresh ones, reported in `seeds`;
         picture k is the picture of its own seed rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`.
         generator: torch generators instead of a seed, drawn from as diffusers does. latents: unit noise (B, C, h, w) to
-        start from. prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts. prompt_weights: read
+        start from. prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts; for Stable Diffusion XL
+        with pooled_prompt_embeds, negative_pooled_prompt_embeds (P, D). prompt_weights: read
         `(word:1.3)`, `[word]` and BREAK as the web UI does (models/prompt.py); False takes brackets as text, as
         diffusers does. max_embeddings_multiples: how many contexts long a prompt may be (1 cuts it as diffusers does);
         None is as long as it is, each chunk of a context encoded on its own. output_type: "pil",
@@ -208,7 +209,8 @@ class Pipeline(TakesLoras):
         noise = self._noise(request, generator, seed)
         self.interrupt = self._steered = False
 
-        condition, negative = self._encode(request, prompt_embeds, negative_prompt_embeds)
+        given = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
+        condition, negative = self._encode(request, *given)
         x = self._draw(request, noise, latents) * plan.initial_scale(knots[0])
         denoiser = Denoiser(self.network, plan.schedule, plan.prediction)
         denoise = self._guided(request, plan, knots, denoiser, condition, negative)
@@ -265,29 +267,39 @@ class Pipeline(TakesLoras):
 
         return GeneratorNoise(generators, len(request))
 
-    def _encode(self, request: Request, given: Any, given_negative: Any) -> tuple[Condition, Condition | None]:
+    def _encode(self, request: Request, given: Given, given_negative: Given) -> tuple[Condition, Condition | None]:
         """The condition (B, L, D) and, where guidance is on, the one to be guided away from."""
         for text in dict.fromkeys((*request.prompts, *request.negatives)):
             self._say_what_is_cut(text, request)
         condition = self._states(request, request.prompts, given, "prompt_embeds")
         if request.guidance <= 1:
             return condition, None
-        if given_negative is not None and any(request.negatives):
+        if given_negative[0] is not None and any(request.negatives):
             raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
         negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
+        if given_negative[0] is None and hasattr(self.text, "empty"):
+            negative = replace(self.text.empty(negative, request.negatives), sizes=negative.sizes)
         one, other = condition.states, negative.states
         if one is None or other is None or one.shape[1] == other.shape[1]:
             return condition, negative
         states, others = alike(one, other)
         return replace(condition, states=states), replace(negative, states=others)
 
-    def _states(self, request: Request, prompts: Sequence[str], given: Any, name: str) -> Condition:
-        if given is None:
-            return self.text.encode(prompts, weights=request.prompt_weights, limit=request.max_embeddings_multiples)
-        if len(given.shape) != 3 or len(request) % len(given):
-            raise InputError(f"{name} has shape {tuple(given.shape)}; it must be (prompts, tokens, width)")
-        each = len(request) // len(given)
-        return self.text.given(given[[row for row in range(len(given)) for _ in range(each)]])
+    def _states(self, request: Request, prompts: Sequence[str], given: Given, name: str) -> Condition:
+        states, pooled = given
+        if states is None:
+            told = self.text.encode(prompts, weights=request.prompt_weights, limit=request.max_embeddings_multiples)
+        elif len(states.shape) != 3 or len(request) % len(states):
+            raise InputError(f"{name} has shape {tuple(states.shape)}; it must be (prompts, tokens, width)")
+        else:
+            each = len(request) // len(states)
+            rows = [row for row in range(len(states)) for _ in range(each)]
+            told = self.text.given(states[rows], None if pooled is None else pooled[rows])
+        if told.pooled is None:
+            return told
+        size = (request.height, request.width)
+        sizes = np.tile(np.array([*size, 0, 0, *size], dtype=np.float32), (len(request), 1))
+        return replace(told, sizes=self.latent.array(sizes))
 
     def _draw(self, request: Request, noise: Any, latents: Array | None) -> Array:
         """Standard normal latents (B, C, height/factor, width/factor), drawn on the host or brought."""
@@ -364,32 +376,16 @@ class Pipeline(TakesLoras):
 
 
 def terms_of(checkpoint: Checkpoint) -> Terms:
-    """What a folder allows, from its small files; an InputError where its parts do not fit one another."""
-    unet, text = checkpoint.config("unet"), checkpoint.config("text_encoder")
+    """What a checkpoint allows, from its small files; an InputError where its parts do not fit one another."""
+    unet = checkpoint.config("unet")
     terms = Terms.of(checkpoint, from_config(checkpoint.config("scheduler")).sampler)
-    if unet.get("in_channels") != terms.channels:
-        channels = f"{unet.get('in_channels')} channels in where its autoencoder has {terms.channels}"
-        raise InputError(
-            f"{checkpoint.folder}: the U-Net takes {channels}; inpainting and other kinds are not rendered yet"
-        )
-    if unet.get("cross_attention_dim") != text.get("hidden_size"):
-        widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {text.get('hidden_size')}"
+    refuse_other_kinds(checkpoint.folder, unet, terms.channels)
+    towers = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
+    width = sum(int(checkpoint.config(tower).get("hidden_size", 0)) for tower in towers)
+    if unet.get("cross_attention_dim") != width:
+        widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
         raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
     return terms
-
-
-def identity(checkpoint: Checkpoint, path: str | Path | None) -> dict[str, Any]:
-    """How the settings name the weights: the folder's name, the path as it was given, and the fingerprint."""
-    name = checkpoint.folder.resolve().name if path is None or Path(path).is_dir() else str(path)
-    return {"name": name, "path": None if path is None else Path(path).as_posix(), "sha256": checkpoint.fingerprint}
-
-
-def picture_settings(settings: Mapping[str, Any], k: int) -> dict[str, Any]:
-    """The settings of picture k of a call. In company, sums round differently, so the company is part of them."""
-    each = ("prompt", "negative_prompt", "seed")
-    alone = {**settings, **{key: settings[key][k] for key in each}}
-    company = {"row": k, **{key: settings[key] for key in each}}
-    return {**alone, "batch": company} if len(settings["prompt"]) > 1 else alone
 
 
 def put_in_place(x: Array, other: Array) -> None:

@@ -137,10 +137,15 @@ class Pace(_Section):
 
 
 class Recipe(_Section):
-    """One trainable pipeline: a data set, four stages, and how to look at the result."""
+    """One trainable pipeline: a data set, four stages, and how to look at the result.
+
+    `precision`: what matrix products are computed in while it trains, the weights being fp32; "auto" is bf16 where the
+    hardware multiplies it (a GPU since Ampere, a CPU with AVX512-BF16 or AMX) and fp32 elsewhere.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     data: Data
     tokenizer: Tokenizer
     clip: Clip

@@ -134,7 +134,7 @@ class Rehearsal(Run):
         size = float(np.prod(shape)) * np.dtype(kind).itemsize
         self._caches += size / 2**20
         rows = min(shape[0], 256)  # as many different ones as tell; the same again and again for the rest
-        few = np.random.default_rng(0).standard_normal((rows, *shape[1:]), dtype=np.float32).astype(kind)
+        few: np.ndarray = np.random.default_rng(0).standard_normal((rows, *shape[1:]), dtype=np.float32).astype(kind)
         return few[np.arange(shape[0]) % rows] if size < 2**30 else np.broadcast_to(few[:1], shape)
 
 

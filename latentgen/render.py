@@ -13,21 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentgen.checkpoint import find, open_folder
+from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.image import read_settings
+from latentgen.models.lora import read_lora
 from latentgen.pipeline import Pipeline, terms_of
 from latentgen.request import Request, read_request
 
 EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
+GUIDING = ("guidance_interval", "guidance_projection", "pag_scale")
 Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures
 
 
 @dataclass(frozen=True)
 class Order:
-    """What `latentgen render` was asked for; None is the weights' own default. size: (width, height) in pixels."""
+    """What `latentgen render` was asked for; None is the weights' own default.
+
+    size: (width, height) in pixels. loras: (file or folder, weight) of each.
+    """
 
     prompts: Sequence[str]
     negative: str = ""
@@ -40,6 +45,7 @@ class Order:
     batch: int = 1
     prompt_weights: bool = True
     max_embeddings_multiples: int | None = None
+    loras: Sequence[tuple[str, float]] = ()
 
 
 def render(
@@ -51,7 +57,7 @@ def render(
     for the present folder; in a folder each picture gets a free name of its prompt and seed. Everything that can be
     known to be wrong is said, as an InputError, before any weights are loaded.
     """
-    checkpoint = open_folder(find(weights))
+    checkpoint = open_checkpoint(find(weights))
     width, height = order.size or (None, None)
     request = read_request(
         terms_of(checkpoint),
@@ -71,7 +77,11 @@ def render(
     if order.batch < 1:
         raise InputError(f"the batch is {order.batch}; it must be 1 or more")
     targets = places(out, request)
+    for path, _ in order.loras:
+        read_lora(path)
     pipe = Pipeline.from_pretrained(weights)
+    for path, weight in order.loras:
+        pipe.load_lora(path, weight)
     for start in range(0, len(request), order.batch):
         rows = slice(start, start + order.batch)
         settings = {
@@ -94,17 +104,22 @@ def render(
 
 
 def replay(
-    picture: Path, out: Path | None = None, weights: str | None = None, progress: Progress | None = None
+    picture: Path,
+    out: Path | None = None,
+    weights: str | None = None,
+    progress: Progress | None = None,
+    loras: Sequence[str] = (),
 ) -> tuple[Path, list[str]]:
     """Make a picture again from what its PNG says; out: a .png file, a folder, or None for NAME-replay.png beside it.
 
+    loras: where its LoRAs are now, in any order, if they are not where they were.
     Returns the new file and remarks: whether it is the same byte for byte, and what has changed if it is not. Raises
     InputError where the picture does not say enough, or the weights at hand are not those it was made with.
     """
     settings = read_settings(picture)
     target = replay_place(picture, out)
     try:
-        made, changes = _again(settings, picture, weights, progress)
+        made, changes = _again(settings, picture, weights, progress, loras)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{picture}: its settings are not whole ({error}); it cannot be made again") from error
     same = made == picture.read_bytes()
@@ -124,6 +139,7 @@ def pictures(
 
     wanted = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "sampler")
     arguments = {key: settings[key] for key in (*wanted, "height", "width", "seed")}
+    arguments |= {key: settings[key] for key in GUIDING if key in settings}  # which older pictures do not say
     # pictures of before there were weights and chunks say neither: their prompts were text, cut to the context
     arguments |= {
         key: settings.get(key, old) for key, old in (("prompt_weights", False), ("max_embeddings_multiples", 1))
@@ -186,8 +202,28 @@ def _check_writable(folder: Path) -> None:
         raise InputError(f"cannot write into {folder}: {existing} may not be written; name another place with --out")
 
 
+def _loras_again(recorded: Sequence[Mapping[str, Any]], picture: Path, places: Sequence[str]) -> list[str]:
+    """Where the LoRAs of a picture are now; an InputError where one is not there, or is another."""
+    here = {read_lora(place).sha256: place for place in places}
+    found = []
+    for lora in recorded:
+        named = f"{picture} was made with LoRA {lora['name']} ({lora['sha256'][:12]})"
+        place = here.get(lora["sha256"], lora["path"])
+        if not Path(place).expanduser().exists():
+            raise InputError(f"{named}, not found at {place}; name its file with --lora")
+        other = read_lora(place).sha256
+        if other != lora["sha256"]:
+            raise InputError(f"{named}, and {place} is another ({other[:12]}); name the right file with --lora")
+        found.append(place)
+    return found
+
+
 def _again(
-    settings: Mapping[str, Any], picture: Path, weights: str | None, progress: Progress | None
+    settings: Mapping[str, Any],
+    picture: Path,
+    weights: str | None,
+    progress: Progress | None,
+    loras: Sequence[str],
 ) -> tuple[bytes, list[str]]:
     """The bytes of a picture made again from its settings, and what of the machine has changed since."""
     if settings.get("brought"):
@@ -199,7 +235,7 @@ def _again(
     name, expected = str(recorded.get("name")), str(recorded.get("sha256"))
     folder = weights if weights is not None else recorded.get("path")
     try:
-        checkpoint = open_folder(find(folder))
+        checkpoint = open_checkpoint(find(folder))
     except InputError as error:
         if weights is None and folder is not None and not Path(folder).exists():
             raise InputError(
@@ -213,12 +249,15 @@ def _again(
             f"{picture} was made with weights {name} ({expected[:12]}), and {here} are others; "
             "name the right folder with --weights"
         )
+    placed = _loras_again(settings.get("loras") or (), picture, loras)
     company = settings.get("batch") or {"row": 0, **{key: [settings[key]] for key in EACH}}
     from latentgen.models.loading import use_threads
 
     use_threads(settings.get("threads"))
     pipe = Pipeline.from_pretrained(folder, dtype=settings.get("dtype"))
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
+    for lora, place in zip(settings.get("loras") or (), placed, strict=True):
+        pipe.load_lora(place, lora["weight"], lora["name"], known_as=lora["path"])
     row = int(company["row"])
     together = {**settings, **{key: company[key] for key in EACH}}
     again = pictures(pipe, together, progress)[row]

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from latentgen import __version__, cli
+from latentgen.cli import rendering
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.image import read_settings
 
@@ -237,10 +238,10 @@ def test_a_full_disk_leaves_the_old_picture(
 
 
 def test_progress_is_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli.progress_bar("rendering") as progress:
+    with rendering.progress_bar("rendering") as progress:
         assert progress is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli.progress_bar("rendering") as progress:
+    with rendering.progress_bar("rendering") as progress:
         assert progress is not None
         progress(1, 2)
 

@@ -1,9 +1,11 @@
 """A folder of captioned pictures: reading it with nothing silent, and its pixels, decoded once and kept.
 
 A folder is either described by `metadata.jsonl` (one JSON object a line: `file_name`, `text`, optionally `captions`,
-`split` and any other column) or by a sidecar beside each picture (`cat.txt` or `cat.caption` for `cat.png`, one caption
-a line). What is wrong with the description is an error; what is merely unused (a picture no line names, a file that
-cannot be decoded) is a `Problem`, so that every picture found is either used or listed with the reason.
+`split`, `box` and any other column) or by a sidecar beside each picture (`cat.txt` or `cat.caption` for `cat.png`, one
+caption a line). A `box` ([left, upper, right, lower], in pixels) says that the picture is that part of its file, so
+that many small ones can lie in one sheet. What is wrong with the description is an error; what is merely unused (a
+picture no line names, a file that cannot be decoded) is a `Problem`, so that every picture found is either used or
+listed with the reason.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,17 +30,23 @@ PICTURES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", 
 TRANSFORM = (
     "upright, on white, 8-bit RGB, Lanczos to cover, centre crop; 1"  # part of the cache key: change both together
 )
+Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the file
+SHEETS_HELD = 4  # decoded files kept at hand for the pictures that lie in them
 ROWS_A_WRITE = 256  # pictures decoded between two writes of the cache: bounds the memory at 256 * size**2 * 3 bytes
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and what is said of it; the captions are non-empty, the first is the main one."""
+    """One picture and what is said of it; the captions are non-empty, the first is the main one.
+
+    box: the part of the file that it is; None is all of it.
+    """
 
     path: Path
     captions: tuple[str, ...]
     split: str = "train"
     attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def _listing(names: Iterable[str]) -> str:
 
 def _from_metadata(metadata: Path, found: Sequence[Path]) -> tuple[list[Picture], list[Problem]]:
     known = set(found)
-    pictures: dict[Path, Picture] = {}
+    pictures: dict[tuple[Path, Box | None], Picture] = {}
     problems: list[Problem] = []
     missing: list[tuple[int, str]] = []
     try:
@@ -118,10 +127,10 @@ def _from_metadata(metadata: Path, found: Sequence[Path]) -> tuple[list[Picture]
         if not line.strip():
             continue
         picture = _entry(line, metadata.parent, f"{metadata} line {number}")
-        if picture.path in pictures:
+        if (picture.path, picture.box) in pictures:
             problems.append(Problem(picture.path, f"named again in {METADATA} line {number}; the first entry is used"))
         elif picture.path in known or picture.path.is_file():
-            pictures[picture.path] = picture
+            pictures[picture.path, picture.box] = picture
         else:
             missing.append((number, str(picture.path.relative_to(metadata.parent))))
     if missing:
@@ -130,7 +139,8 @@ def _from_metadata(metadata: Path, found: Sequence[Path]) -> tuple[list[Picture]
         raise InputError(
             f"{metadata} line {number}: {name} does not exist ({count}); put it there or take the line out"
         )
-    unnamed = [Problem(path, f"no line of {METADATA} names it") for path in found if path not in pictures]
+    named = {path for path, _ in pictures}
+    unnamed = [Problem(path, f"no line of {METADATA} names it") for path in found if path not in named]
     return list(pictures.values()), problems + unnamed
 
 
@@ -149,6 +159,7 @@ def _entry(line: str, root: Path, where: str) -> Picture:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{where}: {name} lies outside the folder; give a path relative to {root}")
     text, more, split = columns.pop("text", None), columns.pop("captions", None), columns.pop("split", None)
+    box = _box(columns.pop("box", None), f"{where}: box of {name}")
     if not isinstance(text, str | None):
         raise InputError(f'{where}: text of {name} is not a string; write "text": "a cat"')
     if more is not None and not (isinstance(more, list) and all(isinstance(caption, str) for caption in more)):
@@ -158,7 +169,16 @@ def _entry(line: str, root: Path, where: str) -> Picture:
     captions = _captions([text or "", *(more or [])])
     if not captions:
         raise InputError(f'{where}: {name} has no caption; write "text": "what the picture shows"')
-    return Picture(path, captions, split or "train", columns)
+    return Picture(path, captions, split or "train", columns, box)
+
+
+def _box(value: Any, what: str) -> Box | None:
+    if value is None:
+        return None
+    whole = isinstance(value, list) and len(value) == 4 and all(type(side) is int and side >= 0 for side in value)
+    if not whole or not (value[0] < value[2] and value[1] < value[3]):
+        raise InputError(f"{what} is no part of a picture; write [left, upper, right, lower] in pixels")
+    return (value[0], value[1], value[2], value[3])
 
 
 def _from_sidecars(found: Sequence[Path], files: Sequence[Path]) -> tuple[list[Picture], list[Problem]]:
@@ -228,8 +248,10 @@ def load_pixels(pictures: CaptionedFolder | Sequence[Picture], size: int, cache:
 
 def _key(pictures: Sequence[Picture], size: int, pool: Executor) -> str:
     digest = hashlib.sha256(f"{TRANSFORM}; {size}".encode())
-    for one in pool.map(_file_digest, (picture.path for picture in pictures)):
-        digest.update(one)
+    paths = list(dict.fromkeys(picture.path for picture in pictures))
+    content = dict(zip(paths, pool.map(_file_digest, paths), strict=True))
+    for picture in pictures:
+        digest.update(content[picture.path] + (repr(picture.box).encode() if picture.box else b""))
     return digest.hexdigest()[:32]
 
 
@@ -259,12 +281,16 @@ def _reasons(target: Path) -> Path:
 def _decode_all(pictures: Sequence[Picture], size: int, target: Path, pool: Executor) -> None:
     """Writes `target` and, first, the reasons of the pictures left out; each aside and renamed, the array last."""
     unreadable: dict[int, str] = {}
+    sheet = lru_cache(SHEETS_HELD)(_sheet)
+
+    def decode(picture: Picture) -> np.ndarray | str:
+        return _try_decode(picture, size, sheet)
 
     def write_rows(file: BinaryIO) -> None:
         _write_header(file, len(pictures), size)
         for start in range(0, len(pictures), ROWS_A_WRITE):
-            paths = [picture.path for picture in pictures[start : start + ROWS_A_WRITE]]
-            for index, decoded in enumerate(pool.map(_try_decode, paths, [size] * len(paths)), start=start):
+            rows = pictures[start : start + ROWS_A_WRITE]
+            for index, decoded in enumerate(pool.map(decode, rows), start=start):
                 if isinstance(decoded, str):
                     unreadable[index] = decoded
                 else:
@@ -302,15 +328,30 @@ def _write_header(file: BinaryIO, rows: int, size: int) -> None:
     file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1"))
 
 
-def _try_decode(path: Path, size: int) -> np.ndarray | str:
-    """The picture as (size, size, 3) uint8, or the reason why it cannot be read."""
+def _try_decode(picture: Picture, size: int, sheet: Callable[[Path], Image.Image]) -> np.ndarray | str:
+    """The picture as (size, size, 3) uint8, or the reason why it cannot be read; `sheet` opens a file with many."""
     try:
-        with Image.open(path) as image:
+        if picture.box is not None:
+            whole = sheet(picture.path)
+            if picture.box[2] > whole.width or picture.box[3] > whole.height:
+                return (
+                    f"its box {list(picture.box)} reaches beyond the {whole.width} x {whole.height} pixels of the file"
+                )
+            return np.asarray(_square(whole.crop(picture.box), size))
+        with Image.open(picture.path) as image:
             return np.asarray(_square(image, size))
     except Exception as error:  # decoders raise whatever they like on a broken file
         if isinstance(error, Image.UnidentifiedImageError):
             return "is not a picture that can be read"
         return f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def _sheet(path: Path) -> Image.Image:
+    """A file whole and upright in memory."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        upright.load()
+        return upright
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:

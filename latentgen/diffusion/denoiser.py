@@ -15,13 +15,15 @@ from latentgen.errors import InputError
 class Condition:
     """What the network is told beside x and the time; every field is None or an array with the batch first.
 
-    states: (B, L, D), the text encoder's hidden states. pooled: (B, D). mask: (B, L). labels: (B,).
+    states: (B, L, D), the text encoder's hidden states. pooled: (B, D). mask: (B, L). labels: (B,). sizes: (B, 6),
+    what Stable Diffusion XL is told in pixels: original height and width, top and left of the crop, height and width.
     """
 
     states: Array | None = None
     pooled: Array | None = None
     mask: Array | None = None
     labels: Array | None = None
+    sizes: Array | None = None
 
     def _arrays(self) -> dict[str, Array]:
         named = ((field.name, getattr(self, field.name)) for field in fields(self))

@@ -8,7 +8,7 @@ evaluation of B. Classifier-free guidance is one evaluation of 2B, the unconditi
 is one more of B. Outside the interval all of it is off (Kynkäänniemi et al. 2024).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import array_api_compat
@@ -68,7 +68,7 @@ class AnnealedCondition:
         noised = gamma**0.5 * states + self.scale * (1 - gamma) ** 0.5 * fresh
         restored = (noised - _mean(noised)) / (_spread(noised) + 1e-12) * _spread(states) + _mean(states)
         mixed = self.mixing * restored + (1 - self.mixing) * noised
-        return Condition(mixed, condition.pooled, condition.mask, condition.labels)
+        return replace(condition, states=mixed)
 
 
 def guided(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from latentgen.checkpoint import Checkpoint
+from latentgen.checkpoint import Checkpoint, SingleFile
 from latentgen.errors import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -39,13 +39,23 @@ def choose_dtype(dtype: Any, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def has_bf16() -> bool:
+    """Whether bf16 products are in the hardware here; where they are not, a CPU takes hundreds of times longer."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.device, dtype: torch.dtype) -> Any:
     """One network of a folder, `kind` being its diffusers or transformers class: frozen, in eval mode, on the device.
 
     Half-precision storage is widened where `dtype` is wider. Raises InputError where the file does not fit its config.
     """
+    if isinstance(checkpoint, SingleFile):
+        return _from_single(kind, checkpoint, part, dtype).to(device).requires_grad_(False).eval()
     folder = checkpoint.folder / part
-    named = {"dtype": dtype} if part == "text_encoder" else {"torch_dtype": dtype}
+    named = {"dtype": dtype} if part.startswith("text_encoder") else {"torch_dtype": dtype}
     variant = "fp16" if ".fp16." in checkpoint.weights[part][0].name else None
     try:
         with quiet():
@@ -59,6 +69,29 @@ def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.devi
     if missing:
         raise InputError(f"{folder} is not whole: its weights lack {missing[0]} ({len(missing)} tensors in all)")
     return module.to(device).requires_grad_(False).eval()
+
+
+def _from_single(kind: Any, checkpoint: SingleFile, part: str, dtype: torch.dtype) -> Any:
+    """One network of a single file, on the host."""
+    config, place = checkpoint.config(part), f"{checkpoint.folder}: {part}"
+    try:
+        with quiet(), torch.device("meta"):
+            module = kind(kind.config_class(**config)) if part.startswith("text_encoder") else kind.from_config(config)
+        given = {name: value.to(dtype) for name, value in checkpoint.tensors(part).items()}
+        if not any(name.startswith("text_model.") for name in module.state_dict()):  # transformers 5 has it no more
+            given = {name.removeprefix("text_model."): value for name, value in given.items()}
+        report = module.load_state_dict(given, strict=False, assign=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"{place} does not fit what its shapes say: {str(error).strip().splitlines()[-1]}") from error
+    missing = [name for name in report.missing_keys if not name.endswith("position_ids")]
+    if missing or report.unexpected_keys:
+        name, what = (missing[0], "lacks") if missing else (report.unexpected_keys[0], "has besides")
+        raise InputError(f"{place} is no network as known: it {what} {name}")
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta and name.endswith("position_ids"):
+            holder = module.get_submodule(name.rpartition(".")[0])
+            holder.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
+    return module
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

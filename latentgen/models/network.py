@@ -29,11 +29,25 @@ def unet_network(unet: Any, *, gradients: bool | None = None) -> Network:
         states = condition.states
         assert states is not None, "a U-Net with cross-attention needs text states"
         recorded = unet.training if gradients is None else gradients
+        told = {"encoder_hidden_states": states.to(unet.dtype), "return_dict": False}
+        if condition.pooled is not None:  # Podell et al. 2023, section 2.2
+            told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(unet.dtype), "time_ids": condition.sizes}
         with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
-            out = unet(x.to(unet.dtype), time, encoder_hidden_states=states.to(unet.dtype), return_dict=False)[0]
+            out = unet(x.to(unet.dtype), time, **told)[0]
         return out.to(x.dtype)
 
     return network
+
+
+def attend_plainly(unet: Any) -> None:
+    """Attention as two matrix products and a softmax, the same to rounding.
+
+    On a CPU the fused kernel's backward pass is slow on few places: a training step of the icons' U-Net takes a third
+    longer with it.
+    """
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet.set_attn_processor(AttnProcessor())
 
 
 class IdentityAttention:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from latentgen.checkpoint import Checkpoint
+from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
 from latentgen.models.loading import load_module, quiet
@@ -17,26 +17,41 @@ from latentgen.models.prompt import Laid, Token, Window, lay, literal, parse, sh
 class TextEncoder:
     """A CLIP tokenizer and text tower (Radford et al. 2021), used as `diffusers.StableDiffusionPipeline` uses them.
 
-    tokenizer: CLIPTokenizer. model: CLIPTextModel; its device is where conditions are made.
+    tokenizer: CLIPTokenizer. model: CLIPTextModel, or CLIPTextModelWithProjection; its device is where conditions are
+    made. raw: the states before the last layer, without the final norm, as Stable Diffusion XL takes them; else the
+    last ones, normed.
     """
 
     tokenizer: Any
     model: Any
+    raw: bool = False
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
-        """The tokenizer and text encoder of a weights folder."""
+    def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, second: bool = False) -> Self:
+        """A tokenizer and text encoder of a checkpoint, the first or the second."""
+        suffix = "_2" if second else ""
         with quiet():
-            from transformers import CLIPTextModel, CLIPTokenizerFast  # in transformers 5 the only one
+            from transformers import (  # in transformers 5 the fast tokenizer is the only one
+                CLIPTextModel,
+                CLIPTextModelWithProjection,
+                CLIPTokenizerFast,
+            )
 
-            folder = checkpoint.folder / "tokenizer"
+            folder = checkpoint.tokenizer(f"tokenizer{suffix}")
+            alone = isinstance(checkpoint, SingleFile) and checkpoint.tower(f"text_encoder{suffix}") == OPENCLIP
+            padding = {"pad_token": "!"} if alone else {}  # OpenCLIP pads with its word 0
             try:
-                tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+                tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **padding)
             except Exception as error:  # the Rust reader raises bare Exceptions for a torn tokenizer.json
                 raise InputError(
                     f"{folder} cannot be read as a CLIP tokenizer: {str(error).splitlines()[0]}"
                 ) from error
-        return cls(tokenizer, load_module(CLIPTextModel, checkpoint, "text_encoder", device, dtype))
+        kind = CLIPTextModelWithProjection if second else CLIPTextModel
+        return cls(
+            tokenizer,
+            load_module(kind, checkpoint, f"text_encoder{suffix}", device, dtype),
+            raw=checkpoint.has_second,
+        )
 
     @property
     def length(self) -> int:
@@ -70,11 +85,16 @@ class TextEncoder:
         masked = getattr(self.model.config, "use_attention_mask", False)
         mask = torch.from_numpy(chunks.mask).to(self.model.device) if masked else None
         with torch.no_grad():
-            states = self.model(ids, attention_mask=mask)[0]
-        return Condition(states=chunks.states(states.float()))  # (chunks, L, D) -> (B, K·L, D)
+            out = self.model(ids, attention_mask=mask, output_hidden_states=self.raw)
+        states = out.hidden_states[-2] if self.raw else out.last_hidden_state
+        embedded = getattr(out, "text_embeds", None)
+        pooled = None if embedded is None else chunks.pooled(embedded.float())
+        return Condition(states=chunks.states(states.float()), pooled=pooled)  # (chunks, L, D) -> (B, K·L, D)
 
-    def given(self, states: Any) -> Condition:
+    def given(self, states: Any, pooled: Any = None) -> Condition:
         """Prompt embeddings somebody brought (an array (B, L, D)) as a condition on this encoder's device."""
+        if pooled is not None:
+            raise InputError("pooled_prompt_embeds are for Stable Diffusion XL; these weights take prompt_embeds alone")
         return Condition(states=torch.as_tensor(states, device=self.model.device).float())
 
     def count(self, prompt: str) -> int:
@@ -84,3 +104,75 @@ class TextEncoder:
     def cut(self, prompt: str) -> str:
         """The words of a prompt that lie beyond the context length, as they were written; "" where all fits."""
         return self.lay(prompt).lost
+
+
+@dataclass(frozen=True)
+class TwoTextEncoders:
+    """Stable Diffusion XL's pair (Podell et al. 2023, section 2.1): states side by side, pooled from the second.
+
+    zeros: an empty negative prompt is all zeros, as the base model was trained.
+    """
+
+    first: TextEncoder
+    second: TextEncoder
+    zeros: bool = True
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Self:
+        """Both tokenizers and towers of a checkpoint."""
+        first, second = (TextEncoder.load(checkpoint, device, dtype, second=which) for which in (False, True))
+        return cls(first, second, bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)))
+
+    @property
+    def length(self) -> int:
+        """The context length L in tokens, the start and end marks included."""
+        return min(self.first.length, self.second.length)
+
+    @property
+    def model(self) -> Any:
+        """The first tower."""
+        return self.first.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first tokenizer."""
+        return self.first.tokenizer
+
+    def lay(self, prompt: str, *, weights: bool = False, limit: int | None = 1) -> Laid:
+        """A prompt as the first tower's chunks; the second's are alike, but for padding."""
+        return self.first.lay(prompt, weights=weights, limit=limit)
+
+    def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
+        """states (B, K·L, D1 + D2), pooled (B, P)."""
+        one, other = (each.encode(prompts, weights=weights, limit=limit) for each in (self.first, self.second))
+        assert one.states is not None and other.states is not None
+        return Condition(states=torch.cat([one.states, other.states], dim=-1), pooled=other.pooled)
+
+    def empty(self, condition: Condition, prompts: Sequence[str]) -> Condition:
+        """The condition with the rows of empty negative prompts all zeros, where the model wants that."""
+        if not self.zeros or condition.states is None or condition.pooled is None:
+            return condition
+        said = torch.tensor([bool(prompt) for prompt in prompts], device=condition.states.device)
+        return Condition(condition.states * said[:, None, None], condition.pooled * said[:, None])
+
+    def given(self, states: Any, pooled: Any = None) -> Condition:
+        """Prompt embeddings somebody brought, (B, L, D1 + D2), and pooled ones (B, P)."""
+        if pooled is None:
+            raise InputError("Stable Diffusion XL needs pooled_prompt_embeds beside prompt_embeds; give both")
+        place = self.first.model.device
+        brought = (torch.as_tensor(value, device=place).float() for value in (states, pooled))
+        return Condition(*brought)
+
+    def count(self, prompt: str) -> int:
+        """How many tokens a prompt has, the start and end marks included."""
+        return self.first.count(prompt)
+
+    def cut(self, prompt: str) -> str:
+        """The words of a prompt that lie beyond the context length."""
+        return self.first.cut(prompt)
+
+
+def load_text(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder | TwoTextEncoders:
+    """What a checkpoint's prompts go through."""
+    kind = TwoTextEncoders if checkpoint.has_second else TextEncoder
+    return kind.load(checkpoint, device, dtype)

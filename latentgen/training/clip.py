@@ -51,6 +51,8 @@ class ClipObjective:
         reach: int = 3,
     ) -> None:
         self.module = model.to(accelerator.device)
+        if accelerator.device.type == "cpu":
+            model.set_attn_implementation("eager")  # the fused kernel halves the rate there: its backward pass is slow
         self.weights = weights
         self._words, self._pixels, self._captions, self._held_out = words, pixels, captions, held_out
         self._accelerator, self._reach = accelerator, reach

@@ -16,7 +16,7 @@ from latentgen.diffusion.denoiser import Condition
 from latentgen.diffusion.loss import denoising_loss
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import Schedule
-from latentgen.models.network import unet_network
+from latentgen.models.network import attend_plainly, unet_network
 from latentgen.training.captions import CaptionTable
 from latentgen.training.draw import VALIDATION, Draw
 
@@ -84,6 +84,8 @@ class DenoiseObjective:
         sheet: Callable[[], Image.Image],
     ) -> None:
         self.module = unet.to(accelerator.device)
+        if accelerator.device.type == "cpu":
+            attend_plainly(unet)
         self.weights = weights
         self._network = unet_network(unet)
         self._what, self._latents, self._captions, self._states = denoising, latents, captions, states

@@ -97,7 +97,7 @@ class Alignment(nn.Module):
         """(B, C, h, w), the pictures' numbers (B,) -> (B,). Where the grids differ the tower's is resized."""
         goal = torch.from_numpy(self._targets[items].astype(np.float32)).to(middle.device)
         side = round(goal.shape[1] ** 0.5)
-        grid = goal.transpose(1, 2).unflatten(2, (side, side))
+        grid = goal.transpose(1, 2).reshape(*goal.shape[::2], side, side)
         if grid.shape[-2:] != middle.shape[-2:]:
             grid = F.interpolate(grid, size=middle.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
         return 1 - F.cosine_similarity(self.net(middle), grid, dim=1).mean(dim=(1, 2))

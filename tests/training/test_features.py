@@ -76,7 +76,9 @@ def test_each_term_reaches_the_middle_and_counts_in_the_loss(parts: dict[str, An
     made = objective(unet, FeatureTerms(**{term: 0.5}), targets)
     made.module.train().requires_grad_(True)
     losses = made.loss(np.arange(4), Draw(0, 0, 4))
-    assert float(losses["loss"].detach()) == pytest.approx(float((losses["denoising"] + 0.5 * losses[term]).detach()), rel=1e-5)
+    assert float(losses["loss"].detach()) == pytest.approx(
+        float((losses["denoising"] + 0.5 * losses[term]).detach()), rel=1e-5
+    )
     unet.zero_grad()
     losses[term].backward()
     touched = {name.split(".")[0] for name, weight in unet.named_parameters() if weight.grad is not None}

@@ -56,8 +56,10 @@ class Loras:
     loaded: dict[str, Loaded] = field(default_factory=dict)
     fused: bool = False
 
-    def load(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
-        """Read an adapter file or folder and use it; returns its name.
+    def load(
+        self, path: str | Path, weight: float = 1.0, name: str | None = None, *, known_as: str | None = None
+    ) -> str:
+        """Read an adapter file or folder and use it; returns its name. known_as: the path that the settings say.
 
         Raises InputError, and changes nothing, for a file that cannot be used, is for another model, or has no effect.
         """
@@ -66,7 +68,8 @@ class Loras:
         if name is not None and name in self.loaded:
             raise InputError(f"a LoRA named {name!r} is loaded already; give another name, or unload it first")
         name = name if name is not None else self._free(lora.name)
-        self.loaded[name] = Loaded(lora, Path(path).as_posix(), weight or 1.0, self._places(lora))
+        said = Path(path).as_posix() if known_as is None else known_as
+        self.loaded[name] = Loaded(lora, said, weight or 1.0, self._places(lora))
         try:
             if not self._use(self.loaded[name].places):
                 raise InputError(f"{lora.path} changes nothing: its updates are nought, or lost in the weights' type")
@@ -169,12 +172,15 @@ class TakesLoras:
 
     loras: Loras | None
 
-    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+    def load_lora(
+        self, path: str | Path, weight: float = 1.0, name: str | None = None, *, known_as: str | None = None
+    ) -> str:
         """Use a LoRA, LoCon, LoHa, LoKr or DoRA file (.safetensors) or its folder, beside those loaded; gives its name.
 
+        weight: 1 is as it was trained. known_as: the path that pictures' settings say, where it is not `path`.
         Raises InputError, one line, for a file that is no such thing, is for another model, or has no effect.
         """
-        return self._loras().load(path, weight, name)
+        return self._loras().load(path, weight, name, known_as=known_as)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA out again, or (None) all: the weights are the original ones to the bit."""

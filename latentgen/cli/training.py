@@ -1,0 +1,51 @@
+"""Verbs of training: train."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TRAIN = """Examples:
+
+latentgen train pipelines/icons.toml
+
+latentgen train my.toml --data pictures/ --out mine"""
+
+
+def add(app: typer.Typer) -> None:
+    """Give the command line these verbs."""
+    app.command(epilog=TRAIN)(train)
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a TOML file, as those in pipelines/.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The weights folder to make.", show_default="weights/NAME of the recipe")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder of captioned pictures.", show_default="the recipe's own")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, measure a few steps, say what it will take; no more.")
+    ] = False,
+) -> None:
+    """Train every stage of a recipe: tokenizer, CLIP, VAE and U-Net, from captioned pictures to a weights folder.
+
+    Stop it at any moment; the same command goes on from there.
+    """
+
+    def report(line: object) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if dry_run:
+        from latentgen.rehearsal import rehearse
+
+        rehearse(recipe, out, data, report)
+        return
+    from latentgen import build
+
+    folder = build.train(recipe, out, data, report)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(folder)

@@ -1,0 +1,39 @@
+"""What a call of the pipeline gives: pictures, their seeds, and the settings that make each of them again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentgen.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call gives. images: PIL pictures, or an array as `output_type` says. seeds: one for each picture.
+
+    settings: all it takes to make the pictures again, JSON-ready; prompt, negative_prompt and seed are lists with an
+    entry for each picture. `of(k)` is what picture k's PNG says.
+    """
+
+    images: Any
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+    def of(self, k: int) -> dict[str, Any]:
+        """The settings of picture k alone, and beside whom it was rendered where it was not alone."""
+        return picture_settings(self.settings, k)
+
+
+def identity(checkpoint: Checkpoint, path: str | Path | None) -> dict[str, Any]:
+    """How the settings name the weights: the folder's name, the path as it was given, and the fingerprint."""
+    name = checkpoint.folder.resolve().name if path is None or Path(path).exists() else str(path)
+    return {"name": name, "path": None if path is None else Path(path).as_posix(), "sha256": checkpoint.fingerprint}
+
+
+def picture_settings(settings: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """The settings of picture k of a call. In company, sums round differently, so the company is part of them."""
+    each = ("prompt", "negative_prompt", "seed")
+    alone = {**settings, **{key: settings[key][k] for key in each}}
+    company = {"row": k, **{key: settings[key] for key in each}}
+    return {**alone, "batch": company} if len(settings["prompt"]) > 1 else alone
