@@ -260,7 +260,7 @@ class Run:
         what, data = self.recipe.unet, self.data
         vae, text = self.vae, self.text_encoder
         upstream = (_content(vae), _content(text), data.fingerprint)
-        form = what.model_dump(include={"channels", "layers", "head_width"})
+        form = what.model_dump(include={"channels", "layers", "head_width"}) | ({"pooled": True} if what.pooled else {})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
         place = self._place("unet", form, goal, _loop(what.train), *upstream)

@@ -96,12 +96,14 @@ class Vae(_Section):
 class Unet(_Section):
     """A UNet2DConditionModel and the diffusion it learns.
 
-    `align`, `disperse`: weights of what is asked of its middle while it trains (`training.features`).
+    `pooled`: every block is also told the caption as a whole, with the time. `align`, `disperse`: weights of what is
+    asked of its middle while it trains (`training.features`).
     """
 
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
     layers: Positive = 1
     head_width: Positive = 32
+    pooled: bool = False
     schedule: Literal["cosine", "scaled-linear", "linear"] = "cosine"
     prediction: Literal["eps", "x0", "v"] = "v"
     weighting: str = "simple"

@@ -107,10 +107,22 @@ def autoencoder(*, channels: Sequence[int], latent_channels: int, layers: int, g
 
 
 def unet(
-    *, channels: Sequence[int], layers: int, head_width: int, latent_channels: int, latent_size: int, text_width: int
+    *,
+    channels: Sequence[int],
+    layers: int,
+    head_width: int,
+    latent_channels: int,
+    latent_size: int,
+    text_width: int,
+    pooled: bool = False,
 ) -> UNet2DConditionModel:
-    """A U-Net with cross-attention on the text at every level (Rombach et al. 2022, section 3.3)."""
+    """A U-Net with cross-attention on the text at every level (Rombach et al. 2022, section 3.3).
+
+    pooled: the text states, pooled by attention, are added to the time embedding too (Saharia et al. 2022, section
+    2.3): each block is told the whole caption, not only what its places ask for. Stock pipelines need not know.
+    """
     count = len(channels)
+    whole = {"addition_embed_type": "text", "addition_embed_type_num_heads": max(1, text_width // 64)}
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
@@ -122,4 +134,5 @@ def unet(
         # diffusers reads `attention_head_dim` as the number of heads of its attention blocks (its issue 2011)
         attention_head_dim=tuple(width // head_width for width in channels),
         cross_attention_dim=text_width,
+        **(whole if pooled else {}),
     ).to(memory_format=torch.channels_last)
