@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from latentgen import InputError, Pipeline, checkpoint
-from latentgen.checkpoint import default_weights, find, open_folder, save_pipeline
+from latentgen.checkpoint import default_weights, find, open_checkpoint, open_folder, places, save_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 DDIM = {"_class_name": "DDIMScheduler"}
@@ -77,7 +77,8 @@ def test_fp32_storage_and_a_wrong_name_for_it(parts: dict[str, Any], tmp_path: P
 
 def test_a_folder_in_fp16_naming_opens(copy: Path) -> None:
     unlisted(copy)
-    for part, stem in checkpoint.STEMS.items():
+    for part in ("text_encoder", "vae", "unet"):
+        stem = checkpoint.STEMS[part]
         (copy / part / f"{stem}.safetensors").rename(copy / part / f"{stem}.fp16.safetensors")
     assert Pipeline.from_pretrained(copy)("a red apple", seed=1, num_inference_steps=2).seeds == (1,)
 
@@ -145,9 +146,13 @@ BROKEN: list[tuple[Callable[[Path], Any], bool, str]] = [
     (broken_json, False, "vae/config.json cannot be read as JSON"),
     (list_json, False, "should hold a JSON object, not a list"),
     (rewrite("model_index.json", unet=["diffusers", "FluxTransformer2DModel"]), False, "whose unet is Flux"),
-    (rewrite("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]), False, "has two text encoders"),
+    (
+        rewrite("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+        False,
+        "text_encoder_2 is CLIPTextModel; one with CLIPTextModelWithProjection is wanted",
+    ),
     (rewrite("scheduler/scheduler_config.json", _class_name="FooScheduler"), False, "scheduler 'FooScheduler'"),
-    (rewrite("unet/config.json", in_channels=9), False, "the U-Net takes 9 channels in"),
+    (rewrite("unet/config.json", in_channels=9), False, "an inpainting model .its U-Net takes 9 channels in"),
     (rewrite("unet/config.json", cross_attention_dim=99), False, "attends to a width of 99"),
     (rewrite("unet/config.json", block_out_channels=[16, 64]), False, "does not fit its config.json"),
     (rewrite("unet/config.json", layers_per_block=2), False, "its weights lack|does not fit"),
@@ -179,7 +184,7 @@ def test_what_is_no_folder_gets_one_line(folder: Path, tmp_path: Path) -> None:
             open_folder(find(place))
     (tmp_path / "model.ckpt").write_bytes(b"")
     with pytest.raises(InputError, match="is a pickle"):
-        open_folder(find(tmp_path / "model.ckpt"))
+        open_checkpoint(find(tmp_path / "model.ckpt"))
 
 
 def test_a_hub_name_that_cannot_be_reached_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +196,7 @@ def test_a_hub_name_that_cannot_be_reached_is_said_in_one_line(tmp_path: Path, m
 
 def test_the_default_is_the_first_that_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "latentgen"
-    monkeypatch.setattr(checkpoint, "__file__", str(package / "checkpoint.py"))
+    monkeypatch.setattr(places, "PACKAGE", package)
     with pytest.raises(InputError, match="no embedded weights here"):
         default_weights()
     for place in (tmp_path / "weights/icons", package / "weights/icons", tmp_path / "weights/icons-128"):
