@@ -35,7 +35,9 @@ def extra_files(
 
 def _card(name: str, size: int, figures: Mapping[str, Any], licences: str) -> str:
     rows = "\n".join(
-        f"| {stage} | {figure.replace('_', ' ')} | {value:.4g} |"
+        f"| {stage} | {figure.replace('_', ' ')} | {value:,.0f} |"
+        if float(value).is_integer()
+        else f"| {stage} | {figure.replace('_', ' ')} | {value:.4g} |"
         for stage, values in figures.items()
         for figure, value in values.items()
     )
