@@ -1,5 +1,6 @@
 """Stable Diffusion 2 and XL make diffusers' pictures; the original layout's names are those diffusers' readers know."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def tower(tokenizer: Any, width: int, projected: bool = False) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
+def padded_with_word_0(tokenizer: Any) -> Any:
+    """As OpenCLIP pads, and so the folders of Stable Diffusion 2 and of XL's second tower."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = "!"
+    return other
+
+
 @pytest.fixture(scope="module")
 def xl(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Stable Diffusion XL folder, as we save it."""
@@ -64,7 +72,7 @@ def xl(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("xl") / "xl",
         tokenizer=words,
         text_encoder=tower(words, 16),
-        tokenizer_2=words,
+        tokenizer_2=padded_with_word_0(words),
         text_encoder_2=tower(words, 20, projected=True),
         vae=parts["vae"],
         unet=unet,
@@ -76,7 +84,8 @@ def xl(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Stable Diffusion 2 folder: v-prediction, OpenCLIP's form of text tower."""
     torch.manual_seed(2)
-    given = {**parts, "text_encoder": tower(parts["tokenizer"], 16)}
+    words = padded_with_word_0(parts["tokenizer"])
+    given = {**parts, "tokenizer": words, "text_encoder": tower(words, 16)}
     config = {**DDIM, "prediction_type": "v_prediction"}
     return save_pipeline(tmp_path_factory.mktemp("two") / "two", **given, scheduler_config=config)
 

@@ -1,0 +1,32 @@
+"""Verbs of checkpoints: convert."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CONVERT = """Examples:
+
+latentgen convert model.safetensors weights/model
+
+latentgen convert weights/model model.safetensors"""
+
+
+def add(app: typer.Typer) -> None:
+    """Give the command line these verbs."""
+    app.command(epilog=CONVERT)(convert)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A .safetensors file, a folder in diffusers' layout, or a hub id.")],
+    target: Annotated[Path, typer.Argument(help="The other form: a folder, or a file that ends in .safetensors.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A CLIP tokenizer's folder, for a file that has none beside it.")
+    ] = None,
+) -> None:
+    """Turn a single-file checkpoint into a folder, or a folder into a single file, and render both to compare."""
+    from latentgen.convert import convert as run
+
+    place, difference = run(source, target, tokenizer=tokenizer)
+    typer.echo(f"the same latents within {difference:.2g}", err=True)
+    typer.echo(place)

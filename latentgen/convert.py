@@ -1,0 +1,71 @@
+"""A checkpoint from one form into the other, a folder or a single file; what was written is opened and rendered."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from latentgen.checkpoint import SingleFile, find, open_checkpoint, write_folder, write_pipeline
+from latentgen.checkpoint.write_single import write_single
+from latentgen.errors import InputError
+from latentgen.pipeline import Pipeline
+
+STEPS, LARGEST = 2, 1e-5  # of the rendering that compares; the largest difference of a latent that is rounding
+
+
+def convert(source: str | Path, target: Path, *, tokenizer: str | Path | None = None) -> tuple[Path, float]:
+    """Write `source` to `target`: a .safetensors file in the original key layout, or a folder in diffusers' layout.
+
+    tokenizer: a CLIP tokenizer's folder, for a single file that has none beside it. Weights keep their stored type.
+    Returns the target and the largest difference between latents rendered with both. Raises InputError for a target
+    that is there, forms that are the same, a network the layout cannot say, and a result that renders otherwise (which
+    is then removed).
+    """
+    if target.exists():
+        raise InputError(f"{target} is already there; name a new place")
+    known = open_checkpoint(find(source), tokenizer=tokenizer)
+    into_file = target.suffix == ".safetensors"
+    if isinstance(known, SingleFile) == into_file:
+        form, other = ("a single file", "a folder") if into_file else ("a folder", "a .safetensors file")
+        raise InputError(f"{source} is {form} already; name {other} to convert it into")
+    if isinstance(known, SingleFile):
+        write_folder(target, lambda aside: _fill(known, aside))
+    else:
+        write_single(known, target)
+    difference = _difference(source, target, tokenizer)
+    if not difference <= LARGEST:
+        (target.unlink if into_file else lambda: shutil.rmtree(target))()
+        raise InputError(f"{target} renders otherwise than {source} (by {difference:.2g}) and was removed; report this")
+    return target, difference
+
+
+def _fill(known: SingleFile, aside: Path) -> None:
+    write_pipeline(
+        aside,
+        tensors={part: lambda part=part: known.tensors(part) for part in known.weights},  # type: ignore[misc]
+        configs={part: known.config(part) for part in known.weights},
+        tokenizers={},
+        scheduler_config=known.config("scheduler"),
+        force_zeros_for_empty_prompt=bool(known.index.get("force_zeros_for_empty_prompt", True)),
+    )
+    for part, place in known.tokenizers.items():
+        shutil.copytree(place, aside / part)
+
+
+def _difference(source: str | Path, target: Path, tokenizer: str | Path | None) -> float:
+    """Both are opened, one after the other, and render the same noise under the same prompt."""
+    found = []
+    for place in (source, target):
+        pipe = Pipeline.from_pretrained(place, device="cpu", tokenizer=tokenizer)
+        side = 8 * pipe.terms.factor
+        drawn = pipe(
+            "a red apple",
+            num_inference_steps=STEPS,
+            guidance_scale=2.0,
+            height=side,
+            width=side,
+            seed=0,
+            output_type="latent",
+        )
+        found.append(np.asarray(drawn.images))
+    return float(np.abs(found[0] - found[1]).max())

@@ -1,0 +1,87 @@
+"""Folders become single files and single files folders, and render the same."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentgen import InputError, Pipeline
+from latentgen.convert import convert
+from tests.parity.test_families import two, xl  # noqa: F401  (fixtures)
+
+
+def picture(place: Path) -> np.ndarray:
+    return Pipeline.from_pretrained(place)(
+        "the green frog", negative_prompt="rain", seed=5, num_inference_steps=3, guidance_scale=4.0, output_type="np"
+    ).images
+
+
+def there_and_back(folder: Path, tmp_path: Path) -> None:
+    file, difference = convert(folder, tmp_path / "one.safetensors")
+    assert difference <= 1e-5
+    back, _ = convert(file, tmp_path / "back")
+    np.testing.assert_array_equal(picture(file), picture(folder))
+    np.testing.assert_array_equal(picture(back), picture(folder))
+    for part in ("unet", "vae", "text_encoder"):
+        (before,), (after,) = (list((place / part).glob("*.safetensors")) for place in (folder, back))
+        one, other = load_file(before), load_file(after)
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stable_diffusion_1_goes_there_and_back(folder: Path, tmp_path: Path) -> None:
+    there_and_back(folder, tmp_path)
+
+
+def test_stable_diffusion_2_goes_there_and_back(two: Path, tmp_path: Path) -> None:  # noqa: F811
+    there_and_back(two, tmp_path)
+
+
+def test_stable_diffusion_xl_goes_there_and_back(xl: Path, tmp_path: Path) -> None:  # noqa: F811
+    there_and_back(xl, tmp_path)
+
+
+def test_a_folder_that_came_back_opens_in_diffusers(folder: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    file, _ = convert(folder, tmp_path / "one.safetensors")
+    back, _ = convert(file, tmp_path / "back")
+    theirs = StableDiffusionPipeline.from_pretrained(back)
+    assert type(theirs.unet).__name__ == "UNet2DConditionModel"
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        (lambda folder, tmp_path: tmp_path / "other", "is a folder already; name a .safetensors file"),
+        (lambda folder, tmp_path: folder, "is already there; name a new place"),
+    ],
+)
+def test_what_cannot_be_converted_gets_one_line(
+    folder: Path, tmp_path: Path, target: Callable[[Path, Path], Path], line: str
+) -> None:
+    with pytest.raises(InputError, match=line):
+        convert(folder, target(folder, tmp_path))
+
+
+def test_a_network_the_original_layout_has_no_names_for_is_said(
+    parts: dict[str, Any], make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    from latentgen.checkpoint import save_pipeline
+
+    told = {**parts["unet"].config, "addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+    told = {key: value for key, value in told.items() if not key.startswith("_")}
+    folder = make_folder("pooled")
+    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
+    shutil.rmtree(folder)
+    save_pipeline(folder, **{**parts, "unet": UNet2DConditionModel(**told)}, scheduler_config=config)
+    with pytest.raises(InputError, match="has no place in the original layout"):
+        convert(folder, tmp_path / "one.safetensors")
+    assert not list(tmp_path.iterdir())
