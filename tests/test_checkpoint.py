@@ -13,6 +13,7 @@ import torch
 
 from latentgen import InputError, Pipeline, checkpoint
 from latentgen.checkpoint import default_weights, find, open_folder, save_pipeline
+from latentgen.models.onnx.export import write_graphs
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 DDIM = {"_class_name": "DDIMScheduler"}
@@ -50,7 +51,7 @@ def test_what_is_stored_is_half_precision_and_names_no_place_of_this_machine(fol
 def test_a_folder_saved_twice_is_the_same_to_the_byte(parts: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     extras = {"latentgen.json": (folder / "latentgen.json").read_bytes()}
-    again = save_pipeline(tmp_path / "again", **parts, scheduler_config=config, extra_files=extras)
+    again = save_pipeline(tmp_path / "again", **parts, scheduler_config=config, extra_files=extras, finish=write_graphs)
     assert (again / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
 
 

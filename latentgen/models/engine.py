@@ -6,6 +6,7 @@ An engine is opened from a checkpoint and gives what a pipeline holds: the text 
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,28 @@ def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, th
 
 
 def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
-    """The checkpoint's graphs, exported first where there are none."""
-    graphs = find_graphs(checkpoint) or _exported(checkpoint)
+    """The checkpoint's graphs; where it has none, or they are of other weights, the cache's, exported first."""
+    from latentgen.models.onnx.session import GraphUnfit
 
+    own, kept = (find_graphs(folder) for folder in (checkpoint.folder, cache_folder(checkpoint)))
+    if own is None:
+        return _run(checkpoint, kept or _exported(checkpoint, "has no ONNX graphs"), threads)
+    try:
+        return _run(checkpoint, own, threads)
+    except GraphUnfit as error:
+        try:
+            return _run(checkpoint, kept or _exported(checkpoint, "has ONNX graphs that do not fit it"), threads)
+        except InputError:
+            raise error from None
+
+
+def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None) -> Engine:
+    """Three graphs as an engine."""
     from latentgen.models.onnx import session
     from latentgen.models.onnx.text import OnnxText
 
     count = session.cores(threads)
-    unet = session.open_session(graphs["unet"], checkpoint.folder / "unet", count)
+    unet = session.open_session(checkpoint, "unet", graphs["unet"], count)
     return Engine(
         text=OnnxText.load(checkpoint, graphs["text_encoder"], count),
         network=session.onnx_network(unet),
@@ -99,10 +114,10 @@ def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
     )
 
 
-def _exported(checkpoint: Checkpoint) -> dict[str, Path]:
+def _exported(checkpoint: Checkpoint, why: str) -> dict[str, Path]:
     """The graphs, exported into the user's cache; an InputError where that cannot be."""
     place = cache_folder(checkpoint)
-    said = f"{checkpoint.folder} has no ONNX graphs: they are exported once into {place}"
+    said = f"{checkpoint.folder} {why}: they are exported once into {place}"
     warnings.warn(said, EngineNote, stacklevel=2)
     try:
         from latentgen.models.onnx.export import export_to_cache

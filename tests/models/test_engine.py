@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import check_safetensors, open_folder, read_manifest, save_pipeline
@@ -18,7 +20,7 @@ from latentgen.image import read_settings
 from latentgen.models import create
 from latentgen.models.engine import EngineNote, open_engine
 from latentgen.models.onnx.export import write_graphs
-from latentgen.models.onnx.places import GRAPHS, find_graphs
+from latentgen.models.onnx.places import GRAPHS, cache_folder, find_graphs
 from latentgen.models.onnx.session import cores
 from latentgen.render import Order, render, replay
 
@@ -162,6 +164,23 @@ def test_without_the_safetensors_a_graph_does_not_load(folder: Path, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+def test_graphs_of_other_weights_are_not_run_but_made_anew(
+    make_folder: Callable[..., Path], parts: dict[str, Any], tmp_path: Path
+) -> None:
+    """A file whose tensors lie elsewhere would be read as numbers that are no weights."""
+    copy = tmp_path / "copy"
+    shutil.copytree(make_folder(graphs=True), copy)
+    (copy / "manifest.json").unlink()
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    state = {name: value.half().contiguous() for name, value in parts["unet"].state_dict().items()}
+    file.write_bytes(save({"before": torch.zeros(64), **state}, {"format": "pt"}))
+    with pytest.warns(EngineNote, match="has ONNX graphs that do not fit it: they are exported once into"):
+        changed = Pipeline.from_pretrained(copy, engine="onnx")
+    plain = Pipeline.from_pretrained(copy, engine="torch")
+    one, other = both({"onnx": changed, "torch": plain}, "a red apple", seed=1, num_inference_steps=3)
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
 def test_weights_are_the_same_weights_with_and_without_graphs(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.onnx", "manifest.json"))
@@ -178,7 +197,7 @@ def test_a_folder_without_graphs_is_exported_once_into_the_cache_and_left_as_it_
     with pytest.warns(EngineNote, match="has no ONNX graphs: they are exported once into") as caught:
         first = Pipeline.from_pretrained(copy)
     assert len([each for each in caught if each.category is EngineNote]) == 1
-    graphs = find_graphs(open_folder(copy))
+    graphs = find_graphs(cache_folder(open_folder(copy)))
     assert graphs is not None and all(
         path.is_relative_to(tmp_path / "cache/latentgen/onnx") for path in graphs.values()
     )

@@ -3,7 +3,3 @@
 places.py says where a folder's graphs are, export.py makes them (torch, once), session.py runs them, text.py reads
 prompts. Only export.py imports torch, diffusers and transformers, and it is imported only where a graph is missing.
 """
-
-from latentgen.models.onnx.places import GRAPHS, find_graphs, why_not
-
-__all__ = ["GRAPHS", "find_graphs", "why_not"]

@@ -22,7 +22,7 @@ from torch import nn
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
-from latentgen.models.onnx.places import GRAPHS, cache_folder, graph_paths
+from latentgen.models.onnx.places import GRAPHS, LAYOUT, cache_folder, graph_paths, layout
 
 OPSET = 18
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -112,6 +112,7 @@ def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
         )
         made = onnx.load_from_string(buffer.getvalue())
     _point(made.graph, set(inputs), module.state_dict(), _stored(checkpoint.weights[part]))
+    made.metadata_props.add(key=LAYOUT, value=layout(checkpoint, part))
     return made
 
 

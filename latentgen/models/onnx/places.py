@@ -1,5 +1,6 @@
 """Where a folder's graphs are: beside its weights, else in the user's cache; and what this engine cannot open."""
 
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from latentgen.checkpoint import Checkpoint, SingleFile
 
 GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.onnx"}  # each beside its weights
+LAYOUT = "latentgen.layout"  # the key in a graph's metadata under which it says its layout
 FORM = 1  # of the graphs; one more whenever what is exported changes, so that old ones in caches are left alone
 
 
@@ -21,13 +23,23 @@ def cache_folder(checkpoint: Checkpoint) -> Path:
     return base / "latentgen" / "onnx" / f"{checkpoint.fingerprint[:32]}-{FORM}"
 
 
-def find_graphs(checkpoint: Checkpoint) -> dict[str, Path] | None:
-    """The three graphs of a checkpoint, its own or the cache's; None where they are still to be exported."""
-    own = graph_paths(checkpoint.folder)
-    if all(path.is_file() for path in own.values()):
-        return own
-    kept = graph_paths(cache_folder(checkpoint))
-    return kept if all(path.is_file() for path in kept.values()) else None
+def find_graphs(folder: Path) -> dict[str, Path] | None:
+    """The three graphs inside a weights folder or a cache's; None where not all are there."""
+    paths = graph_paths(folder)
+    return paths if all(path.is_file() for path in paths.values()) else None
+
+
+def layout(checkpoint: Checkpoint, part: str) -> str:
+    """A hash of what a network's graph depends on: its config, and where in which file each tensor lies.
+
+    The graph says for which layout it was made; it would read other files' bytes as weights that they are not.
+    """
+    digest = hashlib.blake2b((checkpoint.folder / part / "config.json").read_bytes(), digest_size=16)
+    for file in checkpoint.weights[part]:
+        with file.open("rb") as opened:
+            head = opened.read(8)
+            digest.update(file.name.encode() + head + opened.read(int.from_bytes(head, "little")))
+    return digest.hexdigest()
 
 
 def why_not(checkpoint: Checkpoint) -> str | None:

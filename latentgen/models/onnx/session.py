@@ -13,8 +13,13 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
+from latentgen.models.onnx.places import LAYOUT, layout
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
+
+
+class GraphUnfit(InputError):
+    """A graph that does not belong to the weights it lies beside, or cannot be loaded with them."""
 
 
 def cores(threads: int | None = None) -> int:
@@ -30,18 +35,23 @@ def cores(threads: int | None = None) -> int:
     return len(set(siblings))  # two threads of one core share its arithmetic
 
 
-def open_session(graph: Path, weights: Path, threads: int) -> Any:
-    """A session of a graph whose weights lie in the folder `weights`. Raises InputError where they do not fit."""
+def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> Any:
+    """A session of the graph of one network. Raises GraphUnfit where the checkpoint's weights do not fit it."""
+    weights = checkpoint.folder / part
+    wrong = f"{graph} cannot be run with the weights in {weights}"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
     try:
-        return onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
-        raise InputError(f"{graph} cannot be run with the weights in {weights}: {reason}; remove it") from error
+        raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
+    if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(checkpoint, part):
+        raise GraphUnfit(f"{wrong}: it was made for others; remove it")
+    return session
 
 
 def onnx_network(session: Any) -> Network:
@@ -71,7 +81,7 @@ class OnnxLatent:
     @classmethod
     def load(cls, checkpoint: Checkpoint, graph: Path, threads: int) -> "OnnxLatent":
         """The decoder of a weights folder."""
-        return cls(open_session(graph, checkpoint.folder / "vae", threads), checkpoint.config("vae"))
+        return cls(open_session(checkpoint, "vae", graph, threads), checkpoint.config("vae"))
 
     @property
     def scale(self) -> float:

@@ -36,7 +36,7 @@ class OnnxText(ReadsPrompts):
         tokenizer.no_padding()
         tokenizer.no_truncation()
         window = read_window(folder, tokenizer, checkpoint.config("text_encoder"))
-        return cls(tokenizer, open_session(graph, checkpoint.folder / "text_encoder", threads), window)
+        return cls(tokenizer, open_session(checkpoint, "text_encoder", graph, threads), window)
 
     def tokens(self, text: str) -> list[Token]:
         """A text's tokens, without marks."""
