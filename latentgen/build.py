@@ -24,6 +24,7 @@ from latentgen.durable import alone, write_file, write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import has_bf16
+from latentgen.models.onnx.export import write_graphs
 from latentgen.recipe import Recipe, Train, read_recipe
 from latentgen.training import finish
 from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
@@ -344,6 +345,7 @@ class Run:
             unet=unet,
             scheduler_config=scheduler_config(self.recipe),
             extra_files=extras,
+            finish=write_graphs,
         )
 
     # --- shared by the stages

@@ -56,7 +56,7 @@ def _difference(source: str | Path, target: Path, tokenizer: str | Path | None) 
     """Both are opened, one after the other, and render the same noise under the same prompt."""
     found = []
     for place in (source, target):
-        pipe = Pipeline.from_pretrained(place, device="cpu", tokenizer=tokenizer)
+        pipe = Pipeline.from_pretrained(place, device="cpu", tokenizer=tokenizer, engine="torch")
         side = 8 * pipe.terms.factor
         drawn = pipe(
             "a red apple",

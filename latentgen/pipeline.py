@@ -8,6 +8,7 @@ Argument names are those of diffusers' StableDiffusionPipeline; torch is importe
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from latentgen.diffusion.schedule.plan import Plan, from_config
 from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.errors import InputError
 from latentgen.image import Picture, to_bytes
+from latentgen.models.engine import Engine, open_engine
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.prompt import alike
 from latentgen.output import Output, identity, picture_settings
@@ -32,6 +34,8 @@ from latentgen.request import OUTPUT_TYPES, Request, Terms, read_request
 
 if TYPE_CHECKING:
     from latentgen.models.latent import Latent
+    from latentgen.models.onnx.session import OnnxLatent
+    from latentgen.models.onnx.text import OnnxText
     from latentgen.models.text import TextEncoder, TwoTextEncoders
 
 Given = tuple[Any, Any]  # states and pooled states that somebody brought, or None
@@ -53,9 +57,9 @@ class Pipeline(TakesLoras):
     is said of them in the settings. `interrupt = True`, set from a callback, ends the run after that step.
     """
 
-    text: "TextEncoder | TwoTextEncoders"
+    text: "TextEncoder | TwoTextEncoders | OnnxText"
     network: Network
-    latent: "Latent"
+    latent: "Latent | OnnxLatent"
     scheduler: Mapping[str, Any]
     terms: Terms
     weights: Mapping[str, Any] | None = None
@@ -64,6 +68,7 @@ class Pipeline(TakesLoras):
     perturbed: Network | None = None
     interrupt: bool = False
     _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
+    _torch: Callable[[], Engine] | None = field(default=None, repr=False)  # what the engine here cannot do, this can
 
     @classmethod
     def from_pretrained(
@@ -74,6 +79,8 @@ class Pipeline(TakesLoras):
         dtype: Any = None,
         tokenizer: str | Path | None = None,
         prediction_type: str | None = None,
+        engine: str = "auto",
+        threads: int | None = None,
     ) -> "Pipeline":
         """Open a Stable Diffusion 1, 2 or XL checkpoint, or (None) the embedded default.
 
@@ -81,33 +88,25 @@ class Pipeline(TakesLoras):
         device: where it runs; None is the first GPU, else the CPU. dtype: what it computes in; None is float16 on a
         GPU and float32 on a CPU, to which half-precision storage is widened. tokenizer: a CLIP tokenizer's folder, for
         a single file, which holds none. prediction_type: "epsilon" or "v_prediction" instead of what the scheduler's
-        config says; of single files of Stable Diffusion 2 nothing tells, and v is assumed. Raises InputError with one
-        line.
+        config says; of single files of Stable Diffusion 2 nothing tells, and v is assumed. engine: "onnx" (ONNX
+        Runtime, on a CPU, arrays are NumPy's), "torch", or "auto", which is onnx where it can run this and torch where
+        it cannot, or once a LoRA or perturbed attention is asked for. threads: of a CPU; None is one for each core.
+        Raises InputError with one line.
         """
         checkpoint = open_checkpoint(find(path), tokenizer=tokenizer)
         terms = terms_of(checkpoint)
 
-        from latentgen.models import loading
-        from latentgen.models.latent import Latent
-        from latentgen.models.lora.layers import module_loras
-        from latentgen.models.network import load_unet, perturbed_network, unet_network
-        from latentgen.models.text import load_text
-
-        place = loading.choose_device(device)
-        kind = loading.choose_dtype(dtype, place)
-        text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
-        return cls(
-            text=text,
-            network=unet_network(unet),
-            latent=Latent.load(checkpoint, place, kind),
+        opened = open_engine(checkpoint, engine, device=device, dtype=dtype, threads=threads)
+        pipe = cls(
+            **vars(opened),
             scheduler=checkpoint.config("scheduler")
             | ({"prediction_type": prediction_type} if prediction_type else {}),
             terms=terms,
             weights=identity(checkpoint, path),
-            machine=loading.machine(place, kind),
-            loras=module_loras(unet=unet, text_encoder=text.model),
-            perturbed=perturbed_network(unet),
         )
+        if engine == "auto" and opened.machine["engine"] == "onnx":
+            pipe._torch = partial(open_engine, checkpoint, "torch", device="cpu", dtype=dtype, threads=threads)
+        return pipe
 
     @classmethod
     def from_parts(
@@ -204,6 +203,8 @@ class Pipeline(TakesLoras):
         )
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
+        if request.pag and self.perturbed is None:
+            self._use_torch()
         plan = plan_for(self.scheduler, request.sampler)
         knots = plan.knots(request.steps)
         noise = self._noise(request, generator, seed)
@@ -211,7 +212,7 @@ class Pipeline(TakesLoras):
 
         given = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
         condition, negative = self._encode(request, *given)
-        x = self._draw(request, noise, latents) * plan.initial_scale(knots[0])
+        x = self._draw(request, noise, latents) * float(plan.initial_scale(knots[0]))
         denoiser = Denoiser(self.network, plan.schedule, plan.prediction)
         denoise = self._guided(request, plan, knots, denoiser, condition, negative)
         x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
@@ -337,8 +338,8 @@ class Pipeline(TakesLoras):
             return Output(x, request.seeds, settings)
         pixels = self.latent.decode(x)  # (B, 3, H, W) in [0, 1]
         if output_type == "pt":
-            return Output(pixels, request.seeds, settings)
-        host = np.asarray(pixels.cpu()).transpose(0, 2, 3, 1)  # (B, H, W, 3)
+            return Output(as_tensor(pixels), request.seeds, settings)
+        host = np.asarray(pixels.cpu() if hasattr(pixels, "cpu") else pixels).transpose(0, 2, 3, 1)  # (B, H, W, 3)
         if output_type == "np":
             return Output(host, request.seeds, settings)
         pictures = [Picture.of(rows, picture_settings(settings, k)) for k, rows in enumerate(to_bytes(host))]
@@ -368,6 +369,18 @@ class Pipeline(TakesLoras):
             **({"brought": brought} if brought else {}),
         }
 
+    def _use_torch(self) -> None:
+        """Go on with torch, where the engine was left to be chosen and what is asked for takes torch."""
+        if self._torch is not None:
+            for name, value in vars(self._torch()).items():
+                setattr(self, name, value)
+            self._torch = None
+
+    def _loras(self) -> Loras:
+        if self.loras is None:
+            self._use_torch()
+        return super()._loras()
+
     def _say_what_is_cut(self, text: str, request: Request) -> None:
         laid = self.text.lay(text, weights=request.prompt_weights, limit=request.max_embeddings_multiples)
         if laid.lost:
@@ -386,6 +399,13 @@ def terms_of(checkpoint: Checkpoint) -> Terms:
         widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
         raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
     return terms
+
+
+def as_tensor(pixels: Array) -> Any:
+    """An array of either engine as a torch tensor."""
+    import torch
+
+    return torch.as_tensor(pixels)
 
 
 def put_in_place(x: Array, other: Array) -> None:

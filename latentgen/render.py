@@ -46,6 +46,7 @@ class Order:
     prompt_weights: bool = True
     max_embeddings_multiples: int | None = None
     loras: Sequence[tuple[str, float]] = ()
+    engine: str = "auto"
 
 
 def render(
@@ -79,7 +80,7 @@ def render(
     targets = places(out, request)
     for path, _ in order.loras:
         read_lora(path)
-    pipe = Pipeline.from_pretrained(weights)
+    pipe = Pipeline.from_pretrained(weights, engine=engine_for(order.engine, order.loras))
     for path, weight in order.loras:
         pipe.load_lora(path, weight)
     for start in range(0, len(request), order.batch):
@@ -146,6 +147,13 @@ def pictures(
     }
     rendered: list[Any] = pipe(settings["prompt"], **arguments, callback_on_step_end=step).images
     return rendered
+
+
+def engine_for(engine: str, loras: Sequence[Any]) -> str:
+    """The engine to open: LoRAs are torch's. Raises InputError where onnx was asked for beside them."""
+    if loras and engine == "onnx":
+        raise InputError("engine 'onnx' takes no LoRA; leave out --engine, and torch renders")
+    return "torch" if loras else engine
 
 
 def places(out: Path | None, request: Request) -> list[Path]:
@@ -251,16 +259,16 @@ def _again(
         )
     placed = _loras_again(settings.get("loras") or (), picture, loras)
     company = settings.get("batch") or {"row": 0, **{key: [settings[key]] for key in EACH}}
-    from latentgen.models.loading import use_threads
-
-    use_threads(settings.get("threads"))
-    pipe = Pipeline.from_pretrained(folder, dtype=settings.get("dtype"))
+    engine = str(settings.get("engine", "torch"))  # older pictures do not say, and are torch's
+    pipe = Pipeline.from_pretrained(folder, dtype=settings.get("dtype"), engine=engine, threads=settings.get("threads"))
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
     for lora, place in zip(settings.get("loras") or (), placed, strict=True):
         pipe.load_lora(place, lora["weight"], lora["name"], known_as=lora["path"])
     row = int(company["row"])
     together = {**settings, **{key: company[key] for key in EACH}}
     again = pictures(pipe, together, progress)[row]
-    machine = ("latentgen", "torch", "pillow", "device", "dtype", "threads")
+    machine = ("latentgen", "engine", "torch", "onnxruntime", "pillow", "device", "dtype", "threads")
     old, new = settings, again.settings
-    return again.png(), [f"{key} was {old.get(key)}, is {new[key]}" for key in machine if old.get(key) != new[key]]
+    return again.png(), [
+        f"{key} was {old.get(key)}, is {new.get(key, 'absent')}" for key in machine if old.get(key) != new.get(key)
+    ]

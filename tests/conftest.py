@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from latentgen.checkpoint import save_pipeline
+from latentgen.models.onnx.export import write_graphs
 
 CORPUS = [
     "a red apple on a white table",
@@ -103,6 +104,14 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Any]:
     return {"tokenizer": tokenizer, "text_encoder": text.eval(), "vae": vae.eval(), "unet": unet.eval()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the tests' own, for graphs that are exported."""
+    place = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(place)
+    return place
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """tokenizer, text_encoder, vae and unet, as `save_pipeline` takes them."""
@@ -113,16 +122,19 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def make_folder(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_folder(name, **scheduler): a weights folder of the tiny parts under a scheduler config."""
 
-    def make(name: str = "tiny", *, extra_files: dict[str, str] | None = None, **scheduler: Any) -> Path:
+    def make(
+        name: str = "tiny", *, extra_files: dict[str, str] | None = None, graphs: bool = False, **scheduler: Any
+    ) -> Path:
         config = {"_class_name": "DDIMScheduler", **SCHEDULE, **scheduler}
         place = tmp_path_factory.mktemp("weights") / name
-        return save_pipeline(place, **parts, scheduler_config=config, extra_files=extra_files)
+        finish = write_graphs if graphs else None
+        return save_pipeline(place, **parts, scheduler_config=config, extra_files=extra_files, finish=finish)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def folder(make_folder: Callable[..., Path]) -> Path:
-    """A tiny epsilon-prediction weights folder with defaults of its own."""
+    """A tiny epsilon-prediction weights folder with defaults and ONNX graphs of its own."""
     defaults = {"defaults": {"num_inference_steps": 4, "guidance_scale": 3.0, "sampler": "ddim"}, "sample_size": 32}
-    return make_folder(extra_files={"latentgen.json": json.dumps(defaults)})
+    return make_folder(extra_files={"latentgen.json": json.dumps(defaults)}, graphs=True)

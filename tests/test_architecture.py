@@ -35,7 +35,7 @@ MAY_USE["convert"] = {"checkpoint", "pipeline"}
 MAY_USE["rehearsal"] = {*MAY_USE["build"], "build"}
 MAY_USE["cli"] = {name for name in MAY_USE if name != "__init__"}
 MAY_USE["__main__"] = {"cli"}
-NETWORKS = {"diffusers", "transformers", "onnxruntime"}  # models/ alone brings them in
+NETWORKS = {"diffusers", "transformers", "onnxruntime", "onnx"}  # models/ alone brings them in
 FULL_OF_TORCH = {"latentgen/diffusion/loss.py", "latentgen/diffusion/likelihood.py"}
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 VERSION_STAMP = {("latentgen/checkpoint/write.py", "diffusers")}  # model_index.json names the version that wrote it
@@ -191,6 +191,7 @@ def test_all_weights_have_the_recipe_that_made_them() -> None:
         ("import latentgen.diffusion.sampling", {"torch", "diffusers", "transformers", "PIL"}),
         ("import latentgen.diffusion.guidance, latentgen.diffusion.schedule, latentgen.diffusion.noise", {"torch"}),
         ("import latentgen.recipe", {"torch", "numpy", "diffusers", "transformers"}),
+        ("import latentgen.models.onnx.session, latentgen.models.onnx.text", {"torch", "diffusers", "transformers"}),
         ("import latentgen.data", {"torch", "diffusers", "transformers"}),
     ],
 )

@@ -307,6 +307,6 @@ def test_replay_of_settings_that_do_not_hold_gets_one_line(
 
 
 def test_replay_says_what_has_changed_since(run: Callable[..., Ran], rendered: Path, tmp_path: Path) -> None:
-    old = resave(rendered, tmp_path / "old.png", torch="1.0")
+    old = resave(rendered, tmp_path / "old.png", onnxruntime="1.0")
     ran = run("replay", old)
-    assert ran.code == 0 and "torch was 1.0, is " in ran.err and "differs" in ran.err
+    assert ran.code == 0 and "onnxruntime was 1.0, is " in ran.err and "differs" in ran.err

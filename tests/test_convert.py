@@ -16,7 +16,7 @@ from tests.parity.test_families import two, xl  # noqa: F401  (fixtures)
 
 
 def picture(place: Path) -> np.ndarray:
-    return Pipeline.from_pretrained(place)(
+    return Pipeline.from_pretrained(place, engine="torch")(
         "the green frog", negative_prompt="rain", seed=5, num_inference_steps=3, guidance_scale=4.0, output_type="np"
     ).images
 

@@ -50,7 +50,7 @@ def test_loras_are_used_recorded_replayed_and_refused_where_they_are_others(
         ("t:o", two.as_posix(), 1.0),
     ]
     assert "loras" not in read_settings(tmp_path / "plain.png")
-    pipe = Pipeline.from_pretrained(folder)
+    pipe = Pipeline.from_pretrained(folder, engine="torch")
     pipe.load_lora(one, 0.7)
     pipe.load_lora(two)
     expected = np.asarray(pipe("a red apple", num_inference_steps=2, seed=1).images[0])

@@ -23,7 +23,7 @@ STEPS = {"num_inference_steps": 3}
 
 @pytest.fixture(scope="module")
 def pipe(folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(folder)
+    return Pipeline.from_pretrained(folder, engine="torch")
 
 
 def pixels(output: Output) -> np.ndarray:
@@ -231,7 +231,7 @@ def test_a_callback_that_returns_latents_of_another_shape_gets_one_line(pipe: Pi
 def test_parts_at_hand_make_the_pipeline_that_their_folder_makes(parts: dict[str, Any], folder: Path) -> None:
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     here = Pipeline.from_parts(**parts, scheduler_config=config)
-    opened = Pipeline.from_pretrained(folder)
+    opened = Pipeline.from_pretrained(folder, engine="torch")
     arguments = {"seed": 2, "output_type": "np", "guidance_scale": 3.0, **STEPS}
     # the folder holds fp16, so the two agree as far as that rounding
     np.testing.assert_allclose(

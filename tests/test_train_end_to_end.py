@@ -88,6 +88,9 @@ def test_the_folder_is_whole_and_says_where_it_comes_from(trained: tuple[Path, o
 def test_it_renders(trained: tuple[Path, object]) -> None:
     output = Pipeline.from_pretrained(trained[0])("a red apple, noto emoji style", seed=7)
     assert output.images[0].size == (32, 32)
+    assert output.settings["engine"] == ("torch" if torch.cuda.is_available() else "onnx")
+    graphs = {"text_encoder/model.onnx", "unet/model.onnx", "vae/decoder.onnx"}
+    assert graphs <= set(json.loads((trained[0] / "manifest.json").read_text())["files"])
     assert np.asarray(output.images[0]).std() > 0
 
 

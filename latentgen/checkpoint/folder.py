@@ -75,10 +75,16 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over the names and hashes of every file that decides a picture; the same in any place and name.
 
+        ONNX graphs, which are made of the others, are left out: weights are the same weights with and without them.
         The hashes come from the manifest; a folder without one is read through once.
         """
         listed = read_manifest(self.folder)["files"]
-        paths = (path for part in self.parts for path in (self.folder / part).rglob("*") if path.is_file())
+        paths = (
+            path
+            for part in self.parts
+            for path in (self.folder / part).rglob("*")
+            if path.is_file() and path.suffix != ".onnx"
+        )
         names = sorted(path.relative_to(self.folder).as_posix() for path in paths)
         lines = (f"{name} {listed.get(name) or sha256(self.folder / name)}\n" for name in names)
         return hashlib.sha256("".join(lines).encode()).hexdigest()

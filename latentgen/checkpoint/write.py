@@ -30,6 +30,7 @@ def save_pipeline(
     force_zeros_for_empty_prompt: bool = True,
     extra_files: Mapping[str, bytes | str] | None = None,
     dtype: str = "fp16",
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a pipeline folder that latentgen and diffusers' `from_pretrained` both open.
 
@@ -38,7 +39,7 @@ def save_pipeline(
     there, or diffusers would clip latents to [-1, 1] as soon as somebody changes to DDIM. tokenizer_2, text_encoder_2
     (CLIPTextModelWithProjection), force_zeros_for_empty_prompt: Stable Diffusion XL's. extra_files: relative path
     -> what it holds (latentgen.json, the resolved recipe, metrics, a licence note). dtype: "fp16" or "fp32", of what
-    is stored.
+    is stored. finish: called on the folder while it still lies aside; what it adds (ONNX graphs) is part of it.
     The folder is written aside and swapped into place whole; see `durable.write_folder`.
     """
     if (tokenizer_2 is None) != (text_encoder_2 is None):
@@ -57,6 +58,8 @@ def save_pipeline(
             force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
             extra_files=extra_files,
         )
+        if finish is not None:
+            finish(aside)
 
     return write_folder(Path(folder), write)
 

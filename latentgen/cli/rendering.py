@@ -77,6 +77,9 @@ def render(
             help="A LoRA's .safetensors file and its weight, 1 if not said; repeat it.", metavar="FILE[:WEIGHT]"
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="onnx (a CPU), torch, or auto: onnx where it can run this, else torch.")
+    ] = "auto",
 ) -> None:
     """Render each PROMPT into a PNG file that holds everything it takes to make it again.
 
@@ -87,7 +90,19 @@ def render(
 
     loras = [read_lora_option(one) for one in lora or ()]
     order = Order(
-        prompts, negative, steps, guidance, seed, read_size(size), n, sampler, batch, prompt_weights, max_chunks, loras
+        prompts,
+        negative,
+        steps,
+        guidance,
+        seed,
+        read_size(size),
+        n,
+        sampler,
+        batch,
+        prompt_weights,
+        max_chunks,
+        loras,
+        engine,
     )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, progress))

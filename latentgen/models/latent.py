@@ -91,9 +91,10 @@ class GeneratorNoise:
         """float32 (B, *shape), on the host."""
         return self._draw(tuple(shape)).cpu().numpy()
 
-    def step(self, index: int, like: torch.Tensor, span: tuple[float, float] | None = None) -> torch.Tensor:
+    def step(self, index: int, like: Any, span: tuple[float, float] | None = None) -> Any:
         """Fresh noise of the shape, dtype and device of `like` (B, …); here the order matters, not the index."""
-        return self._draw(tuple(like.shape[1:])).to(like)
+        drawn = self._draw(tuple(like.shape[1:]))
+        return drawn.to(like) if isinstance(like, torch.Tensor) else drawn.cpu().numpy().astype(like.dtype)
 
     def brownian(self) -> "GeneratorNoise":
         """Itself: draws from a generator are independent, and lie on no path."""

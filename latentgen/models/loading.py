@@ -99,6 +99,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = torch.get_num_threads() if device.type == "cpu" else None
     return {
+        "engine": "torch",
         "torch": str(torch.__version__),
         "device": name,
         "dtype": str(dtype).removeprefix("torch."),

@@ -254,6 +254,33 @@ def alike(one: Array, other: Array) -> tuple[Array, Array]:
     return first, second
 
 
+class ReadsPrompts:
+    """What a text encoder can say of a prompt, from its window and its tokens."""
+
+    window: Window
+
+    def tokens(self, text: str) -> list[Token]:
+        """A text's tokens, without marks."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int:
+        """The context length L in tokens, the start and end marks included."""
+        return self.window.length
+
+    def lay(self, prompt: str, *, weights: bool = False, limit: int | None = 1) -> Laid:
+        """A prompt as chunks, `limit` at most. weights: brackets weigh, BREAK parts chunks; else all is text."""
+        return lay(parse(prompt) if weights else literal(prompt), self.tokens, self.window, limit)
+
+    def count(self, prompt: str) -> int:
+        """How many tokens a prompt has, the start and end marks included; more than `length` is cut."""
+        return self.lay(prompt).count
+
+    def cut(self, prompt: str) -> str:
+        """The words of a prompt that lie beyond the context length, as they were written; "" where all fits."""
+        return self.lay(prompt).lost
+
+
 @dataclass
 class _Run:
     """Text as it is parsed. plain: a bracket or an escape, in which no BREAK is looked for."""

@@ -10,11 +10,11 @@ from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
 from latentgen.models.loading import load_module, quiet
-from latentgen.models.prompt import Laid, Token, Window, lay, literal, parse, sheet
+from latentgen.models.prompt import Laid, ReadsPrompts, Token, Window, sheet
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class TextEncoder(ReadsPrompts):
     """A CLIP tokenizer and text tower (Radford et al. 2021), used as `diffusers.StableDiffusionPipeline` uses them.
 
     tokenizer: CLIPTokenizer. model: CLIPTextModel, or CLIPTextModelWithProjection; its device is where conditions are
@@ -54,24 +54,16 @@ class TextEncoder:
         )
 
     @property
-    def length(self) -> int:
-        """The context length L in tokens, the start and end marks included."""
-        return min(int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings))
-
-    @property
-    def window(self) -> Window:
+    def window(self) -> Window:  # type: ignore[override]
         """What the tower sees at once."""
         marks = self.tokenizer
-        return Window(self.length, marks.bos_token_id, marks.eos_token_id, marks.pad_token_id)
+        length = min(int(marks.model_max_length), int(self.model.config.max_position_embeddings))
+        return Window(length, marks.bos_token_id, marks.eos_token_id, marks.pad_token_id)
 
     def tokens(self, text: str) -> list[Token]:
         """A text's tokens, without marks."""
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [Token(id, *span) for id, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
-
-    def lay(self, prompt: str, *, weights: bool = False, limit: int | None = 1) -> Laid:
-        """A prompt as chunks, `limit` at most. weights: brackets weigh, BREAK parts chunks; else all is text."""
-        return lay(parse(prompt) if weights else literal(prompt), self.tokens, self.window, limit)
 
     def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
         """states (B, K·L, D), the last hidden states after the final norm; each distinct chunk is encoded once.
@@ -96,14 +88,6 @@ class TextEncoder:
         if pooled is not None:
             raise InputError("pooled_prompt_embeds are for Stable Diffusion XL; these weights take prompt_embeds alone")
         return Condition(states=torch.as_tensor(states, device=self.model.device).float())
-
-    def count(self, prompt: str) -> int:
-        """How many tokens a prompt has, the start and end marks included; more than `length` is cut."""
-        return self.lay(prompt).count
-
-    def cut(self, prompt: str) -> str:
-        """The words of a prompt that lie beyond the context length, as they were written; "" where all fits."""
-        return self.lay(prompt).lost
 
 
 @dataclass(frozen=True)

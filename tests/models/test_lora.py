@@ -34,7 +34,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def opened(folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(folder)
+    return Pipeline.from_pretrained(folder, engine="torch")
 
 
 @pytest.fixture

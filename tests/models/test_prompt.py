@@ -214,7 +214,7 @@ def text(parts: dict[str, Any]) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def pipe(folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(folder)
+    return Pipeline.from_pretrained(folder, engine="torch")
 
 
 def hand_encoded(text: TextEncoder, *parts: str) -> torch.Tensor:

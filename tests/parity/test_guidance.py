@@ -35,7 +35,7 @@ def quiet(pipe: Any) -> Any:
 def test_perturbed_attention_is_that_of_diffusers(folder: Path, guidance: float) -> None:
     theirs = quiet(StableDiffusionPAGPipeline.from_pretrained(folder, pag_applied_layers=["mid"]))
     given = {**COMMON, "guidance_scale": guidance, "latents": latents(3)}
-    ours = Pipeline.from_pretrained(folder)
+    ours = Pipeline.from_pretrained(folder, engine="torch")
     expected = theirs("a red apple", pag_scale=3.0, **given).images
     found = ours("a red apple", pag_scale=3.0, **given).images
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
@@ -49,9 +49,9 @@ def test_dynamic_thresholding_of_a_config_is_that_of_diffusers(folder: Path) -> 
     from diffusers import DPMSolverMultistepScheduler
 
     options = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
-    theirs = quiet(StableDiffusionPipeline.from_pretrained(folder))
+    theirs = quiet(StableDiffusionPipeline.from_pretrained(folder, engine="torch"))
     theirs.scheduler = DPMSolverMultistepScheduler.from_config(theirs.scheduler.config, **options)
-    ours = Pipeline.from_pretrained(folder)
+    ours = Pipeline.from_pretrained(folder, engine="torch")
     ours.scheduler = {"_class_name": "DPMSolverMultistepScheduler", **theirs.scheduler.config}
     given = {**COMMON, "latents": latents(4)}
     expected = theirs("a blue bird", **given).images
@@ -62,7 +62,7 @@ def test_dynamic_thresholding_of_a_config_is_that_of_diffusers(folder: Path) -> 
 
 def test_a_learned_variance_is_that_of_diffusers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A U-Net of twice the channels, and DDPM with `learned_range`; the noise of both is set to the same numbers."""
-    ours = Pipeline.from_pretrained(folder)
+    ours = Pipeline.from_pretrained(folder, engine="torch")
     config = json.loads((folder / "unet" / "config.json").read_text())
     torch.manual_seed(5)
     unet = UNet2DConditionModel.from_config({**config, "out_channels": 2 * config["in_channels"]}).eval()
@@ -94,7 +94,7 @@ def test_a_learned_variance_is_that_of_diffusers(folder: Path, tmp_path: Path, m
 
 
 def test_outside_its_interval_guidance_costs_and_does_nothing(folder: Path) -> None:
-    ours = Pipeline.from_pretrained(folder)
+    ours = Pipeline.from_pretrained(folder, engine="torch")
     batches: list[int] = []
     network = ours.network
 
@@ -113,7 +113,7 @@ def test_outside_its_interval_guidance_costs_and_does_nothing(folder: Path) -> N
 
 
 def test_projection_with_eta_1_and_no_norm_is_plain_guidance(folder: Path) -> None:
-    ours = Pipeline.from_pretrained(folder)
+    ours = Pipeline.from_pretrained(folder, engine="torch")
     plain = ours("a red apple", **COMMON, seed=1).images
     same = ours("a red apple", guidance_projection=(1.0, None), **COMMON, seed=1).images
     np.testing.assert_allclose(same, plain, atol=1e-4)
@@ -133,4 +133,4 @@ def test_projection_with_eta_1_and_no_norm_is_plain_guidance(folder: Path) -> No
 )
 def test_what_cannot_be_is_refused(folder: Path, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Pipeline.from_pretrained(folder)("a red apple", **wrong)
+        Pipeline.from_pretrained(folder, engine="torch")("a red apple", **wrong)

@@ -27,7 +27,7 @@ def pair(make_folder: Callable[..., Path]) -> Callable[[str], tuple[Pipeline, An
         folder = make_folder(f"tiny-{prediction}", prediction_type=prediction)
         theirs = StableDiffusionPipeline.from_pretrained(folder)
         theirs.set_progress_bar_config(disable=True)
-        return Pipeline.from_pretrained(folder), theirs
+        return Pipeline.from_pretrained(folder, engine="torch"), theirs
 
     return make
 

@@ -1,0 +1,150 @@
+"""The two engines behind a pipeline: ONNX Runtime (the default on a CPU; no torch is imported) and torch.
+
+An engine is opened from a checkpoint and gives what a pipeline holds: the text encoder, the network, the autoencoder.
+"""
+
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentgen.checkpoint import Checkpoint
+from latentgen.diffusion.denoiser import Network
+from latentgen.errors import InputError
+from latentgen.models.lora import Loras
+from latentgen.models.onnx.places import cache_folder, find_graphs, why_not
+
+ENGINES = ("auto", "onnx", "torch")
+
+
+class EngineNote(UserWarning):
+    """What a person should know of the engine: graphs are exported, or it is another engine than the default."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs a checkpoint. machine: what the settings say of it. loras, perturbed: None where it cannot."""
+
+    text: Any
+    network: Network
+    latent: Any
+    machine: dict[str, Any]
+    loras: Loras | None = None
+    perturbed: Network | None = None
+
+
+def open_engine(
+    checkpoint: Checkpoint, engine: str = "auto", *, device: Any = None, dtype: Any = None, threads: int | None = None
+) -> Engine:
+    """Open a checkpoint with an engine of `ENGINES`.
+
+    "auto" is ONNX Runtime on a CPU in float32 for Stable Diffusion 1 and 2 folders, else torch; where graphs are
+    neither in the folder nor in the cache they are exported once, which takes torch. Raises InputError where "onnx" is
+    asked for and cannot be.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine {engine!r} is not known; it can be one of: {', '.join(ENGINES)}")
+    reason = None if engine == "torch" else _elsewhere(device, dtype) or why_not(checkpoint)
+    if engine == "onnx" and reason is not None:
+        raise InputError(f"engine 'onnx' cannot run {checkpoint.folder}: {reason}; leave the engine to be chosen")
+    if engine == "torch" or reason is not None or (engine == "auto" and _has_gpu(device)):
+        return open_torch(checkpoint, device, dtype, threads)
+    try:
+        return open_onnx(checkpoint, threads)
+    except InputError as error:
+        if engine == "onnx":
+            raise
+        warnings.warn(f"{error}; torch runs it instead", EngineNote, stacklevel=3)
+        return open_torch(checkpoint, device, dtype, threads)
+
+
+def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, threads: int | None = None) -> Engine:
+    """The checkpoint's own modules, of diffusers and transformers."""
+    from latentgen.models import loading
+    from latentgen.models.latent import Latent
+    from latentgen.models.lora.layers import module_loras
+    from latentgen.models.network import load_unet, perturbed_network, unet_network
+    from latentgen.models.text import load_text
+
+    loading.use_threads(threads)
+    place = loading.choose_device(device)
+    kind = loading.choose_dtype(dtype, place)
+    text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
+    return Engine(
+        text=text,
+        network=unet_network(unet),
+        latent=Latent.load(checkpoint, place, kind),
+        machine=loading.machine(place, kind),
+        loras=module_loras(unet=unet, text_encoder=text.model),
+        perturbed=perturbed_network(unet),
+    )
+
+
+def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
+    """The checkpoint's graphs; where it has none, or they are of other weights, the cache's, exported first."""
+    from latentgen.models.onnx.session import GraphUnfit
+
+    own, kept = (find_graphs(folder) for folder in (checkpoint.folder, cache_folder(checkpoint)))
+    if own is None:
+        return _run(checkpoint, kept or _exported(checkpoint, "has no ONNX graphs"), threads)
+    try:
+        return _run(checkpoint, own, threads)
+    except GraphUnfit as error:
+        try:
+            return _run(checkpoint, kept or _exported(checkpoint, "has ONNX graphs that do not fit it"), threads)
+        except InputError:
+            raise error from None
+
+
+def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None) -> Engine:
+    """Three graphs as an engine."""
+    from latentgen.models.onnx import session
+    from latentgen.models.onnx.text import OnnxText
+
+    count = session.cores(threads)
+    unet = session.open_session(checkpoint, "unet", graphs["unet"], count)
+    return Engine(
+        text=OnnxText.load(checkpoint, graphs["text_encoder"], count),
+        network=session.onnx_network(unet),
+        latent=session.OnnxLatent.load(checkpoint, graphs["vae"], count),
+        machine=session.machine(count),
+    )
+
+
+def _exported(checkpoint: Checkpoint, why: str) -> dict[str, Path]:
+    """The graphs, exported into the user's cache; an InputError where that cannot be."""
+    place = cache_folder(checkpoint)
+    said = f"{checkpoint.folder} {why}: they are exported once into {place}"
+    warnings.warn(said, EngineNote, stacklevel=2)
+    try:
+        from latentgen.models.onnx.export import export_to_cache
+
+        return export_to_cache(checkpoint)
+    except InputError:
+        raise
+    except Exception as error:  # the exporter raises whatever its passes raise; torch can still run the model
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{checkpoint.folder} cannot be exported to ONNX: {line}") from error
+
+
+def _elsewhere(device: Any, dtype: Any) -> str | None:
+    """Why what was asked for is not ONNX Runtime's here: float32 on a CPU."""
+    if device is not None and str(device) != "cpu":
+        return f"it computes on a CPU, not on {str(device)!r}"
+    if dtype is not None and str(dtype).removeprefix("torch.") not in ("float32", "fp32"):
+        return f"it computes in float32, not in {str(dtype).removeprefix('torch.')!r}"
+    return None
+
+
+def _has_gpu(device: Any) -> bool:
+    """Whether torch would find a GPU; torch is imported only where something speaks for one."""
+    if device is not None:
+        return False
+    if "torch" not in sys.modules and not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,221 @@
+"""Networks to ONNX graphs that hold no weights: each initializer is a place inside the folder's own safetensors.
+
+A safetensors file is a header and then raw bytes, so a tensor there is an ONNX external tensor at an offset. What is
+stored in half precision stays so on the disk: a Cast follows it, and ONNX Runtime computes the float32 constant once,
+when it loads the graph. What stands in no file (few small constants) is held by the graph itself.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
+from latentgen.durable import write_file
+from latentgen.models.loading import load_module, quiet
+from latentgen.models.onnx.places import GRAPHS, LAYOUT, cache_folder, graph_paths, layout
+
+OPSET = 18
+STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+
+
+class Stored(NamedTuple):
+    """A tensor's place: file, first byte and number of bytes there, and how it is stored (a TensorProto type)."""
+
+    file: str
+    offset: int
+    length: int
+    kind: int
+
+
+class TextStates(nn.Module):
+    """ids (N, L) int64 -> the last hidden states (N, L, D), normed."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(N, L) -> (N, L, D)."""
+        states: torch.Tensor = self.tower(input_ids=ids).last_hidden_state
+        return states
+
+
+class RawOutput(nn.Module):
+    """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, L, D) -> the U-Net's raw output (B, C', h, w)."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C', h, w)."""
+        out: torch.Tensor = self.unet(sample, timestep, states, return_dict=False)[0]
+        return out
+
+
+class Pixels(nn.Module):
+    """latents (B, C, h, w), in the autoencoder's own unit -> pixels (B, 3, H, W) in about [−1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+        self.first = vae.post_quant_conv if vae.config.get("use_post_quant_conv", True) else nn.Identity()
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, 3, H, W)."""
+        pixels: torch.Tensor = self.decoder(self.first(latents))
+        return pixels
+
+
+def write_graphs(folder: Path) -> None:
+    """Write the graph of each network of a weights folder (Stable Diffusion 1 or 2) beside its weights."""
+    checkpoint = open_folder(folder, verify=False)
+    for part, path in graph_paths(folder).items():
+        write_file(path, graph(checkpoint, part).SerializeToString())
+
+
+def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The graphs of a folder that has none, exported into the user's cache; each is written aside and renamed."""
+    paths = graph_paths(cache_folder(checkpoint))
+    for part, path in paths.items():
+        if not path.is_file():
+            write_file(path, graph(checkpoint, part).SerializeToString())
+    return paths
+
+
+def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
+    """The graph of one network, a key of `GRAPHS`; batch, tokens and size are free."""
+    assert part in GRAPHS
+    module, inputs, axes = _traced(checkpoint, part)
+    with torch.no_grad(), _silent(), io.BytesIO() as buffer:
+        torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            buffer,  # type: ignore[arg-type]
+            dynamo=False,
+            export_params=False,  # weights become inputs by name: the graph is small however large the network
+            do_constant_folding=False,  # so that each weight stays as it is stored; ONNX Runtime folds at load
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=["out"],
+            dynamic_axes=axes,
+        )
+        made = onnx.load_from_string(buffer.getvalue())
+    _point(made.graph, set(inputs), module.state_dict(), _stored(checkpoint.weights[part]))
+    made.metadata_props.add(key=LAYOUT, value=layout(checkpoint, part))
+    return made
+
+
+def _traced(checkpoint: Checkpoint, part: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
+    """A network, inputs to trace it with, and their free axes.
+
+    The sides are odd, so that the U-Net is traced on the way on which each upsampling goes to the size of what it
+    joins, which is right for every size.
+    """
+    host, kind, square = torch.device("cpu"), torch.float32, {0: "batch", 2: "height", 3: "width"}
+    with quiet():
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers.models.attention_processor import AttnProcessor
+        from transformers import CLIPTextModel
+    if part == "text_encoder":
+        tower = load_module(CLIPTextModel, checkpoint, part, host, kind)
+        length = int(tower.config.max_position_embeddings)
+        return TextStates(tower), {"ids": torch.zeros(2, length, dtype=torch.int64)}, {"ids": {0: "batch", 1: "tokens"}}
+    if part == "unet":
+        unet = load_module(UNet2DConditionModel, checkpoint, part, host, kind)
+        unet.set_attn_processor(AttnProcessor())
+        depth = 2 ** len(unet.config.block_out_channels)
+        width = int(unet.config.cross_attention_dim)
+        inputs = {
+            "sample": torch.randn(2, unet.config.in_channels, depth + 1, depth + 3),
+            "timestep": torch.tensor([3.0, 500.0]),
+            "encoder_hidden_states": torch.randn(2, 7, width),
+        }
+        free = {"timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+        return RawOutput(unet), inputs, {"sample": square, **free}
+    vae = load_module(AutoencoderKL, checkpoint, part, host, kind)
+    vae.set_attn_processor(AttnProcessor())
+    return Pixels(vae), {"latents": torch.randn(2, vae.config.latent_channels, 5, 7)}, {"latents": square}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the exporter's remarks, which are about its own future."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _digest(values: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(values, dtype="<f4").view(np.uint8).data).digest()
+
+
+def _stored(files: tuple[Path, ...]) -> dict[bytes, Stored]:
+    """Where the tensors of safetensors files lie, by what they hold as float32."""
+    places: dict[bytes, Stored] = {}
+    for file in files:
+        header = check_safetensors(file)
+        with file.open("rb") as opened:
+            start = 8 + int.from_bytes(opened.read(8), "little")
+        raw = np.memmap(file, dtype=np.uint8, mode="r")
+        for name, entry in header.items():
+            kind = STORED.get(entry["dtype"]) if name != "__metadata__" else None
+            if kind is None:
+                continue
+            first, last = (start + offset for offset in entry["data_offsets"])
+            places.setdefault(_digest(_widened(raw[first:last], kind)), Stored(file.name, first, last - first, kind))
+    return places
+
+
+def _widened(raw: np.ndarray, kind: int) -> np.ndarray:
+    """Stored bytes as float32 numbers."""
+    if kind == TensorProto.BFLOAT16:
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return raw.view("<f4" if kind == TensorProto.FLOAT else "<f2").astype(np.float32)
+
+
+def _point(
+    graph: onnx.GraphProto, inputs: set[str], state: Mapping[str, torch.Tensor], places: Mapping[bytes, Stored]
+) -> None:
+    """Turn the weights among a graph's inputs into initializers that point into the files; unused ones go."""
+    used = {name for node in graph.node for name in node.input}
+    kept = [value for value in graph.input if value.name in inputs]
+    weights = [value.name for value in graph.input if value.name not in inputs and value.name in used]
+    del graph.input[:]
+    graph.input.extend(kept)
+    casts, renamed = [], {}
+    for name in weights:
+        values = state[name].numpy()
+        place = places.get(_digest(values)) if values.dtype == np.float32 else None
+        if place is None:
+            graph.initializer.append(numpy_helper.from_array(values, name))
+            continue
+        graph.initializer.append(_outside(name, values.shape, place))
+        if place.kind != TensorProto.FLOAT:
+            renamed[name] = f"{name}:float32"
+            casts.append(helper.make_node("Cast", [name], [renamed[name]], to=TensorProto.FLOAT))
+    for node in graph.node:
+        node.ClearField("name")
+        for position, name in enumerate(node.input):
+            node.input[position] = renamed.get(name, name)
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _outside(name: str, shape: tuple[int, ...], place: Stored) -> TensorProto:
+    """An initializer whose bytes lie in a safetensors file."""
+    tensor = TensorProto(name=name, data_type=place.kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

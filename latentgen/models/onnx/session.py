@@ -1,0 +1,110 @@
+"""Networks that ONNX Runtime computes, on a CPU, on NumPy arrays; no torch."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from latentgen.checkpoint import Checkpoint
+from latentgen.diffusion.array import Array
+from latentgen.diffusion.denoiser import Condition, Network
+from latentgen.errors import InputError
+from latentgen.models.onnx.places import LAYOUT, layout
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
+
+
+class GraphUnfit(InputError):
+    """A graph that does not belong to the weights it lies beside, or cannot be loaded with them."""
+
+
+def cores(threads: int | None = None) -> int:
+    """How many threads compute: as asked, or OMP_NUM_THREADS, or one for each core this process may use."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if threads:
+        return threads
+    if said.isdecimal() and int(said):
+        return int(said)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    names = (Path(f"/sys/devices/system/cpu/cpu{k}/topology/thread_siblings_list") for k in allowed)
+    siblings = [name.read_text() if name.is_file() else str(name) for name in names]
+    return len(set(siblings))  # two threads of one core share its arithmetic
+
+
+def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> Any:
+    """A session of the graph of one network. Raises GraphUnfit where the checkpoint's weights do not fit it."""
+    weights = checkpoint.folder / part
+    wrong = f"{graph} cannot be run with the weights in {weights}"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
+    try:
+        session = onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
+        reason = " ".join(str(error).split())
+        raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
+    if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(checkpoint, part):
+        raise GraphUnfit(f"{wrong}: it was made for others; remove it")
+    return session
+
+
+def onnx_network(session: Any) -> Network:
+    """A U-Net's session as a Network: x (B, C, h, w), time (B,), states (B, L, D) -> (B, C', h, w), in x's type."""
+
+    def network(x: Array, time: Array, condition: Condition) -> Array:
+        assert condition.states is not None, "a U-Net with cross-attention needs text states"
+        given = {"sample": x, "timestep": time, "encoder_hidden_states": condition.states}
+        (out,) = session.run(None, {name: np.asarray(value, dtype=np.float32) for name, value in given.items()})
+        return out.astype(x.dtype, copy=False)
+
+    return network
+
+
+def on_host(values: Any) -> np.ndarray:
+    """Numbers of any kind, a torch tensor's too, as a float32 NumPy array of its own."""
+    return np.array(values.detach().float().cpu().numpy() if hasattr(values, "detach") else values, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class OnnxLatent:
+    """The decoder of an AutoencoderKL; the latents are (vae's − shift_factor) · scaling_factor, as in `Latent`."""
+
+    session: Any
+    config: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, graph: Path, threads: int) -> "OnnxLatent":
+        """The decoder of a weights folder."""
+        return cls(open_session(checkpoint, "vae", graph, threads), checkpoint.config("vae"))
+
+    @property
+    def scale(self) -> float:
+        """What the autoencoder's own latents are multiplied by."""
+        return float(self.config.get("scaling_factor", 0.18215))  # diffusers' default
+
+    @property
+    def shift(self) -> float:
+        """What is taken from the autoencoder's own latents first."""
+        return float(self.config.get("shift_factor") or 0.0)
+
+    def array(self, host: Any) -> np.ndarray:
+        """Host numbers (an array of any kind) as float32."""
+        return on_host(host)
+
+    def decode(self, latents: Array) -> np.ndarray:
+        """Pixels (B, 3, H, W), float32 in [0, 1], from latents (B, C, H/factor, W/factor)."""
+        inner = np.asarray(latents / self.scale + self.shift, dtype=np.float32)
+        (pixels,) = self.session.run(None, {"latents": inner})
+        return np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0, 1)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What besides the settings decides a picture's last bits, as `loading.machine` says it of torch."""
+    version = str(onnxruntime.__version__)
+    return {"engine": "onnx", "onnxruntime": version, "device": "cpu", "dtype": "float32", "threads": threads}
