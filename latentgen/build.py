@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from pydantic import BaseModel
 from torch import nn
 
 from latentgen.checkpoint import save_pipeline
-from latentgen.data import Picture, load_pixels, read_folder
+from latentgen.data import Ledger
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import from_config
 from latentgen.durable import alone, write_file, write_folder
-from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import has_bf16
 from latentgen.models.onnx.export import write_graphs
@@ -29,10 +28,10 @@ from latentgen.recipe import Recipe, Train, read_recipe
 from latentgen.training import finish
 from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
 from latentgen.training.cache import cached, latent_moments, text_states
-from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
 from latentgen.training.features import FeatureObjective, FeatureTerms, shape_of_patches, tower_patches
+from latentgen.training.intake import TrainingData, divide, keep_ledger, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
@@ -78,35 +77,6 @@ def scheduler_config(recipe: Recipe) -> Mapping[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """The captioned pictures of a run, decoded: those to train on and those held out."""
-
-    pixels: np.ndarray
-    pictures: tuple[Picture, ...]
-    held_pixels: np.ndarray
-    held: tuple[Picture, ...]
-    weights: np.ndarray
-
-    @cached_property
-    def captions(self) -> CaptionTable:
-        """Every caption to train on."""
-        return CaptionTable(self.pictures)
-
-    @cached_property
-    def held_captions(self) -> tuple[str, ...]:
-        """The main caption of each held-out picture."""
-        return tuple(picture.captions[0] for picture in self.held)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes with any pixel, caption or weight."""
-        digest = hashlib.sha256(self.captions.fingerprint().encode())
-        for array in (self.pixels, self.held_pixels, self.weights):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
-
-
 @dataclass
 class Run:
     """One run of a recipe: each stage is made when a later one asks for it."""
@@ -115,6 +85,8 @@ class Run:
     out: Path
     folder: Path
     say: Report
+    ledger: Ledger = field(init=False, repr=False)
+    keeps: ClassVar[bool] = True  # what it finds out; a rehearsal does not
 
     @cached_property
     def state(self) -> Path:
@@ -154,23 +126,24 @@ class Run:
         """Pictures and captions; what cannot be used is listed."""
         what = self.recipe.data
         with self.accelerator.main_process_first():
-            folder = read_folder(self.folder)
-            pixels = load_pixels(folder, what.size, self.state / "cache")
+            folder, pixels, remark = read_pictures(
+                self.folder,
+                what.size,
+                self.state / "cache",
+                captions=what.captions,
+                background=what.background,
+                held_out=what.held_out,
+                part=what.hold_out,
+            )
+            if self.accelerator.is_main_process:
+                self.ledger = look_over(folder, what.size, what.background, self.state / "cache")
         for problem in (*folder.problems, *pixels.problems):
             self.report(f"data: left out {problem.path}: {problem.reason}")
-        held = np.array([picture.split == what.held_out for picture in pixels.pictures])
-        if held.all() or not held.any():
-            raise InputError(
-                f"{self.folder}: {'all' if held.all() else 'no'} pictures are held out (split {what.held_out!r}); mark "
-                f'about a twentieth of them with "split": "{what.held_out}"'
-            )
-        taught = [picture for picture, out in zip(pixels.pictures, held, strict=True) if not out]
-        tested = [picture for picture, out in zip(pixels.pictures, held, strict=True) if out]
-        weights = np.array([_weight(picture, what.weights) for picture in taught])
-        self.report(f"data: {len(taught)} pictures to train on, {len(tested)} held out, from {self.folder}")
-        return TrainingData(
-            np.ascontiguousarray(pixels.array[~held]), tuple(taught), pixels.array[held], tuple(tested), weights
-        )
+        data = divide(self.folder, pixels, what.held_out, what.weights)
+        if remark:
+            self.report(remark)
+        self.report(f"data: {len(data.pictures)} pictures to train on, {len(data.held)} held out, from {self.folder}")
+        return data
 
     # --- tokenizer
 
@@ -185,13 +158,22 @@ class Run:
                 write_folder(place, lambda aside: learned.save_pretrained(aside) and None)
             self.accelerator.wait_for_everyone()
         words = create.read_tokenizer(place)
-        lengths = [len(ids) for ids in words(list(self.data.captions.texts)).input_ids]
+        texts = [*self.data.captions.texts]
+        lengths = [len(ids) for ids in words(texts).input_ids]
         cut = sum(length > what.context for length in lengths)
         self.figures["tokenizer"] = {"vocabulary": len(words), "captions": len(lengths), "captions_cut": cut}
         self.report(
             f"tokenizer: {len(words)} tokens; {len(lengths)} captions, the longest {max(lengths)} tokens; "
             f"{cut} are cut at {what.context}"
         )
+        if self.accelerator.is_main_process:
+            texts += sorted({text for picture in self.data.held for text in picture.captions}.difference(texts))
+            lengths += [len(ids) for ids in words(texts[len(lengths) :]).input_ids] if len(texts) > len(lengths) else []
+            self.report(
+                keep_ledger(
+                    self.ledger, dict(zip(texts, lengths, strict=True)), words, self.state if self.keeps else None
+                )
+            )
         return words
 
     @cached_property
@@ -389,12 +371,6 @@ def _told(section: BaseModel, *later: str) -> Mapping[str, Any]:
 
 def _loop(what: Train) -> Mapping[str, Any]:
     return settings_fingerprint(LoopSettings(**what.model_dump()))
-
-
-def _weight(picture: Picture, weights: Mapping[str, Mapping[str, float]]) -> float:
-    """The product of what the recipe says of each of the picture's columns."""
-    factors = (table.get(str(picture.attributes.get(column)), 1.0) for column, table in weights.items())
-    return float(np.prod(list(factors))) if weights else 1.0
 
 
 def _content(network: nn.Module) -> str:

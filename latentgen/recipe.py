@@ -43,12 +43,17 @@ class Train(_Section):
 class Data(_Section):
     """The captioned folder, the side in pixels, and which split is kept for testing.
 
+    `hold_out`: where no picture is marked so, this part of them is, by a hash of the file names. `captions`: from
+    "files" (tables and sidecars) or from the "names" of the pictures. `background`: the colour under transparent ones.
     `weights` says how often pictures are seen: a column of the metadata, its values, a factor each (1 where unnamed).
     """
 
     folder: Path
     size: Positive
     held_out: str = "test"
+    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    captions: Literal["files", "names"] = "files"
+    background: str = "white"
     weights: dict[str, dict[str, Amount]] = {}
 
 

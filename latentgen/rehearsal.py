@@ -72,6 +72,8 @@ def rehearse(recipe: Path, out: Path | None, data: Path | None, report: Report) 
 class Rehearsal(Run):
     """A run whose stages take a few steps each, and whose caches hold made-up numbers."""
 
+    keeps = False
+
     def __init__(self, recipe: Recipe, out: Path, folder: Path, say: Report) -> None:
         super().__init__(recipe, out, folder, say)
         self.measured: list[Measured] = []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentgen.data.folder import Picture, load_pixels, read_folder
+from latentgen.data import Picture, load_pixels, read_folder
 from latentgen.errors import InputError
 
 SAMPLE = Path(__file__).parent / "data" / "icons"
@@ -195,7 +195,7 @@ def test_pixels_are_memory_mapped_and_decoded_once(tmp_path: Path, monkeypatch: 
     assert first.array.dtype == np.uint8
     assert not first.array.flags.writeable
     assert first.array[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
-    monkeypatch.setattr("latentgen.data.folder._try_decode", lambda path, size: pytest.fail("decoded again"))
+    monkeypatch.setattr("latentgen.data.pixels._try_decode", lambda *_: pytest.fail("decoded again"))
     assert (load_pixels(pictures, 4, tmp_path / "cache").array == first.array).all()
 
 

@@ -163,12 +163,33 @@ def test_an_entry_that_names_a_missing_picture_stops_before_anything_is_written(
     assert [path.name for path in tmp_path.glob("out.training/**/*")] == [".lock"]  # that one run was here, no more
 
 
-def test_a_folder_without_held_out_pictures_is_told_how_to_mark_them(tmp_path: Path) -> None:
-    data = few(tmp_path / "data")
+def unmarked(place: Path) -> Path:
+    data = few(place)
     metadata = data / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('"split": "test"', '"split": "train"'))
-    assert '"split": "test"' in refused(train(tmp_path / "out", data))
+    return data
+
+
+def test_a_folder_without_held_out_pictures_is_told_how_to_mark_them_where_none_may_be_chosen(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(TINY.read_text().replace('held_out = "test"', 'held_out = "test"\nhold_out = 0'))
+    assert '"split": "test"' in refused(train(tmp_path / "out", unmarked(tmp_path / "data"), recipe))
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_held_out_by_name_where_none_is_marked_and_the_ledger_is_kept(tmp_path: Path) -> None:
+    data = unmarked(tmp_path / "data")
+    (data / "scan.pdf").write_bytes(b"%PDF")
+    done = train(tmp_path / "out", data)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "no picture is marked 'test', so " in line]
+    count = int(line.split("so ")[1].split()[0])
+    assert f"{24 - count} pictures to train on, {count} held out" in done.stderr
+    assert "data: 26 files: 24 used, 1 description, 1 not a picture; of 24 pictures" in done.stderr
+    ledger = json.loads((tmp_path / "out.training" / "ledger.json").read_text())
+    assert sum(ledger["files"].values()) == 26 and ledger["size"] == 32 and ledger["context"] == 16
+    assert sum(entry.get("split") == "test" for entry in ledger["entries"]) == count
+    assert "data:image/jpeg;base64," in (tmp_path / "out.training" / "ledger.html").read_text()
 
 
 def test_a_recipe_that_does_not_hold_is_refused_before_anything(tmp_path: Path) -> None:

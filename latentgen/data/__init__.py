@@ -1,5 +1,22 @@
-"""Captioned folders of pictures and their pixels."""
+"""Captioned folders of pictures, their pixels, and a ledger of every file."""
 
-from latentgen.data.folder import CaptionedFolder, Picture, Pixels, Problem, load_pixels, read_folder
+from latentgen.data.folder import CaptionedFolder, read_folder
+from latentgen.data.hold_out import hold_out
+from latentgen.data.ledger import Ledger, count_tokens, write_ledger
+from latentgen.data.page import write_page
+from latentgen.data.picture import Picture, Problem
+from latentgen.data.pixels import Pixels, load_pixels
 
-__all__ = ["CaptionedFolder", "Picture", "Pixels", "Problem", "load_pixels", "read_folder"]
+__all__ = [
+    "CaptionedFolder",
+    "Ledger",
+    "Picture",
+    "Pixels",
+    "Problem",
+    "count_tokens",
+    "hold_out",
+    "load_pixels",
+    "read_folder",
+    "write_ledger",
+    "write_page",
+]

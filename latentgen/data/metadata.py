@@ -1,0 +1,171 @@
+"""Captions in a table: metadata.jsonl, .csv or .parquet, one picture a row, `file_name` relative to the table's folder.
+
+Columns: `text` (or `caption`), `captions` (several), `split`, `box`; any other is kept as an attribute.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentgen.data.picture import Box, Picture, Problem
+from latentgen.errors import InputError
+
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+Row = tuple[str, dict[str, Any]]  # where it stands, for people; its columns
+
+
+def read_metadata(metadata: Path, found: Sequence[Path]) -> tuple[list[Picture], list[Problem]]:
+    """The pictures a table names, in its order, and the rows of it that are not used. found: the pictures there are.
+
+    Raises InputError for a table that cannot be read, a column of the wrong kind, and a row that names a missing
+    picture.
+    """
+    known = set(found)
+    pictures: dict[tuple[Path, Box | None], Picture] = {}
+    problems: list[Problem] = []
+    missing: list[tuple[str, str]] = []
+    rows = 0
+    for where, columns in _rows(metadata):
+        rows += 1
+        picture = _entry(columns, metadata.parent, f"{metadata} {where}")
+        if (picture.path, picture.box) in pictures:
+            again = f"named again in {metadata.name} {where}; the first entry is used"
+            problems.append(Problem(picture.path, again, "named again"))
+        elif picture.path not in known and not picture.path.is_file():
+            missing.append((where, str(picture.path.relative_to(metadata.parent))))
+        elif not picture.captions:
+            reason = f'{metadata.name} {where}: {picture.path.name} has no caption; write "text": "what it shows"'
+            problems.append(Problem(picture.path, reason, "without caption"))
+        else:
+            pictures[picture.path, picture.box] = picture
+    if missing:
+        where, name = missing[0]
+        count = f"{len(missing)} of {rows} entries name missing pictures"
+        raise InputError(f"{metadata} {where}: {name} does not exist ({count}); put it there or take the line out")
+    return list(pictures.values()), problems
+
+
+def clean_captions(lines: Sequence[str]) -> tuple[str, ...]:
+    """Stripped, without empty ones and repetitions, in order."""
+    return tuple(dict.fromkeys(caption for line in lines if (caption := line.strip())))
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises InputError for one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); make it readable") from None
+
+
+def _rows(metadata: Path) -> Iterator[Row]:
+    return {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[metadata.suffix](metadata)
+
+
+def _json_rows(metadata: Path) -> Iterator[Row]:
+    for number, line in enumerate(read_text(metadata).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            columns = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{metadata} line {number} is not JSON ({error.msg}); write one JSON object a line"
+            ) from None
+        if not isinstance(columns, dict):
+            raise InputError(f'{metadata} line {number} is not a JSON object; write {{"file_name": ..., "text": ...}}')
+        yield f"line {number}", columns
+
+
+def _csv_rows(metadata: Path) -> Iterator[Row]:
+    """Cells are text; of `captions` and `box` a cell that starts with a bracket is a JSON list."""
+    reader = csv.DictReader(io.StringIO(read_text(metadata), newline=""), strict=True, skipinitialspace=True)
+    try:
+        _check_columns(metadata, reader.fieldnames or ())
+        for cells in reader:
+            where = f"line {reader.line_num}"
+            if None in cells:
+                raise InputError(
+                    f'{metadata} {where} has more cells than columns; write a comma in quotes: "red, round"'
+                )
+            columns: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
+            for name in {"captions", "box"} & columns.keys():
+                columns[name] = _listed(columns[name], f"{metadata} {where}: {name}")
+            yield where, columns
+    except csv.Error as error:
+        raise InputError(
+            f"{metadata} line {reader.reader.line_num} is not CSV ({error}); save it as comma-separated"
+        ) from None
+
+
+def _listed(cell: str, what: str) -> Any:
+    if not cell.lstrip().startswith("["):
+        return [cell]
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{what} is not a JSON list ({error.msg}); write a list as JSON") from None
+
+
+def _parquet_rows(metadata: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError(f"{metadata} needs the package pyarrow to be read; pip install pyarrow") from None
+    try:
+        with ParquetFile(metadata) as table:
+            _check_columns(metadata, table.schema_arrow.names)
+            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+            for number, columns in enumerate(rows, start=1):
+                yield f"row {number}", {name: value for name, value in columns.items() if value is not None}
+    except (ArrowException, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"{metadata} cannot be read as parquet ({why}); write it anew") from None
+
+
+def _check_columns(metadata: Path, names: Sequence[str]) -> None:
+    if "file_name" not in names:
+        raise InputError(f"{metadata} has no column file_name, only {', '.join(names) or 'none'}; name it so")
+
+
+def _entry(columns: dict[str, Any], root: Path, where: str) -> Picture:
+    """One row as a Picture, whose captions may be none; `where` names file and line for the error."""
+    name = columns.pop("file_name", None)
+    if not isinstance(name, str) or not name:
+        raise InputError(f'{where} has no file_name; write "file_name": "images/cat.png"')
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{where}: {name} lies outside the folder; give a path relative to {root}")
+    captions = _captions(columns, name, where)
+    split = columns.pop("split", None)
+    if not isinstance(split, str | None):
+        raise InputError(f'{where}: split of {name} is not a string; write "split": "train"')
+    box = _box(columns.pop("box", None), f"{where}: box of {name}")
+    return Picture(root / name, captions, split or "train", columns, box)
+
+
+def _captions(columns: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    said: list[str] = []
+    for column in ("text", "caption"):
+        text = columns.pop(column, None)
+        if not isinstance(text, str | None):
+            raise InputError(f'{where}: {column} of {name} is not a string; write "{column}": "a cat"')
+        said.append(text or "")
+    more = columns.pop("captions", None)
+    if more is not None and not (isinstance(more, list) and all(isinstance(caption, str) for caption in more)):
+        raise InputError(f'{where}: captions of {name} is not a list of strings; write "captions": ["a cat", "cat"]')
+    return clean_captions([*said, *(more or [])])
+
+
+def _box(value: Any, what: str) -> Box | None:
+    if value is None:
+        return None
+    whole = isinstance(value, list) and len(value) == 4 and all(type(side) is int and side >= 0 for side in value)
+    if not whole or not (value[0] < value[2] and value[1] < value[3]):
+        raise InputError(f"{what} is no part of a picture; write [left, upper, right, lower] in pixels")
+    return (value[0], value[1], value[2], value[3])

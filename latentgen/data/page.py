@@ -1,0 +1,104 @@
+"""A ledger as one HTML page that needs nothing beside it: counts, and what there is to see of each kind."""
+
+import base64
+import html
+import io
+from collections.abc import Callable
+
+from latentgen.data.decode import CannotDecode, Opener
+from latentgen.data.ledger import REMARKS, STATUSES, Entry, Ledger
+from latentgen.data.picture import Picture
+
+SIDE = 96  # of the small pictures, in pixels: about 3 KB each
+SHOWN = 48  # of each kind; the ledger's JSON holds all
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; margin: 0 auto; max-width: 72rem; padding: 1.5rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top }
+td.number { font-variant-numeric: tabular-nums; text-align: right } p, figcaption, td.what { color: #555 }
+figure { display: inline-block; width: 10rem; margin: 0 1rem 1rem 0; vertical-align: top; font-size: .8em;
+  overflow-wrap: anywhere } figcaption b { color: #1d1d1f; font-weight: 600 } img { border: 1px solid #ddd }
+"""
+
+
+def write_page(ledger: Ledger) -> str:
+    """The page. Opens again the pictures that it shows; reads nothing else."""
+    small = _thumbnails(ledger)
+    words = {**STATUSES, **REMARKS}
+    kinds: list[tuple[str, list[Entry]]] = [
+        (remark, [entry for entry in ledger.entries if remark in entry.remarks]) for remark in REMARKS
+    ]
+    left_out = [status for status in STATUSES if status not in ("used", "description")]
+    kinds = [(s, [entry for entry in ledger.entries if entry.status == s]) for s in left_out] + kinds
+    kinds.append(("used", [entry for entry in ledger.entries if entry.status == "used"]))
+    name = html.escape(str(ledger.root))
+    size = f"{ledger.size} x {ledger.size} pixels" if ledger.size else "squares of their own size"
+    body = [
+        f"<h1>{name}</h1><p>{sum(ledger.files.values())} files. Pictures become {size}; transparent ones lie on "
+        f"{html.escape(ledger.background)}.</p>",
+        _counts("files", ledger.files),
+        _counts("pictures", {"used": ledger.pictures, **ledger.remarks}),
+        _words(ledger),
+    ]
+    for kind, entries in kinds:
+        if entries:
+            more = f"; {SHOWN} of them are shown" if len(entries) > SHOWN else ""
+            body.append(f"<h2>{kind}: {len(entries)}{more}</h2><p>{html.escape(words[kind])}</p>")
+            body += [_figure(ledger, entry, small) for entry in entries[:SHOWN]]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
+    page = f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
+    return page + "\n"
+
+
+def _counts(of: str, counts: dict[str, int]) -> str:
+    words = {**STATUSES, **REMARKS}
+    rows = (
+        f"<tr><td>{name}</td><td class=number>{count}</td><td class=what>{html.escape(words[name])}</td></tr>"
+        for name, count in counts.items()
+    )
+    return f"<h2>{of}</h2><table>{''.join(rows)}</table>"
+
+
+def _words(ledger: Ledger) -> str:
+    if not ledger.split_words:
+        return ""
+    rows = (
+        f"<tr><td>{html.escape(word)}</td><td class=number>{parts}</td><td class=number>{times}</td></tr>"
+        for word, parts, times in ledger.split_words
+    )
+    head = "<tr><th>word</th><th>tokens</th><th>times</th></tr>"
+    return f"<h2>words that the tokenizer splits most</h2><table>{head}{''.join(rows)}</table>"
+
+
+def _figure(ledger: Ledger, entry: Entry, small: Callable[[Entry], str]) -> str:
+    caption = html.escape(entry.captions[0]) if entry.captions else ""
+    lines = [f"<b>{html.escape(entry.file)}</b>", caption, html.escape(entry.words())]
+    return f"<figure>{small(entry)}<figcaption>{'<br>'.join(line for line in lines if line)}</figcaption></figure>"
+
+
+def _thumbnails(ledger: Ledger) -> Callable[[Entry], str]:
+    """Entry -> an <img>, or nothing for what cannot be shown; each picture is made once, when first asked for."""
+    opener = Opener(ledger.background)
+    made: dict[tuple[str, object], str] = {}
+
+    def show(entry: Entry) -> str:
+        key = (entry.file, entry.box)
+        if entry.status not in ("used", "without caption"):
+            return ""
+        if key not in made:
+            made[key] = _thumbnail(opener, Picture(ledger.root / entry.file, (), box=entry.box))
+        return made[key]
+
+    return show
+
+
+def _thumbnail(opener: Opener, picture: Picture) -> str:
+    try:
+        image = opener.open(picture, SIDE).image
+    except CannotDecode:
+        return ""
+    image.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'

@@ -1,0 +1,160 @@
+"""The pixels of pictures as one array, decoded once and kept on the disk under a key of their content."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from latentgen.data.decode import BACKGROUND, CannotDecode, Opener
+from latentgen.data.folder import CaptionedFolder
+from latentgen.data.picture import Picture, Problem
+from latentgen.errors import InputError
+
+TRANSFORM = (
+    "upright, on white, 8-bit RGB, Lanczos to cover, centre crop; 2"  # part of the cache key: change both together
+)
+ROWS_A_WRITE = 256  # pictures decoded between two writes of the cache: bounds the memory at 256 * size**2 * 3 bytes
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded pictures: `array` (N, size, size, 3) uint8, memory-mapped, read-only; row i is `pictures[i]`."""
+
+    array: np.ndarray
+    pictures: tuple[Picture, ...]
+    problems: tuple[Problem, ...]
+
+
+def load_pixels(
+    pictures: CaptionedFolder | Sequence[Picture], size: int, cache: Path, background: str = BACKGROUND
+) -> Pixels:
+    """Decodes each picture to (size, size, 3) uint8 RGB, once: the array is kept in the folder `cache`.
+
+    A picture is turned upright (EXIF), laid on `background` if transparent, brought to 8-bit RGB, resized with Lanczos
+    to cover the square, and centre-cropped. The cache is keyed by the bytes of the files, their order, the transform
+    and the size, never by names or dates. A picture that cannot be read costs a line in `problems`, not the run.
+
+    Raises InputError if `background` is no colour, if no picture is given or readable, or if the cache cannot be
+    written.
+    """
+    chosen = pictures.pictures if isinstance(pictures, CaptionedFolder) else tuple(pictures)
+    if size < 1:
+        raise InputError(f"a picture size of {size} is no size; give 1 or more pixels")
+    if not chosen:
+        raise InputError("there are no pictures to load; give at least one")
+    cache, opener = Path(cache), Opener(background)
+    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        target = cache / f"{_key(chosen, size, opener, pool)}.npy"
+        kept = _open(target, len(chosen), size)
+        if kept is None:
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                _decode_all(chosen, size, target, opener, pool)
+            except OSError as error:
+                raise InputError(
+                    f"cannot write the pixel cache {cache}: {error.strerror or error}; free space or name another place"
+                ) from error
+            kept = _open(target, len(chosen), size)
+    if kept is None:
+        raise InputError(f"the pixel cache {target} was changed while it was written; run again")
+    array, unreadable = kept
+    problems = tuple(Problem(chosen[index].path, reason) for index, reason in unreadable.items())
+    return Pixels(array, tuple(p for index, p in enumerate(chosen) if index not in unreadable), problems)
+
+
+def _key(pictures: Sequence[Picture], size: int, opener: Opener, pool: Executor) -> str:
+    ground = "" if opener.colour == (255, 255, 255) else f"; on {opener.colour}"
+    digest = hashlib.sha256(f"{TRANSFORM}; {size}{ground}".encode())
+    paths = list(dict.fromkeys(picture.path for picture in pictures))
+    content = dict(zip(paths, pool.map(_file_digest, paths), strict=True))
+    for picture in pictures:
+        digest.update(content[picture.path] + (repr(picture.box).encode() if picture.box else b""))
+    return digest.hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> bytes:
+    """32 bytes; a file that cannot be read has a digest of its own, so that it is decoded anew once it can."""
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        return hashlib.sha256(f"unreadable: {error.strerror}".encode()).digest()
+
+
+def _open(target: Path, count: int, size: int) -> tuple[np.ndarray, dict[int, str]] | None:
+    """The cached array (rows, size, size, 3) and the reasons by index of the left-out pictures; None if not there."""
+    try:
+        unreadable = {int(index): str(reason) for index, reason in json.loads(_reasons(target).read_text()).items()}
+        array: np.ndarray = np.load(target, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, AttributeError):
+        return None
+    whole = array.shape == (count - len(unreadable), size, size, 3) and array.dtype == np.uint8
+    return (array, unreadable) if whole else None
+
+
+def _reasons(target: Path) -> Path:
+    return target.with_suffix(".json")
+
+
+def _decode_all(pictures: Sequence[Picture], size: int, target: Path, opener: Opener, pool: Executor) -> None:
+    """Writes `target` and, first, the reasons of the pictures left out; each aside and renamed, the array last."""
+    unreadable: dict[int, str] = {}
+
+    def decode(picture: Picture) -> np.ndarray | str:
+        return _try_decode(picture, size, opener)
+
+    def write_rows(file: BinaryIO) -> None:
+        _write_header(file, len(pictures), size)
+        for start in range(0, len(pictures), ROWS_A_WRITE):
+            rows = pictures[start : start + ROWS_A_WRITE]
+            for index, decoded in enumerate(pool.map(decode, rows), start=start):
+                if isinstance(decoded, str):
+                    unreadable[index] = decoded
+                else:
+                    file.write(decoded.tobytes())
+        if len(unreadable) == len(pictures):
+            raise InputError(
+                f"none of the {len(pictures)} pictures can be read, the first is {pictures[0].path}: {unreadable[0]}; "
+                "give PNG, JPEG or WebP files"
+            )
+        file.seek(0)
+        _write_header(file, len(pictures) - len(unreadable), size)
+        file.flush()
+        os.fsync(file.fileno())
+        _write_aside(_reasons(target), lambda reasons: reasons.write(json.dumps(unreadable).encode()))
+
+    _write_aside(target, write_rows)
+
+
+def _write_aside(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write` with a file beside `target`, then renames it into place; on any error nothing is left."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            write(file)
+        aside.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def _write_header(file: BinaryIO, rows: int, size: int) -> None:
+    """A NumPy 1.0 header of 128 bytes whatever the count of rows, so that it can be written again at the end."""
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({rows}, {size}, {size}, 3), }}".ljust(117) + "\n"
+    file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1"))
+
+
+def _try_decode(picture: Picture, size: int, opener: Opener) -> np.ndarray | str:
+    """The picture as (size, size, 3) uint8, or the reason why it cannot be read."""
+    try:
+        return np.asarray(ImageOps.fit(opener.open(picture, 2 * size).image, (size, size), Image.Resampling.LANCZOS))
+    except CannotDecode as error:
+        return str(error)
