@@ -1,5 +1,6 @@
 """The ONNX Runtime engine: torch's pictures from the same weights, stored once, and no torch imported."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -286,8 +287,14 @@ cli.main()
         ["replay", target],
     ):
         ran = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=120
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=120,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
         )
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.splitlines()[-1] == "heavy: end"
     assert read_settings(target)["engine"] == "onnx"
+    assert not (tmp_path / "cache").exists()  # the folder has graphs, and ONNX Runtime keeps no record of its use

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at import: nothing is recorded or sent, no id is left
 import onnxruntime
 
 from latentgen.checkpoint import Checkpoint
