@@ -116,7 +116,13 @@ def test_render_and_replay_in_a_pipe_print_only_the_path_and_give_the_same_bytes
 
 def test_stopping_leaves_whole_pictures_and_exits_130(folder: Path, tmp_path: Path) -> None:
     arguments = ["render", "a red apple", "--n", "5000", "--out", str(tmp_path / "many"), "--weights", str(folder)]
-    process = subprocess.Popen([*command(), *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command(), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     waited = time.monotonic() + 60
     while time.monotonic() < waited and not list((tmp_path / "many").glob("*.png")):
         time.sleep(0.05)
