@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +139,77 @@ def folder(make_folder: Callable[..., Path]) -> Path:
     """A tiny epsilon-prediction weights folder with defaults and ONNX graphs of its own."""
     defaults = {"defaults": {"num_inference_steps": 4, "guidance_scale": 3.0, "sampler": "ddim"}, "sample_size": 32}
     return make_folder(extra_files={"latentgen.json": json.dumps(defaults)}, graphs=True)
+
+
+def tower(tokenizer: Any, width: int, projected: bool = False) -> Any:
+    """A random CLIP text tower with OpenCLIP's activation."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        hidden_act="gelu",
+        projection_dim=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def padded_with_word_0(tokenizer: Any) -> Any:
+    """As OpenCLIP pads, and so the folders of Stable Diffusion 2 and of XL's second tower."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = "!"
+    return other
+
+
+@pytest.fixture(scope="session")
+def xl(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion XL folder, as we save it."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    words = parts["tokenizer"]
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=16 + 20,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+    ).eval()
+    return save_pipeline(
+        tmp_path_factory.mktemp("xl") / "xl",
+        tokenizer=words,
+        text_encoder=tower(words, 16),
+        tokenizer_2=padded_with_word_0(words),
+        text_encoder_2=tower(words, 20, projected=True),
+        vae=parts["vae"],
+        unet=unet,
+        scheduler_config={**SCHEDULE, "_class_name": "EulerDiscreteScheduler"},
+    )
+
+
+@pytest.fixture(scope="session")
+def two(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion 2 folder: v-prediction, OpenCLIP's form of text tower."""
+    import torch
+
+    torch.manual_seed(2)
+    words = padded_with_word_0(parts["tokenizer"])
+    given = {**parts, "tokenizer": words, "text_encoder": tower(words, 16)}
+    config = {**SCHEDULE, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+    return save_pipeline(tmp_path_factory.mktemp("two") / "two", **given, scheduler_config=config)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from latentgen import InputError, Pipeline
 from latentgen.convert import convert
-from tests.parity.test_families import two, xl  # noqa: F401  (fixtures)
 
 
 def picture(place: Path) -> np.ndarray:
@@ -38,11 +37,11 @@ def test_stable_diffusion_1_goes_there_and_back(folder: Path, tmp_path: Path) ->
     there_and_back(folder, tmp_path)
 
 
-def test_stable_diffusion_2_goes_there_and_back(two: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_stable_diffusion_2_goes_there_and_back(two: Path, tmp_path: Path) -> None:
     there_and_back(two, tmp_path)
 
 
-def test_stable_diffusion_xl_goes_there_and_back(xl: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_stable_diffusion_xl_goes_there_and_back(xl: Path, tmp_path: Path) -> None:
     there_and_back(xl, tmp_path)
 
 

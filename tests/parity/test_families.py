@@ -1,6 +1,5 @@
 """Stable Diffusion 2 and XL make diffusers' pictures; the original layout's names are those diffusers' readers know."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,84 +9,12 @@ import pytest
 import torch
 
 from latentgen import InputError, Pipeline
-from latentgen.checkpoint import CLIP, save_pipeline
+from latentgen.checkpoint import CLIP
 from latentgen.checkpoint.keys import Tie, from_diffusers
 from latentgen.diffusion.noise import Noise
-from tests.conftest import CONTEXT, SCHEDULE
+from tests.conftest import CONTEXT
 
 TOLERANCE = 2e-3  # in [0, 1]
-DDIM = {"_class_name": "DDIMScheduler", **SCHEDULE}
-
-
-def tower(tokenizer: Any, width: int, projected: bool = False) -> Any:
-    """A random CLIP text tower with OpenCLIP's activation."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=CONTEXT,
-        hidden_act="gelu",
-        projection_dim=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-
-
-def padded_with_word_0(tokenizer: Any) -> Any:
-    """As OpenCLIP pads, and so the folders of Stable Diffusion 2 and of XL's second tower."""
-    other = copy.deepcopy(tokenizer)
-    other.pad_token = "!"
-    return other
-
-
-@pytest.fixture(scope="module")
-def xl(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Stable Diffusion XL folder, as we save it."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(1)
-    words = parts["tokenizer"]
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        cross_attention_dim=16 + 20,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=12 + 6 * 8,
-    ).eval()
-    return save_pipeline(
-        tmp_path_factory.mktemp("xl") / "xl",
-        tokenizer=words,
-        text_encoder=tower(words, 16),
-        tokenizer_2=padded_with_word_0(words),
-        text_encoder_2=tower(words, 20, projected=True),
-        vae=parts["vae"],
-        unet=unet,
-        scheduler_config={**DDIM, "_class_name": "EulerDiscreteScheduler"},
-    )
-
-
-@pytest.fixture(scope="module")
-def two(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Stable Diffusion 2 folder: v-prediction, OpenCLIP's form of text tower."""
-    torch.manual_seed(2)
-    words = padded_with_word_0(parts["tokenizer"])
-    given = {**parts, "tokenizer": words, "text_encoder": tower(words, 16)}
-    config = {**DDIM, "prediction_type": "v_prediction"}
-    return save_pipeline(tmp_path_factory.mktemp("two") / "two", **given, scheduler_config=config)
 
 
 def noise(seeds: list[int], height: int, width: int) -> torch.Tensor:
