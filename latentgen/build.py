@@ -157,14 +157,17 @@ class Run:
             if self.accelerator.is_main_process:
                 write_folder(place, lambda aside: learned.save_pretrained(aside) and None)
             self.accelerator.wait_for_everyone()
-        words = create.read_tokenizer(place)
+        return self._reported(create.read_tokenizer(place))
+
+    def _reported(self, words: CLIPTokenizer) -> CLIPTokenizer:
+        context = words.model_max_length
         texts = [*self.data.captions.texts]
         lengths = [len(ids) for ids in words(texts).input_ids]
-        cut = sum(length > what.context for length in lengths)
+        cut = sum(length > context for length in lengths)
         self.figures["tokenizer"] = {"vocabulary": len(words), "captions": len(lengths), "captions_cut": cut}
         self.report(
             f"tokenizer: {len(words)} tokens; {len(lengths)} captions, the longest {max(lengths)} tokens; "
-            f"{cut} are cut at {what.context}"
+            f"{cut} are cut at {context}"
         )
         if self.accelerator.is_main_process:
             texts += sorted({text for picture in self.data.held for text in picture.captions}.difference(texts))
@@ -246,7 +249,7 @@ class Run:
         form = what.model_dump(include={"channels", "layers", "head_width"}) | ({"pooled": True} if what.pooled else {})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
-        place = self._place("unet", form, goal, _loop(what.train), *upstream)
+        place = self._place("unet", form, goal, _loop(what.train), *upstream, *self._started())
         channels, side = (
             vae.config.latent_channels,
             self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -269,7 +272,7 @@ class Run:
         train_latents, train_states = latents("train", data.pixels), states("train", data.captions.texts)
         held = latents("held", data.held_pixels), states("held", data.held_captions)
         self._seed()
-        unet = create.unet(latent_channels=channels, latent_size=side, text_width=width, **form)
+        unet = self._first_unet({"latent_channels": channels, "latent_size": side, "text_width": width, **form})
         plan = from_config(scheduler_config(self.recipe))
         denoising = Denoising(plan.schedule, Prediction(what.prediction), what.weighting, what.caption_dropout)
         parts = (unet, denoising, train_latents, data.captions, train_states, data.weights, held, self.accelerator)
@@ -280,6 +283,14 @@ class Run:
             objective = FeatureObjective(*parts, terms=terms, targets=targets, sheet=lambda: self.sheet(unet))
         figures = self._run("unet", objective, what.train, what.gate, place)
         return unet.eval(), figures
+
+    def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
+        """The U-Net before its first step."""
+        return create.unet(**form)
+
+    def _started(self) -> tuple[str, ...]:
+        """What the U-Net's first weights depend on beside the seed."""
+        return ()
 
     def _tower_patches(self) -> np.ndarray:
         tower, pixels = self.clip.vision_model, self.data.pixels

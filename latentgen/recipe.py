@@ -34,7 +34,7 @@ class Train(_Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     decay_shape: Literal["linear", "cosine"] = "linear"
-    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd", "muon"] = "adamw"
     accumulate: Positive = 1
     averages: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = ()
     kept_averages: Positive = 16

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from latentgen import Pipeline
 from latentgen.checkpoint import open_folder
@@ -220,3 +221,42 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
     recipe.write_text(TINY.read_text().replace("tests/data/icons", "tests/data/nowhere"))
     command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--dry-run"]
     assert "nowhere" in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120))
+
+
+def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_is(
+    trained: tuple[Path, object], tmp_path: Path
+) -> None:
+    start, out = trained[0], tmp_path / "more"
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--start", str(start), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "clip: " not in done.stderr and "vae: " not in done.stderr
+
+    def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+        (path,) = open_folder(folder).weights[part]
+        return load_file(path)
+
+    for part in ("text_encoder", "vae"):
+        before, after = weights(start, part), weights(out, part)
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert any(not torch.equal(value, weights(out, "unet")[name]) for name, value in weights(start, "unet").items())
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (start, out))
+    assert after["vae"] == before["vae"] and after["unet"]["steps_before"] == before["unet"]["steps"]
+    assert after["unet"]["validation_loss"] < before["unet"]["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "said"),
+    [
+        ('prediction = "v"', 'prediction = "eps"', "the recipe says prediction_type = 'epsilon'"),
+        ("layers = 1\nhead_width = 32", "layers = 2\nhead_width = 32", "has not the form of the recipe's [unet]"),
+    ],
+)
+def test_a_run_goes_on_only_with_a_u_net_of_its_form(
+    trained: tuple[Path, object], tmp_path: Path, written: str, instead: str, said: str
+) -> None:
+    recipe = tmp_path / "other.toml"
+    recipe.write_text(TINY.read_text().replace(written, instead))
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--out", str(tmp_path / "out")]
+    command += ["--start", str(trained[0])]
+    assert said in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))

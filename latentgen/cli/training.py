@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from latentgen.errors import InputError
+
 TRAIN = """Examples:
 
 latentgen train pipelines/icons.toml
 
-latentgen train my.toml --data pictures/ --out mine"""
+latentgen train my.toml --data pictures/ --out mine
+
+latentgen train pipelines/icons.toml --start weights/icons --out weights/icons-more"""
 
 
 def add(app: typer.Typer) -> None:
@@ -26,6 +30,10 @@ def train(
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A folder of captioned pictures.", show_default="the recipe's own")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="A weights folder to go on from: its U-Net trains on, all else is taken as it is."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, measure a few steps, say what it will take; no more.")
@@ -42,10 +50,16 @@ def train(
     if dry_run:
         from latentgen.rehearsal import rehearse
 
+        if start is not None:
+            raise InputError("--dry-run rehearses a run from nothing; leave --start away with it")
+
         rehearse(recipe, out, data, report)
         return
-    from latentgen import build
+    from latentgen import build, continuation
 
-    folder = build.train(recipe, out, data, report)
+    if start is None:
+        folder = build.train(recipe, out, data, report)
+    else:
+        folder = continuation.train_on(recipe, start, out, data, report)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(folder)

@@ -71,6 +71,15 @@ def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.devi
     return module.to(device).requires_grad_(False).eval()
 
 
+def load_part(checkpoint: Checkpoint, part: str) -> Any:
+    """The network of one part ("unet", "vae", "text_encoder"), in float32 on the CPU: as training wants it."""
+    with quiet():
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    return load_module(kinds[part], checkpoint, part, torch.device("cpu"), torch.float32)
+
+
 def _from_single(kind: Any, checkpoint: SingleFile, part: str, dtype: torch.dtype) -> Any:
     """One network of a single file, on the host."""
     config, place = checkpoint.config(part), f"{checkpoint.folder}: {part}"

@@ -98,7 +98,8 @@ class TrainState:
     def start(cls, module: nn.Module, settings: LoopSettings) -> "TrainState":
         """Step 0 of a run over every weight of the module that is to be trained."""
         trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-        optimizer = make_optimizer(trained.values(), settings)
+        tables = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+        optimizer = make_optimizer(trained.values(), settings, tables)
 
         def copies() -> dict[str, Tensor]:
             return {name: weight.detach().clone() for name, weight in trained.items()}

@@ -1,11 +1,12 @@
 """Optimisers by name, through an explicit table."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from latentgen.errors import InputError
+from latentgen.training.muon import Muon
 
 if TYPE_CHECKING:
     from latentgen.training.loop import LoopSettings
@@ -39,24 +40,39 @@ def _sgd(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=what.rate, momentum=what.betas[0], nesterov=what.betas[0] > 0)
 
 
+def _muon(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
+    """Muon for matrices and kernels (`training.muon`), AdamW for the rest."""
+    return Muon(groups, lr=what.rate, betas=what.betas)
+
+
 OPTIMIZERS: Mapping[str, Callable[[Groups, "LoopSettings"], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw-8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "sgd": _sgd,
+    "muon": _muon,
 }
 
 
-def make_optimizer(weights: Iterable[torch.nn.Parameter], what: "LoopSettings") -> torch.optim.Optimizer:
+def make_optimizer(
+    weights: Iterable[torch.nn.Parameter], what: "LoopSettings", tables: Set[torch.Tensor] = frozenset()
+) -> torch.optim.Optimizer:
     """The optimiser `what.optimizer` names, over weights that are trained; matrices and kernels alone are decayed.
 
+    tables: those of the matrices whose rows are looked up, and do not act as a map: Muon leaves them to AdamW.
     Raises InputError for a name that is not in the table, or whose package is not installed.
     """
     if what.optimizer not in OPTIMIZERS:
         raise InputError(f"unknown optimizer {what.optimizer!r}; it can be one of: {', '.join(OPTIMIZERS)}")
     chosen = list(weights)
-    groups = [
-        {"params": [weight for weight in chosen if weight.ndim >= 2], "weight_decay": what.weight_decay},
+    maps = [weight for weight in chosen if weight.ndim >= 2]
+    groups: list[dict[str, Any]] = [
+        {"params": maps, "weight_decay": what.weight_decay},
         {"params": [weight for weight in chosen if weight.ndim < 2], "weight_decay": 0.0},
     ]
+    if what.optimizer == "muon":
+        looked_up = [weight for weight in maps if weight in tables]
+        groups[0]["params"] = [weight for weight in maps if weight not in tables]
+        groups[1]["orthogonal"] = False
+        groups.append({"params": looked_up, "weight_decay": what.weight_decay, "orthogonal": False})
     return OPTIMIZERS[what.optimizer]([group for group in groups if group["params"]], what)

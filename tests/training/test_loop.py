@@ -173,7 +173,7 @@ def test_the_rate_falls_by_a_cosine_where_asked() -> None:
     np.testing.assert_allclose(falling, 1 + np.cos(np.pi * np.arange(26) / 25), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adafactor", "sgd", "muon"])
 def test_other_optimisers_learn_and_resume_to_the_bit(tmp_path: Path, name: str) -> None:
     settings = replace(SETTINGS, optimizer=name, rate=0.1)
     objective, whole = start(settings=settings)

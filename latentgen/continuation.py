@@ -1,0 +1,99 @@
+"""A run that goes on from a finished weights folder: its U-Net trains on, all else is taken as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentgen.build import Run, scheduler_config
+from latentgen.checkpoint import Checkpoint, open_folder
+from latentgen.errors import InputError
+from latentgen.models import create
+from latentgen.models.loading import load_part
+from latentgen.recipe import read_recipe
+from latentgen.training.stage import Report
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+ALIKE = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "num_train_timesteps")
+
+
+def train_on(
+    recipe: Path, start: Path, out: Path | None = None, data: Path | None = None, report: Report = print
+) -> Path:
+    """Train the U-Net of the weights folder `start` further, as the recipe's [unet.train] says; as `build.train` else.
+
+    The tokenizer, the text encoder and the VAE are taken as they are. Returns the weights folder. Raises InputError
+    also where the U-Net, the schedule or the prediction is not the recipe's.
+    """
+    what = read_recipe(recipe)
+    place = out or Path("weights") / what.name
+    return Continuation(what, place, data or what.data.folder, report, open_folder(start)).all()
+
+
+@dataclass
+class Continuation(Run):
+    """A run of a recipe's last stage. The recipe's U-Net has to be of the form of the one it goes on from."""
+
+    start: Checkpoint
+
+    def __post_init__(self) -> None:
+        if self.recipe.unet.align:
+            raise InputError("align needs CLIP's image tower, which a finished folder does not hold; set align = 0")
+        if self.start.has_second:
+            raise InputError(f"{self.start.folder} has two text encoders; training goes on from one with a single one")
+
+    @cached_property
+    def words(self) -> CLIPTokenizer:
+        """The tokenizer it started with."""
+        return self._reported(create.read_tokenizer(self.start.folder / "tokenizer"))
+
+    @cached_property
+    def text_encoder(self) -> CLIPTextModel:
+        """The text encoder it started with."""
+        encoder: CLIPTextModel = load_part(self.start, "text_encoder")
+        return encoder.eval().requires_grad_(False)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder it started with."""
+        vae: AutoencoderKL = load_part(self.start, "vae")
+        return vae.eval().requires_grad_(False)
+
+    def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
+        asked, trained = scheduler_config(self.recipe), self.start.config("scheduler")
+        for key in ALIKE:
+            if key in asked and asked[key] != trained.get(key):
+                raise InputError(
+                    f"the recipe says {key} = {asked[key]!r}, {self.start.folder} was trained with "
+                    f"{trained.get(key)!r}; write the same"
+                )
+        fresh = create.unet(**form)
+        unet: UNet2DConditionModel = load_part(self.start, "unet")
+        shapes = ({name: value.shape for name, value in each.state_dict().items()} for each in (fresh, unet))
+        if next(shapes) != next(shapes):
+            raise InputError(
+                f"the U-Net of {self.start.folder} has not the form of the recipe's [unet]; write its form there "
+                f"(channels {unet.config.block_out_channels}, layers {unet.config.layers_per_block})"
+            )
+        fresh.load_state_dict(unet.state_dict())  # in the memory format that trains fastest
+        return fresh
+
+    def _started(self) -> tuple[str, ...]:
+        return (self.start.fingerprint,)
+
+    def save(self, unet: UNet2DConditionModel, figures: Mapping[str, Any]) -> None:
+        """Write the weights folder; the figures of what was taken as it is, and the steps before, stand there too."""
+        path = self.start.folder / "metrics.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        trained = before.get("unet", {})
+        steps = {"steps_before": trained.get("steps", 0.0) + trained.get("steps_before", 0.0)}
+        taken = {name: before[name] for name in ("clip", "vae") if name in before}
+        kept = {"tokenizer": figures["tokenizer"], **taken, "unet": {**figures["unet"], **steps}}
+        super().save(unet, kept)
