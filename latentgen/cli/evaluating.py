@@ -1,0 +1,63 @@
+"""Verbs of evaluation: evaluate."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentgen.errors import InputError
+
+EVALUATE = """Examples:
+
+latentgen evaluate weights/icons --data data/icons --out report.html
+
+latentgen evaluate weights/mine --data pictures/ --compare weights/icons --pictures 100"""
+
+
+def add(app: typer.Typer) -> None:
+    """Give the command line these verbs."""
+    app.command(epilog=EVALUATE)(evaluate)
+
+
+def evaluate(
+    weights: Annotated[str, typer.Argument(help="A weights folder.")],
+    data: Annotated[Path, typer.Option(help="A folder of captioned pictures.")],
+    out: Annotated[Path, typer.Option(help="The report; a .json with the figures goes beside it.")] = Path(
+        "report.html"
+    ),
+    pictures: Annotated[int, typer.Option(help="Held-out pictures, at most.")] = 400,
+    split: Annotated[str, typer.Option(help="The split that is held out.")] = "test",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the weights' own")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the weights' own")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the weights' own")] = None,
+    seed: Annotated[int, typer.Option(help="Of renderings and of what is drawn.")] = 0,
+    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP or DINOv2.")] = "default",
+    clip: Annotated[str | None, typer.Option(help="A CLIP folder, for scores of captions.")] = None,
+    concept: Annotated[str | None, typer.Option(help="The metadata column of what is shown.")] = None,
+    style: Annotated[str | None, typer.Option(help="The metadata column of the style.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Another weights folder, on the same pictures.")] = None,
+) -> None:
+    """Judge a model on held-out captions: figures with intervals, and a page of pictures.
+
+    A stopped run goes on from OUT.cache.
+    """
+    if out.suffix != ".html":
+        raise InputError(f"{out} is no .html; the report is a page, name it so")
+    import json
+
+    from latentgen.durable import write_file
+    from latentgen.evaluation.report import write_report
+    from latentgen.evaluation.run import Order
+    from latentgen.evaluation.run import evaluate as run
+
+    def report(line: str) -> None:
+        print(f"latentgen: {line}", file=sys.stderr, flush=True)
+
+    order = Order(data, pictures, split, steps, guidance, sampler, seed, judge, clip, concept, style)
+    found = [run(each, order, out.with_suffix(".cache"), report) for each in (weights, compare) if each is not None]
+    write_file(out.with_suffix(".json"), json.dumps([each.as_dict() for each in found], indent=2).encode())
+    write_file(out, write_report(*found).encode())
+    for name, figure in found[0].figures.items():
+        print(f"{name:45} {figure.value:.4g}  [{figure.low:.4g}, {figure.high:.4g}]  of {figure.count}")
+    print(out)

@@ -1,0 +1,275 @@
+"""Evaluate a weights folder on captioned pictures: render held-out captions, then ask a judge.
+
+Renderings and features are kept beside the report and found again by their content, so a stopped run goes on.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentgen.checkpoint import find, open_checkpoint
+from latentgen.data import Picture, hold_out, load_pixels, read_folder
+from latentgen.durable import write_file
+from latentgen.errors import InputError
+from latentgen.evaluation.encoders import Encoder, open_judge
+from latentgen.evaluation.levels import Inside, Level, look_inside
+from latentgen.evaluation.metrics import (
+    Figure,
+    cmmd_figure,
+    frechet_figure,
+    kid_figure,
+    manifold_figures,
+    mean_figure,
+    psnr_rows,
+    retrieval_rows,
+    score_rows,
+    ssim_rows,
+    unit,
+)
+from latentgen.evaluation.neighbours import Copies, Labels, find_copies, pair_figures
+from latentgen.image import to_bytes
+from latentgen.pipeline import Pipeline, terms_of
+
+BATCH = 8
+CONCEPTS, STYLES = ("codepoint", "concept", "label"), ("style",)
+HELD_OUT = 0.05  # of a folder where no picture is marked
+DIVERSE, EACH = 8, 4  # prompts rendered several times, and how often
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for. pictures: held-out ones rendered, at most; half as many of seen pairs. None: the default."""
+
+    data: Path
+    pictures: int = 400
+    split: str = "test"
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    seed: int = 0
+    judge: str | None = None
+    clip: str | None = None
+    concept: str | None = None
+    style: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """figures: by name. renderings, real: (N, H, W, 3) uint8 of `captions`; likeness: cosine of the two, (N,).
+
+    copies: nearest rows of `training` (M, H, W, 3).
+    """
+
+    name: str
+    settings: dict[str, Any]
+    figures: dict[str, Figure]
+    levels: list[Level]
+    captions: list[str]
+    renderings: np.ndarray = field(repr=False)
+    real: np.ndarray = field(repr=False)
+    likeness: np.ndarray = field(repr=False)
+    training: np.ndarray = field(repr=False)
+    copies: Copies = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        figures = {name: asdict(figure) for name, figure in self.figures.items()}
+        levels = [asdict(level) for level in self.levels]
+        return {"weights": self.name, "settings": self.settings, "figures": figures, "levels": levels}
+
+
+def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Report = lambda _: None) -> Evaluation:
+    """Render and judge. cache: a folder for renderings and features. Raises InputError with one line."""
+    if order.pictures < 3:
+        raise InputError(f"--pictures is {order.pictures}; an evaluation needs 3 or more")
+    checkpoint = open_checkpoint(find(weights))
+    size = terms_of(checkpoint).size
+    judge = open_judge(order.judge)
+    clip = open_judge(order.clip) if order.clip else None
+    if clip is not None and clip.texts is None:
+        raise InputError(f"--clip {order.clip} is no CLIP; give a folder of a CLIP model")
+    folder = hold_out(read_folder(order.data), order.split, HELD_OUT)
+    held, training = folder.select(order.split), folder.select("train")
+    if len(held) < 3 or len(training) < 2:
+        found = f"{len(held)} pictures in split {order.split!r} and {len(training)} in train"
+        raise InputError(f"{order.data} has {found}; an evaluation needs 3 held out and 2 for training")
+    held = choose(held, order.pictures, order.seed)
+    report(f"{len(held)} held-out pictures, {len(training)} for training, {size} px, judge {judge.name}")
+    real, known = load_pixels(held, size, cache / "pixels"), load_pixels(training, size, cache / "pixels")
+    captions = [picture.captions[0] for picture in real.pictures]
+
+    pipe = Pipeline.from_pretrained(weights)
+    settings = {"num_inference_steps": order.steps, "guidance_scale": order.guidance, "sampler": order.sampler}
+    artist = Artist(pipe, checkpoint.fingerprint, settings, order.seed, cache / "renderings", report)
+    drawn = artist.draw(captions)
+    many = list(dict.fromkeys(captions))[:DIVERSE]
+    several = artist.draw([caption for caption in many for _ in range(EACH)])
+
+    report("features")
+    see = lambda pixels: judge.features(np.asarray(pixels), cache / "features")  # noqa: E731
+    ours, theirs, all_known = see(drawn), see(real.array), see(known.array)
+    figures = compare(ours, theirs, order.seed)
+    draws = np.random.default_rng(order.seed).permutation(len(all_known))[: len(theirs)]
+    floor = compare(all_known[draws], theirs, order.seed) if len(draws) >= 3 else {}
+    figures |= {f"{name} (training pictures)": figure for name, figure in floor.items() if name != "own picture at 1"}
+    figures["diversity within a prompt"] = diversity(see(several), EACH, order.seed)
+    copies = find_copies(ours, all_known)
+    figures["memorised"] = mean_figure(copies.flagged, order.seed)
+    figures["memorised (held-out pictures)"] = mean_figure(find_copies(theirs, all_known).flagged, order.seed)
+    figures |= pairs(order, real.pictures, known.pictures, (ours, theirs, all_known), artist, see)
+    if clip is not None:
+        figures |= with_clip(clip, drawn, np.asarray(real.array), captions, cache / "features", order.seed)
+    report("losses and reconstructions")
+    inside = look_inside(checkpoint, np.asarray(real.array), captions, order.seed)
+    figures |= inner_figures(inside, np.asarray(real.array), see, theirs, order.seed)
+    told = {**dict(artist.settings.items()), "seed": order.seed, "data": order.data.name}
+    told |= {"judge": judge.name, "weights": checkpoint.fingerprint, "chance of own picture": 1 / len(captions)}
+    likeness = (unit(ours) * unit(theirs)).sum(1)
+    return Evaluation(
+        checkpoint.folder.resolve().name,
+        told,
+        figures,
+        inside.levels,
+        captions,
+        drawn,
+        np.asarray(real.array),
+        likeness,
+        known.array,
+        copies,
+    )
+
+
+def choose(pictures: Sequence[Picture], count: int, seed: int) -> tuple[Picture, ...]:
+    """At most `count`, drawn by the seed, in their order."""
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(pictures))[:count])
+    return tuple(pictures[index] for index in drawn)
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, Figure]:
+    """Two sets of features in every way there is."""
+    found = {"Fréchet distance": frechet_figure(ours, theirs, seed), "KID": kid_figure(ours, theirs, seed)}
+    found |= manifold_figures(theirs, ours, seed=seed)
+    if len(ours) == len(theirs):
+        found["own picture at 1"] = mean_figure(retrieval_rows(ours, theirs), seed)
+    return found
+
+
+def diversity(features: np.ndarray, each: int, seed: int) -> Figure:
+    """Mean cosine distance between a prompt's renderings, a number a prompt: features (prompts · each, D)."""
+    groups = unit(features).reshape(-1, each, features.shape[1])
+    alike = groups @ groups.transpose(0, 2, 1)
+    rows = 1 - (alike.sum((1, 2)) - np.trace(alike, axis1=1, axis2=2)) / (each * (each - 1))
+    return mean_figure(rows, seed)
+
+
+def column(pictures: Sequence[Picture], named: str | None, likely: Sequence[str]) -> str | None:
+    """The column asked for, or the first of the likely ones that every picture has. Raises InputError."""
+    has = [name for name in ([named] if named else likely) if all(name in p.attributes for p in pictures)]
+    if named and not has:
+        raise InputError(f"column {named!r} is not in every line of the pictures' metadata")
+    return has[0] if has else None
+
+
+def pairs(
+    order: Order,
+    held: Sequence[Picture],
+    training: Sequence[Picture],
+    features: tuple[np.ndarray, np.ndarray, np.ndarray],
+    artist: "Artist",
+    see: Callable[[Any], np.ndarray],
+) -> dict[str, Figure]:
+    """Concepts and styles, for pairs held out and, with half as many renderings, for pairs seen."""
+    concept = column([*held, *training], order.concept, CONCEPTS)
+    style = column([*held, *training], order.style, STYLES)
+    if concept is None or style is None:
+        return {}
+
+    def labels(pictures: Sequence[Picture]) -> Labels:
+        return Labels(*(np.array([str(p.attributes[name]) for p in pictures]) for name in (concept, style)))
+
+    ours, theirs, known = features
+    asked, all_labels = labels(held), labels(training)
+    seen_pairs = set(zip(all_labels.concepts, all_labels.styles, strict=True))
+    new = [k for k, pair in enumerate(zip(asked.concepts, asked.styles, strict=True)) if pair not in seen_pairs]
+    found = pair_figures(ours[new], theirs[new], asked.rows(new), known, all_labels, order.seed) if new else {}
+    figures = {f"held-out pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
+    some = np.sort(np.random.default_rng(order.seed + 1).permutation(len(training))[: max(1, len(held) // 2)])
+    drawn = see(artist.draw([training[k].captions[0] for k in some]))
+    found = pair_figures(drawn, known[some], all_labels.rows(some), known, all_labels, order.seed)
+    return figures | {f"seen pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
+
+
+def with_clip(
+    clip: Encoder, drawn: np.ndarray, real: np.ndarray, captions: list[str], cache: Path, seed: int
+) -> dict[str, Figure]:
+    """What a CLIP says of renderings, and of the real pictures under the same captions."""
+    assert clip.texts is not None
+    texts = clip.texts(captions).float().numpy()
+    ours, theirs = clip.features(drawn, cache), clip.features(real, cache)
+    figures = {"CMMD": cmmd_figure(ours, theirs, seed)}
+    for name, pictures in (("", ours), (" (real pictures)", theirs)):
+        figures[f"CLIP score{name}"] = mean_figure(score_rows(pictures, texts), seed)
+        figures[f"own caption at 1{name}"] = mean_figure(retrieval_rows(pictures, texts, captions), seed)
+    return figures
+
+
+def inner_figures(
+    inside: Inside, real: np.ndarray, see: Callable[[Any], np.ndarray], features: np.ndarray, seed: int
+) -> dict[str, Figure]:
+    """The validation loss, bits, and how well the autoencoder gives pictures back."""
+    again = see(inside.reconstructions)
+    figures = {"validation loss": inside.loss}
+    if inside.bits is not None:
+        figures["bits per latent dimension, bound"] = inside.bits
+    figures["reconstruction: PSNR, dB"] = mean_figure(psnr_rows(real, inside.reconstructions), seed)
+    if min(real.shape[1:3]) >= 11:
+        figures["reconstruction: SSIM"] = mean_figure(ssim_rows(real, inside.reconstructions), seed)
+    figures["reconstruction: Fréchet distance"] = frechet_figure(again, features, seed)
+    figures["reconstruction: feature distance"] = mean_figure(1 - (unit(again) * unit(features)).sum(1), seed)
+    return figures
+
+
+@dataclass
+class Artist:
+    """Renders captions in batches through the pipeline; what was rendered before is read from the cache."""
+
+    pipe: Pipeline
+    fingerprint: str
+    settings: dict[str, Any]
+    seed: int
+    cache: Path
+    report: Report
+
+    def draw(self, captions: Sequence[str]) -> np.ndarray:
+        """(N, H, W, 3) uint8; picture k has the seed seed + k."""
+        parts: list[np.ndarray] = []
+        for start in range(0, len(captions), BATCH):
+            texts = list(captions[start : start + BATCH])
+            seeds = [self.seed + start + k for k in range(len(texts))]
+            told = json.dumps([self.fingerprint, self.settings, texts, seeds], sort_keys=True)
+            place = self.cache / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy"
+            parts.append(self._kept(place, len(texts)))
+            if not len(parts[-1]):
+                out = self.pipe(texts, seed=seeds, output_type="np", prompt_weights=False, **self.settings)
+                parts[-1] = to_bytes(np.asarray(out.images))
+                file = io.BytesIO()
+                np.save(file, parts[-1], allow_pickle=False)
+                write_file(place, file.getvalue())
+                self.report(f"rendered {start + len(texts)} of {len(captions)}")
+        return np.concatenate(parts)
+
+    @staticmethod
+    def _kept(place: Path, count: int) -> np.ndarray:
+        """What lies there; empty if nothing whole does."""
+        try:
+            kept: np.ndarray = np.load(place, allow_pickle=False)
+        except (OSError, ValueError):
+            return np.empty(0)
+        return kept if len(kept) == count else np.empty(0)

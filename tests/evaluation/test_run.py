@@ -1,0 +1,65 @@
+"""`latentgen evaluate` on the tiny weights, whole; and what it refuses."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from latentgen import cli
+
+ICONS = Path(__file__).parents[1] / "data" / "icons"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str]]:
+    def call(*arguments: object) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["latentgen", "evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.slow
+def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
+    run: Callable[..., tuple[object, str]], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "report.html"
+    arguments = (folder, "--data", ICONS, "--out", out, "--pictures", 6, "--steps", 2, "--compare", folder)
+    code, said = run(*arguments)
+    assert code == 0, said
+    page = out.read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http-equiv", "")
+    (found, again) = json.loads(out.with_suffix(".json").read_text())
+    assert found["figures"] == again["figures"]
+    names = {"Fréchet distance", "KID", "recall", "memorised", "validation loss", "reconstruction: PSNR, dB"}
+    assert names <= set(found["figures"])
+    assert all(figure["count"] > 0 for figure in found["figures"].values())
+    assert len(found["levels"]) == 10
+    assert "rendered" in said
+    code, said = run(*arguments)
+    assert "rendered" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--pictures", 1], "an evaluation needs 3 or more"),
+        (["--out", "report.pdf"], "is no .html"),
+        (["--judge", "nowhere"], "no judge at nowhere"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    run: Callable[..., tuple[object, str]], folder: Path, tmp_path: Path, arguments: list[object], line: str
+) -> None:
+    data = [] if "--data" in arguments else ["--data", ICONS]
+    out = [] if "--out" in arguments else ["--out", tmp_path / "r.html"]
+    code, said = run(folder, *data, *out, *arguments)
+    assert code == 2
+    assert line in said
+    assert len(said.strip().splitlines()) == 1
