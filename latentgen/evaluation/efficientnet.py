@@ -99,7 +99,8 @@ class EfficientNetLite0(nn.Module):
         for module in list(network.modules()):
             if isinstance(module, ConvNorm):
                 module.fuse()
-        return network.to(memory_format=torch.channels_last).requires_grad_(False)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network.requires_grad_(False)
 
 
 def same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:

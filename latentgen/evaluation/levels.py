@@ -71,8 +71,12 @@ def look_inside(checkpoint: Checkpoint, pixels: np.ndarray, captions: Sequence[s
                 )
                 losses[level].append(found.numpy())
             if plan.prediction.name != "flow":
+
+                def denoise(x: Any, logsnr: Any, told: Any = condition) -> Any:
+                    return denoiser(x, logsnr, told).detach()
+
                 bound = continuous_bound(
-                    lambda x, logsnr, told=condition: denoiser(x, logsnr, told).detach(),
+                    denoise,
                     plan.schedule, x0, generator=generator, samples=2, bins=None,
                 )  # fmt: skip
                 bits.append(bound.total.rows.numpy())

@@ -68,7 +68,9 @@ def frechet(x: np.ndarray, y: np.ndarray, wx: Weights | None = None, wy: Weights
     no square root of a singular matrix is taken. Raises InputError for fewer than two pictures on a side.
     """
     (mean, a), (other, b) = _centred(x, wx), _centred(y, wy)
-    a, b = (np.linalg.qr(side, mode="r") if len(side) > side.shape[1] else side for side in (a, b))  # AᵀA stays
+    a, b = (
+        np.asarray(np.linalg.qr(side, mode="r")) if len(side) > side.shape[1] else side for side in (a, b)
+    )  # AᵀA stays
     overlap = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(((mean - other) ** 2).sum() + (a * a).sum() + (b * b).sum() - 2 * overlap)
 

@@ -96,7 +96,7 @@ def pair_figures(
         return {}
     asked = asked.rows(rows)
     ours, theirs = find(rendered[rows], asked, training, labels), find(real[rows], asked, training, labels)
-    figures = {}
+    figures: dict[str, Figure] = {}
     for name in ("concept", "style"):
         one, other = getattr(ours, name), getattr(theirs, name)
         figures |= {name: mean_figure(one, seed), f"{name}_real": mean_figure(other, seed)}

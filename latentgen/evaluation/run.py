@@ -113,7 +113,10 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     several = artist.draw([caption for caption in many for _ in range(EACH)])
 
     report("features")
-    see = lambda pixels: judge.features(np.asarray(pixels), cache / "features")  # noqa: E731
+
+    def see(pixels: Any) -> np.ndarray:
+        return judge.features(np.asarray(pixels), cache / "features")
+
     ours, theirs, all_known = see(drawn), see(real.array), see(known.array)
     figures = compare(ours, theirs, order.seed)
     draws = np.random.default_rng(order.seed).permutation(len(all_known))[: len(theirs)]
