@@ -37,6 +37,12 @@ def train_on(
     return Continuation(what, place, data or what.data.folder, report, open_folder(start)).all()
 
 
+def _form(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """What a U-Net is, but for the side it was made for, as JSON has it: tuples are lists there."""
+    form: dict[str, Any] = json.loads(json.dumps(dict(unet.config), default=str))
+    return {key: value for key, value in form.items() if not key.startswith("_") and key != "sample_size"}
+
+
 @dataclass
 class Continuation(Run):
     """A run of a recipe's last stage. The recipe's U-Net has to be of the form of the one it goes on from."""
@@ -58,13 +64,13 @@ class Continuation(Run):
     def text_encoder(self) -> CLIPTextModel:
         """The text encoder it started with."""
         encoder: CLIPTextModel = load_part(self.start, "text_encoder")
-        return encoder.eval().requires_grad_(False)
+        return encoder
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The autoencoder it started with."""
         vae: AutoencoderKL = load_part(self.start, "vae")
-        return vae.eval().requires_grad_(False)
+        return vae
 
     def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
         asked, trained = scheduler_config(self.recipe), self.start.config("scheduler")
@@ -76,12 +82,13 @@ class Continuation(Run):
                 )
         fresh = create.unet(**form)
         unet: UNet2DConditionModel = load_part(self.start, "unet")
-        shapes = ({name: value.shape for name, value in each.state_dict().items()} for each in (fresh, unet))
-        if next(shapes) != next(shapes):
-            raise InputError(
-                f"the U-Net of {self.start.folder} has not the form of the recipe's [unet]; write its form there "
-                f"(channels {unet.config.block_out_channels}, layers {unet.config.layers_per_block})"
-            )
+        asked, trained = _form(fresh), _form(unet)  # heads do not show in the shapes of the weights
+        for key, value in asked.items():
+            if value != trained.get(key):
+                raise InputError(
+                    f"the U-Net of {self.start.folder} has not the form of the recipe's [unet]: its {key} is "
+                    f"{trained.get(key)}, the recipe's {value}; write its form there"
+                )
         fresh.load_state_dict(unet.state_dict())  # in the memory format that trains fastest
         return fresh
 

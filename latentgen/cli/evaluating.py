@@ -58,6 +58,9 @@ def evaluate(
     found = [run(each, order, out.with_suffix(".cache"), report) for each in (weights, compare) if each is not None]
     write_file(out.with_suffix(".json"), json.dumps([each.as_dict() for each in found], indent=2).encode())
     write_file(out, write_report(*found).encode())
-    for name, figure in found[0].figures.items():
-        print(f"{name:45} {figure.value:.4g}  [{figure.low:.4g}, {figure.high:.4g}]  of {figure.count}")
+    for each in found:
+        if compare is not None:
+            print(f"{each.name}:")
+        for name, figure in each.figures.items():
+            print(f"{name:45} {figure.value:.4g}  [{figure.low:.4g}, {figure.high:.4g}]  of {figure.count}")
     print(out)

@@ -52,7 +52,6 @@ def train(
 
         if start is not None:
             raise InputError("--dry-run rehearses a run from nothing; leave --start away with it")
-
         rehearse(recipe, out, data, report)
         return
     from latentgen import build, continuation

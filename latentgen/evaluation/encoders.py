@@ -4,7 +4,6 @@ Features are kept on the disk by the content of the pictures and of the judge, i
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from latentgen.checkpoint import read_json
-from latentgen.durable import sha256, write_file
+from latentgen.durable import sha256
 from latentgen.errors import InputError
 from latentgen.evaluation.efficientnet import EfficientNetLite0
+from latentgen.evaluation.kept import kept
 from latentgen.models.towers import open_tower
 
 PACKAGE = Path(__file__).parents[1]
@@ -40,25 +40,16 @@ class Encoder:
 
     def _part(self, pixels: np.ndarray, cache: Path | None) -> np.ndarray:
         key = hashlib.sha256(f"{self.identity} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:32]
-        place = cache / f"{key}.npy" if cache is not None else None
-        if place is not None and place.is_file():
-            try:
-                kept = np.load(place, allow_pickle=False)
-                if len(kept) == len(pixels):
-                    return np.asarray(kept)
-            except (OSError, ValueError):
-                pass  # torn: made anew
-        found = []
-        for start in range(0, len(pixels), BATCH):
-            batch = torch.from_numpy(np.array(pixels[start : start + BATCH])).permute(0, 3, 1, 2).float() / 255
-            with torch.no_grad():
-                found.append(self.pictures(batch).float().numpy())
-        features = np.concatenate(found)
-        if place is not None:
-            file = io.BytesIO()
-            np.save(file, features, allow_pickle=False)
-            write_file(place, file.getvalue())
-        return features
+
+        def look() -> np.ndarray:
+            found = []
+            for start in range(0, len(pixels), BATCH):
+                batch = torch.from_numpy(np.array(pixels[start : start + BATCH])).permute(0, 3, 1, 2).float() / 255
+                with torch.no_grad():
+                    found.append(self.pictures(batch).float().numpy())
+            return np.concatenate(found)
+
+        return kept(cache / f"{key}.npy" if cache is not None else None, len(pixels), look)
 
 
 def open_judge(path: str | Path | None = None) -> Encoder:

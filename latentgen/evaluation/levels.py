@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,14 +72,8 @@ def look_inside(checkpoint: Checkpoint, pixels: np.ndarray, captions: Sequence[s
                 )
                 losses[level].append(found.numpy())
             if plan.prediction.name != "flow":
-
-                def denoise(x: Any, logsnr: Any, told: Any = condition) -> Any:
-                    return denoiser(x, logsnr, told).detach()
-
-                bound = continuous_bound(
-                    denoise,
-                    plan.schedule, x0, generator=generator, samples=2, bins=None,
-                )  # fmt: skip
+                estimate = partial(denoiser, condition=condition)
+                bound = continuous_bound(estimate, plan.schedule, x0, generator=generator, samples=2, bins=None)
                 bits.append(bound.total.rows.numpy())
     rows = np.stack([np.concatenate(part) for part in losses])  # (levels, N)
     logsnr = [float(plan.schedule.logsnr(time[None])[0]) for time in times]

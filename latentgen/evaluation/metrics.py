@@ -68,9 +68,8 @@ def frechet(x: np.ndarray, y: np.ndarray, wx: Weights | None = None, wy: Weights
     no square root of a singular matrix is taken. Raises InputError for fewer than two pictures on a side.
     """
     (mean, a), (other, b) = _centred(x, wx), _centred(y, wy)
-    a, b = (
-        np.asarray(np.linalg.qr(side, mode="r")) if len(side) > side.shape[1] else side for side in (a, b)
-    )  # AᵀA stays
+    # the triangle of a QR leaves AᵀA as it is, with no more rows than columns
+    a, b = (np.asarray(np.linalg.qr(side, mode="r")) if len(side) > side.shape[1] else side for side in (a, b))
     overlap = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(((mean - other) ** 2).sum() + (a * a).sum() + (b * b).sum() - 2 * overlap)
 
@@ -120,9 +119,9 @@ def _mmd_figure(kernel: np.ndarray, ours: int, seed: int) -> Figure:
     return distance_figure(distance, ours, len(kernel) - ours, seed=seed)
 
 
-def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(N, M), not below 0."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
+def squared_distances(x: np.ndarray, y: np.ndarray, kind: type = np.float64) -> np.ndarray:
+    """(N, M), not below 0, computed in `kind`."""
+    x, y = x.astype(kind), y.astype(kind)
     return np.maximum((x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2 * x @ y.T, 0)
 
 

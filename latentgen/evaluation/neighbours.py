@@ -29,22 +29,16 @@ def find_copies(renderings: np.ndarray, training: np.ndarray) -> Copies:
     """Memorisation as nearness in feature space; renderings (N, D), training (M, D), M of 2 or more."""
     among = np.empty(len(training))
     for start in range(0, len(training), AT_ONCE):
-        part = _squared(training[start : start + AT_ONCE], training)
+        part = squared_distances(training[start : start + AT_ONCE], training, np.float32)  # enough for a quantile
         part[np.arange(len(part)), start + np.arange(len(part))] = np.inf
         among[start : start + AT_ONCE] = part.min(1)
-    limit = float(np.sqrt(np.quantile(np.maximum(among, 0), QUANTILE)))
+    limit = float(np.sqrt(np.quantile(among, QUANTILE)))
     squared = squared_distances(renderings, training)
     nearest = squared.argmin(1)
     rows = np.arange(len(renderings))
     exact = ((renderings.astype(np.float64) - training[nearest]) ** 2).sum(1)  # a copy's difference is lost in sums
     distance = np.sqrt(np.minimum(squared[rows, nearest], exact))
     return Copies(nearest, distance, distance <= limit if limit == 0 else distance < limit, limit)
-
-
-def _squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Squared distances in float32: a quantile of many needs no more."""
-    x, y = x.astype(np.float32), y.astype(np.float32)
-    return np.asarray((x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2 * x @ y.T)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ Renderings and features are kept beside the report and found again by their cont
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.data import Picture, hold_out, load_pixels, read_folder
-from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.evaluation.encoders import Encoder, open_judge
+from latentgen.evaluation.kept import kept
 from latentgen.evaluation.levels import Inside, Level, look_inside
 from latentgen.evaluation.metrics import (
     Figure,
@@ -258,21 +258,10 @@ class Artist:
             seeds = [self.seed + start + k for k in range(len(texts))]
             told = json.dumps([self.fingerprint, self.settings, texts, seeds], sort_keys=True)
             place = self.cache / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy"
-            parts.append(self._kept(place, len(texts)))
-            if not len(parts[-1]):
-                out = self.pipe(texts, seed=seeds, output_type="np", prompt_weights=False, **self.settings)
-                parts[-1] = to_bytes(np.asarray(out.images))
-                file = io.BytesIO()
-                np.save(file, parts[-1], allow_pickle=False)
-                write_file(place, file.getvalue())
-                self.report(f"rendered {start + len(texts)} of {len(captions)}")
+            parts.append(kept(place, len(texts), partial(self._render, texts, seeds, len(captions) - start)))
         return np.concatenate(parts)
 
-    @staticmethod
-    def _kept(place: Path, count: int) -> np.ndarray:
-        """What lies there; empty if nothing whole does."""
-        try:
-            kept: np.ndarray = np.load(place, allow_pickle=False)
-        except (OSError, ValueError):
-            return np.empty(0)
-        return kept if len(kept) == count else np.empty(0)
+    def _render(self, texts: list[str], seeds: list[int], left: int) -> np.ndarray:
+        self.report(f"rendering, {left} to go")
+        out = self.pipe(texts, seed=seeds, output_type="np", prompt_weights=False, **self.settings)
+        return to_bytes(np.asarray(out.images))

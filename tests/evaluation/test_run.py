@@ -40,9 +40,9 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
     assert names <= set(found["figures"])
     assert all(figure["count"] > 0 for figure in found["figures"].values())
     assert len(found["levels"]) == 10
-    assert "rendered" in said
+    assert "rendering" in said
     code, said = run(*arguments)
-    assert "rendered" not in said
+    assert "rendering" not in said
 
 
 @pytest.mark.parametrize(
