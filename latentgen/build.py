@@ -152,11 +152,11 @@ class Run:
         """The tokenizer: learned, or read back."""
         what = self.recipe.tokenizer
         place = self._place("tokenizer", what.model_dump(), self.data.captions.fingerprint())
-        if not (place / "tokenizer_config.json").is_file():
-            learned = create.tokenizer(self.data.captions.texts, what.vocabulary, what.context)
-            if self.accelerator.is_main_process:
+        captions = self.data.captions.texts
+        with self.accelerator.main_process_first():  # whether it is there yet is asked in one place alone
+            if self.accelerator.is_main_process and not (place / "tokenizer_config.json").is_file():
+                learned = create.tokenizer(captions, what.vocabulary, what.context)
                 write_folder(place, lambda aside: learned.save_pretrained(aside) and None)
-            self.accelerator.wait_for_everyone()
         return self._reported(create.read_tokenizer(place))
 
     def _reported(self, words: CLIPTokenizer) -> CLIPTokenizer:
