@@ -67,6 +67,7 @@ class Pipeline(TakesLoras):
     loras: Loras | None = None
     perturbed: Network | None = None
     interrupt: bool = False
+    words: list[dict[str, Any]] = field(default_factory=list)  # the new words it was taught, as the settings say them
     _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
     _torch: Callable[[], Engine] | None = field(default=None, repr=False)  # what the engine here cannot do, this can
 
@@ -366,8 +367,30 @@ class Pipeline(TakesLoras):
             "pillow": PIL.__version__,
             **(self.machine or {}),
             **({"loras": self.loras.settings()} if self.loras is not None and self.loras.loaded else {}),
+            **({"words": list(self.words)} if self.words else {}),
             **({"brought": brought} if brought else {}),
         }
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None, *, known_as: str | None = None) -> str:
+        """Teach the text encoder a word from its embeddings (Gal et al. 2022): a .safetensors file, or its folder.
+
+        token: how it is written in prompts, if not as the file says. known_as: the path that pictures' settings say.
+        Returns the word. Raises InputError, one line, for a file that is none, is for another model, or a word that
+        is known already.
+        """
+        if not hasattr(self.text, "learned"):
+            self._use_torch()
+        from latentgen.durable import sha256
+        from latentgen.models.inversion import add_word, read_embedding
+        from latentgen.models.text import TextEncoder
+
+        if not isinstance(self.text, TextEncoder):
+            raise InputError("new words are for weights with one text encoder, on the torch engine; these have others")
+        word, vectors, file = read_embedding(path, token)
+        add_word(self.text, word, vectors)
+        said = Path(path).as_posix() if known_as is None else known_as
+        self.words.append({"word": word, "path": said, "sha256": sha256(file)})
+        return word
 
     def _use_torch(self) -> None:
         """Go on with torch, where the engine was left to be chosen and what is asked for takes torch."""

@@ -2,8 +2,9 @@
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,6 +12,7 @@ from latentgen.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
+Model = TypeVar("Model", bound=BaseModel)
 Amount = Annotated[float, Field(ge=0)]
 
 
@@ -165,23 +167,32 @@ class Recipe(_Section):
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises InputError, naming the key, for anything that is not right in it."""
+    return explained(Recipe, read_toml(path), f"recipe {path}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says. Raises InputError, one line, where it is not there or is no TOML."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         hint = f"; there is {', '.join(near)}" if near else "; give a .toml file such as pipelines/icons.toml"
         raise InputError(f"recipe {path} does not exist{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} cannot be read ({error}); give a .toml file") from None
-    try:
-        return Recipe.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"recipe {path} is not TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read ({error}); give a .toml file") from None
+
+
+def explained(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """The values as the model has them. Raises InputError, naming the key, for the first thing that is not right."""
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"recipe {path}: {_explain(error)}") from None
+        raise InputError(f"{where}: {_explain(error, model)}") from None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, whole: type[BaseModel]) -> str:
     """The first thing wrong, in words, unknown keys first: they are most often the cause of the rest."""
     flaws = sorted(error.errors(), key=lambda flaw: flaw["type"] != "extra_forbidden")
     flaw = flaws[0]
@@ -189,7 +200,7 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
     if flaw["type"] == "extra_forbidden":
         *section, key = (str(part) for part in flaw["loc"])
-        known = _keys(section)
+        known = _keys(whole, section)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         right = f"did you mean {near[0]!r}?" if near else f"it can be one of: {', '.join(known)}"
         place = f"[{'.'.join(section)}]" if section else "the top level"
@@ -199,9 +210,9 @@ def _explain(error: ValidationError) -> str:
     return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{more}"
 
 
-def _keys(section: list[str]) -> list[str]:
+def _keys(whole: type[BaseModel], section: list[str]) -> list[str]:
     """The keys a section may hold."""
-    model: Any = Recipe
+    model: Any = whole
     for name in section:
         field = model.model_fields.get(name)
         if field is None:
@@ -210,4 +221,4 @@ def _keys(section: list[str]) -> list[str]:
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if model is None:
             return []
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

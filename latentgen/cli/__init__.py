@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from latentgen import __version__
-from latentgen.cli import converting, data, evaluating, rendering, training
+from latentgen.cli import converting, data, evaluating, finetuning, rendering, training
 from latentgen.errors import InputError
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ OPTIONS = {  # what a person typed, for what Python calls it
     "seed": "--seed",
 }
 
-for verbs in (rendering, training, evaluating, converting, data):
+for verbs in (rendering, training, finetuning, evaluating, converting, data):
     verbs.add(app)
 
 

@@ -1,7 +1,7 @@
 """A prompt becomes a condition: tokens, then the hidden states the U-Net attends to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -19,12 +19,14 @@ class TextEncoder(ReadsPrompts):
 
     tokenizer: CLIPTokenizer. model: CLIPTextModel, or CLIPTextModelWithProjection; its device is where conditions are
     made. raw: the states before the last layer, without the final norm, as Stable Diffusion XL takes them; else the
-    last ones, normed.
+    last ones, normed. learned: the first id of a new word -> the ids of all its vectors. Gradients are recorded where
+    the model is in training mode.
     """
 
     tokenizer: Any
     model: Any
     raw: bool = False
+    learned: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, second: bool = False) -> Self:
@@ -63,7 +65,8 @@ class TextEncoder(ReadsPrompts):
     def tokens(self, text: str) -> list[Token]:
         """A text's tokens, without marks."""
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [Token(id, *span) for id, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return [Token(id, *span) for first, span in pairs for id in self.learned.get(first, (first,))]
 
     def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
         """states (B, K·L, D), the last hidden states after the final norm; each distinct chunk is encoded once.
@@ -76,7 +79,7 @@ class TextEncoder(ReadsPrompts):
         ids = torch.from_numpy(chunks.ids).to(self.model.device)
         masked = getattr(self.model.config, "use_attention_mask", False)
         mask = torch.from_numpy(chunks.mask).to(self.model.device) if masked else None
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.model.training and torch.is_grad_enabled()):
             out = self.model(ids, attention_mask=mask, output_hidden_states=self.raw)
         states = out.hidden_states[-2] if self.raw else out.last_hidden_state
         embedded = getattr(out, "text_embeds", None)

@@ -3,8 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from latentgen.durable import MANIFEST, sha256, write_folder
 from latentgen.errors import InputError
@@ -63,6 +66,22 @@ class Snapshots:
 
         write_folder(place, write)
         return True
+
+    def best_step(self) -> int | None:
+        """The step of the weights that did best; None where none are kept, or they are torn."""
+        place = self.folder / BEST
+        return None if _flaw(place) is not None else int(json.loads((place / "best.json").read_text())["step"])
+
+    def load_best(self, module: nn.Module) -> dict[str, Any] | None:
+        """Put the weights that did best into the module; what is known of them (figure, value, step), or None."""
+        place = self.folder / BEST
+        if _flaw(place) is not None:
+            return None
+        named, kept = dict(module.named_parameters()), load_file(place / "average.safetensors")
+        with torch.no_grad():
+            for name, value in kept.items():
+                named[name].copy_(value)
+        return dict(json.loads((place / "best.json").read_text()))
 
     def restore(self, state: TrainState) -> list[str]:
         """Load the newest whole checkpoint into `state`, if there is one; returns a line for each that was refused."""

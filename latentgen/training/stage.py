@@ -34,11 +34,15 @@ SLOWER = 0.5  # what the rate is multiplied by each time
 
 @dataclass(frozen=True)
 class Pace:
-    """When a stage looks up from its work: seconds between log lines and checkpoints, steps between validations."""
+    """When a stage looks up from its work: seconds between log lines and checkpoints, steps between validations.
+
+    patience: validations without a better figure after which it stops; 0 never stops.
+    """
 
     log_seconds: float = 10.0
     save_seconds: float = 300.0
     validate_steps: int = 500
+    patience: int = 0
 
 
 def fingerprint(*parts: Any) -> str:
@@ -76,7 +80,8 @@ def run_stage(
         report(f"{name}: {line}")
     main = accelerator.is_main_process
     done = folder / "done.json"
-    if done.is_file() and state.step == settings.steps:
+    enough = state.step == settings.steps or _stalled(snapshots, state.step, pace)
+    if done.is_file() and enough:
         state.swap_average()
         kept: Mapping[str, float] = json.loads(done.read_text())["figures"]
         report(f"{name}: done before ({state.step} steps), {_line(kept)}")
@@ -84,7 +89,8 @@ def run_stage(
     if state.step > settings.steps:
         raise InputError(f"{name} has already trained {state.step} steps; give steps = {state.step} or more")
     report(f"{name}: {'goes on from' if state.step else 'starts at'} step {state.step} of {settings.steps}")
-    _train(name, objective, state, settings, folder, accelerator, snapshots, seed, pace, report)
+    if not enough:
+        _train(name, objective, state, settings, folder, accelerator, snapshots, seed, pace, report)
     state.swap_average()
     figures = {**objective.validate(), "steps": float(state.step), "skipped": float(state.skipped)}
     report(f"{name}: {_line(figures)}")
@@ -120,12 +126,17 @@ def _train(
                 board.figures(progress.step, _entry(progress))
             if progress.step % pace.validate_steps == 0 or progress.step == settings.steps:
                 _look(name, objective, state, folder, snapshots, main, report, board)
+            stalled = progress.step % pace.validate_steps == 0 and _stalled(snapshots, progress.step, pace)
             if main and state.powers and (progress.step % every == 0 or progress.step == settings.steps):
                 averages.store(folder / "averages", progress.step, state.powers)
             due = now - saved >= pace.save_seconds and math.isfinite(progress.norm)  # never in the middle of trouble
-            if main and (due or progress.step == settings.steps):
+            if main and (due or stalled or progress.step == settings.steps):
                 snapshots.save(state)
                 saved = time.monotonic()
+            if stalled:
+                best, steps = snapshots.best_step(), pace.patience * pace.validate_steps
+                report(f"{name}: stops at step {progress.step}: no better since step {best}, {steps} steps or more")
+                return
             if stop:
                 if main:
                     report(f"{name}: stopping; saving step {state.step}")
@@ -161,6 +172,12 @@ def _lasting(
                 report(f"{name}: {line}")
             state.retreats, state.slowed, state.skipped = retreats, slowed, skipped
             report(f"{name}: {broken}; back to step {state.step}, the rate now {slowed:g} times what was asked")
+
+
+def _stalled(snapshots: Snapshots, step: int, pace: Pace) -> bool:
+    """Whether the best validation lies `pace.patience` validations back, or more."""
+    best = snapshots.best_step() if pace.patience else None
+    return best is not None and step - best >= pace.patience * pace.validate_steps
 
 
 @contextmanager

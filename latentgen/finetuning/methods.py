@@ -1,0 +1,165 @@
+"""What is trained: an adapter, the networks' own weights, or a new word; and the files it becomes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentgen.checkpoint import save_pipeline, write_folder
+from latentgen.finetuning.base import Base
+from latentgen.finetuning.settings import Finetune
+from latentgen.models.adapters import Trained, add_adapter, layers_of, text_layers, trained_weights, write_adapter
+from latentgen.models.inversion import NewWord, add_word, start_vectors, write_embedding
+from latentgen.models.onnx.export import write_graphs
+from latentgen.models.onnx.places import why_not
+from latentgen.models.text import TextEncoder
+from latentgen.pipeline import Pipeline
+
+Finish = Callable[[Path], None]  # called on the folder while it lies aside; what it raises leaves nothing behind
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """module: every weight that is trained. live: whether texts have to be encoded anew at every step.
+
+    settle: bring the weights to what the file will hold. save(out, finish): write the folder, whole or not at all.
+    reopen(folder): what it is to render with what was saved, from nothing.
+    """
+
+    module: nn.Module
+    live: bool
+    settle: Callable[[], None]
+    save: Callable[[Path, Finish], Path]
+    reopen: Callable[[Path], Pipeline]
+
+
+def make_trainee(base: Base, settings: Finetune) -> Trainee:
+    """The weights that the method trains, put into the opened networks; settings: with nothing left open."""
+    if settings.method == "textual-inversion":
+        return _word(base, settings)
+    if settings.adapter is not None:
+        return _adapter(base, settings, settings.adapter)
+    return _whole(base, settings)
+
+
+def _pipe(base: Base) -> Pipeline:
+    """The starting weights, opened anew."""
+    device = base.unet.device
+    return Pipeline.from_pretrained(base.place, engine="torch", device=device, dtype="float32")
+
+
+def _networks(base: Base, settings: Finetune) -> dict[str, Any]:
+    networks = {"unet": base.unet}
+    if settings.text_encoder:
+        networks["text_encoder"] = base.text.model
+    return networks
+
+
+def _adapter(base: Base, settings: Finetune, kind: str) -> Trainee:
+    assert settings.rank is not None and settings.targets is not None
+    networks = _networks(base, settings)
+    for part, network in networks.items():
+        layers = layers_of(network, settings.targets) if part == "unet" else text_layers(network)
+        add_adapter(network, kind, settings.rank, layers, settings.seed)
+        network.to(base.unet.device)
+    weights = {name: weight for part, network in networks.items() for name, weight in _of(network, part).items()}
+
+    def save(out: Path, finish: Finish) -> Path:
+        def write(aside: Path) -> None:
+            write_adapter(aside, kind, networks)
+            finish(aside)
+
+        return write_folder(out, write)
+
+    def reopen(folder: Path) -> Pipeline:
+        pipe = _pipe(base)
+        pipe.load_lora(folder)
+        return pipe
+
+    return Trainee(Trained(weights, networks.values()), settings.text_encoder, lambda: None, save, reopen)
+
+
+def _of(network: nn.Module, part: str) -> Mapping[str, nn.Parameter]:
+    return trained_weights(network, part)
+
+
+def _whole(base: Base, settings: Finetune) -> Trainee:
+    networks = _networks(base, settings)
+    for network in networks.values():
+        network.requires_grad_(True)
+    weights = {name: weight for part, network in networks.items() for name, weight in _of(network, part).items()}
+    module = Trained(weights, networks.values())
+
+    @torch.no_grad()
+    def settle() -> None:
+        """Half precision is what is stored; a picture of wider weights would be another one."""
+        for weight in module.parameters():
+            weight.copy_(weight.half().float())
+
+    def save(out: Path, finish: Finish) -> Path:
+        def after(aside: Path) -> None:
+            if why_not(base.checkpoint) is None:
+                write_graphs(aside)
+            finish(aside)
+
+        return save_pipeline(out, unet=base.unet, **base.saved_parts(), extra_files=_extras(base), finish=after)
+
+    def reopen(folder: Path) -> Pipeline:
+        return Pipeline.from_pretrained(folder, engine="torch", device=base.unet.device, dtype="float32")
+
+    return Trainee(module, settings.text_encoder, settle, save, reopen)
+
+
+def _extras(base: Base) -> dict[str, bytes | str]:
+    """What of the starting folder still holds: its defaults and size; whose pictures it was made from."""
+    return {
+        name: path.read_bytes()
+        for name in ("latentgen.json", "recipe.json")
+        if (path := base.checkpoint.folder / name).is_file()
+    }
+
+
+def _word(base: Base, settings: Finetune) -> Trainee:
+    assert isinstance(base.text, TextEncoder) and settings.token is not None
+    start = start_vectors(base.text, settings.like, settings.vectors, settings.seed)
+    word = NewWord(base.text, settings.token, start)
+
+    def save(out: Path, finish: Finish) -> Path:
+        def write(aside: Path) -> None:
+            write_embedding(aside, str(settings.token), word.vectors)
+            finish(aside)
+
+        return write_folder(out, write)
+
+    def reopen(folder: Path) -> Pipeline:
+        pipe = _pipe(base)
+        pipe.load_textual_inversion(folder)
+        return pipe
+
+    return Trainee(_Both(word, base.unet), True, lambda: None, save, reopen)
+
+
+class _Both(nn.Module):
+    """A new word's vectors, and a network that gradients pass through on their way to it."""
+
+    def __init__(self, word: NewWord, network: nn.Module) -> None:
+        super().__init__()
+        self.word = word
+        self.__dict__["network"] = network
+
+    def train(self, mode: bool = True) -> "_Both":
+        self.__dict__["network"].train(mode)
+        return super().train(mode)
+
+
+def untrained(base: Base, settings: Finetune) -> Pipeline:
+    """The starting weights for comparison: a new word is there what it starts as."""
+    pipe = _pipe(base)
+    if settings.method == "textual-inversion":
+        assert isinstance(pipe.text, TextEncoder) and settings.token is not None
+        start = start_vectors(pipe.text, settings.like, settings.vectors, settings.seed)
+        add_word(pipe.text, settings.token, start)
+    return pipe

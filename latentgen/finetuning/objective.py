@@ -1,0 +1,164 @@
+"""What fine-tuning descends: the denoising loss on the new pictures and, for DreamBooth, on the prior as well."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from latentgen.diffusion.denoiser import Condition, Network
+from latentgen.diffusion.loss import denoising_loss
+from latentgen.diffusion.schedule.plan import Plan
+from latentgen.models.text import TextEncoder, TwoTextEncoders
+from latentgen.training.captions import CaptionTable
+from latentgen.training.denoise import Latents
+from latentgen.training.draw import VALIDATION, Draw
+
+TRIED = 96  # denoisings that a validation is made of, at the least
+AT_ONCE = 32
+
+
+class Conditions(Protocol):
+    """Texts by number, the empty one last, as what the U-Net is told."""
+
+    empty: int
+
+    def rows(self, numbers: np.ndarray) -> Condition:
+        """The conditions (B, …) of some texts."""
+
+
+class KeptConditions:
+    """Encoded once: for text encoders that are not trained."""
+
+    def __init__(self, text: TextEncoder | TwoTextEncoders, texts: Sequence[str], size: int) -> None:
+        parts = [text.encode(list(texts[start : start + 64])) for start in range(0, len(texts), 64)]
+        self._states = torch.cat([part.states.half() for part in parts if part.states is not None])
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        self._pooled = torch.cat(pooled) if pooled else None
+        self._sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
+        self.empty = len(texts) - 1
+
+    def rows(self, numbers: np.ndarray) -> Condition:
+        """From the kept states."""
+        chosen = torch.from_numpy(np.asarray(numbers)).to(self._states.device)
+        states = self._states[chosen].float()
+        if self._pooled is None:
+            return Condition(states)
+        sizes = self._sizes.to(states.device).expand(len(numbers), -1)
+        return Condition(states, pooled=self._pooled[chosen], sizes=sizes)
+
+
+class LiveConditions:
+    """Encoded at every step: for a text encoder, or a word of it, that is trained."""
+
+    def __init__(self, text: TextEncoder, texts: Sequence[str]) -> None:
+        self._text, self._texts = text, list(texts)
+        self.empty = len(texts) - 1
+
+    def rows(self, numbers: np.ndarray) -> Condition:
+        """From the encoder as it is now."""
+        return self._text.encode([self._texts[number] for number in numbers])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pictures as latents, and the number of each one's text: (N, 2, C, h, w) moments, (N,)."""
+
+    latents: Latents
+    texts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class FinetuneObjective:
+    """The denoising loss (Rombach et al. 2022, equation 3) of a network whose trained weights `module` holds.
+
+    prior: trained on beside the pictures, its loss times prior_weight (Ruiz et al. 2023, equation 2). watched: the
+    starting weights' renderings on which forgetting is measured. held: pictures the validation is made on.
+    """
+
+    splits = True
+    judge = ("validation_loss", -1)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        network: Network,
+        plan: Plan,
+        pictures: Latents,
+        captions: CaptionTable,
+        conditions: Conditions,
+        *,
+        held: Kept,
+        watched: Kept,
+        prior: Kept | None,
+        prior_weight: float,
+        caption_dropout: float,
+        weighting: str,
+        accelerator: Accelerator,
+        sheet: Callable[[], Image.Image | None],
+    ) -> None:
+        self.module = module
+        self.weights = np.ones(len(pictures.moments))
+        self._network, self._plan, self._pictures, self._captions = network, plan, pictures, captions
+        self._conditions, self._held, self._watched, self._prior = conditions, held, watched, prior
+        self._prior_weight, self._dropout, self._weighting = prior_weight, caption_dropout, weighting
+        self._accelerator, self._sheet = accelerator, sheet
+
+    def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+        """On the items, some captions empty; and on as many pictures of the prior."""
+        device = self._accelerator.device
+        shape = self._pictures.moments.shape[2:]
+        x0 = self._pictures.sample(items, draw.normal(*shape).to(device))
+        numbers = self._captions.choose(items, draw.uniform().numpy())
+        numbers = np.where(draw.uniform().numpy() < self._dropout, self._conditions.empty, numbers)
+        times, eps = _times(draw, device), draw.normal(*shape).to(device)
+        if self._prior is None:
+            return {"loss": self._losses(x0, numbers, times, eps).mean()}
+        rows = (draw.uniform().numpy() * len(self._prior)).astype(np.int64)
+        kept = self._prior.latents.sample(rows, draw.normal(*shape).to(device))
+        both = self._losses(
+            torch.cat([x0, kept]),
+            np.concatenate([numbers, self._prior.texts[rows]]),
+            torch.cat([times, _times(draw, device)]),
+            torch.cat([eps, draw.normal(*shape).to(device)]),
+        )
+        new, old = both[: len(items)].mean(), both[len(items) :].mean()
+        return {"loss": new + self._prior_weight * old, "new": new, "prior": old}
+
+    def _losses(self, x0: Tensor, texts: np.ndarray, times: Tensor, eps: Tensor) -> Tensor:
+        x0, eps = (value.contiguous(memory_format=torch.channels_last) for value in (x0, eps))
+        condition = self._conditions.rows(texts)
+        schedule, prediction = self._plan.schedule, self._plan.prediction
+        return denoising_loss(self._network, schedule, prediction, x0, condition, times, eps, weighting=self._weighting)
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """The loss on held-out pictures and on what the starting weights rendered, with fixed noise at fixed times."""
+        self.module.eval()
+        return {"validation_loss": self._mean(self._held), "prior_loss": self._mean(self._watched)}
+
+    def _mean(self, kept: Kept) -> float:
+        device, shape = self._accelerator.device, kept.latents.moments.shape[2:]
+        found = []
+        for turn in range(max(4, -(-TRIED // len(kept)))):
+            for number, part in enumerate(np.array_split(np.arange(len(kept)), -(-len(kept) // AT_ONCE))):
+                draw = Draw(turn, number, len(part), stream=VALIDATION)
+                x0 = kept.latents.sample(part, draw.normal(*shape).to(device))
+                eps = draw.normal(*shape).to(device)
+                found.append(self._losses(x0, kept.texts[part], _times(draw, device), eps))
+        return float(torch.cat(found).mean())
+
+    def sheet(self) -> Image.Image | None:
+        """Fixed prompts from fixed noise, above them what the starting weights made of them."""
+        self.module.eval()
+        return self._sheet()
+
+
+def _times(draw: Draw, device: torch.device) -> Tensor:
+    return draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)

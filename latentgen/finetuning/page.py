@@ -1,0 +1,96 @@
+"""The page and the card of a fine-tuning run: before and after, two curves, what was chosen, what was proved."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentgen.training.report import STYLE, curve_plot, smoothed
+from latentgen.training.stage import duration
+
+
+@dataclass(frozen=True)
+class Told:
+    """What there is to tell of a run."""
+
+    name: str
+    method: str
+    base: str
+    pictures: int
+    ledger: str
+    reasons: Sequence[str]
+    settings: Mapping[str, Any]
+    figures: Mapping[str, float]
+    proof: str
+    use: str
+    seconds: float
+
+    def card(self) -> str:
+        """README.md of the folder."""
+        rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in self.figures.items())
+        return (
+            f"# {self.name}\n\n{self.method} of `{self.base}` on {self.pictures} pictures, in {duration(self.seconds)}."
+            f"\n\n```\n{self.use}\n```\n\n![Above: the starting weights. Below: these.](sheet.png)\n\n"
+            f"| figure | value |\n|---|---|\n{rows}\n\n{self.proof}\n\nWhose the pictures are, and what may be done "
+            "with what was learned from them, is for who trained it to say.\n"
+        )
+
+
+def write_page(told: Told, place: Path, sheet: Path) -> str:
+    """One HTML page that needs nothing beside it. place: the stage's folder, for its log and sheets."""
+    title = f"{told.name}: {told.method} of {told.base}"
+    entries = [json.loads(line) for line in _lines(place / "log.jsonl")]
+    rows = "".join(
+        f'<tr><td>{html.escape(name.replace("_", " "))}</td><td class="number">{value:.4g}</td></tr>'
+        for name, value in told.figures.items()
+    )
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{html.escape(told.ledger)}; {duration(told.seconds)} in all.</p>",
+        f"<pre>{html.escape(told.use)}</pre>",
+        "<h2>before and after</h2>",
+        _picture(sheet, "above: the starting weights; below: what was saved; fixed noise"),
+        "<h2>what it learned, what it forgot</h2>",
+        "<p>The loss on held-out pictures says what was learned: where it rises, the pictures are learned by heart. "
+        "The loss on the starting weights' own renderings says what was forgotten.</p>",
+        *_curves(entries, told.figures),
+        f"<table>{rows}</table>",
+        "<h2>proof</h2>",
+        f"<p>{html.escape(told.proof)}</p>",
+        "<h2>what was chosen, and why</h2>",
+        "<ul>" + "".join(f"<li>{html.escape(reason)}</li>" for reason in told.reasons) + "</ul>",
+        f"<pre>{html.escape(json.dumps(told.settings, indent=2, ensure_ascii=False))}</pre>",
+        "<h2>on the way</h2>",
+        *(_picture(path, path.stem) for path in _spread(sorted((place / "sheets").glob("*.png")))),
+    ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def _curves(entries: Sequence[Mapping[str, float]], figures: Mapping[str, float]) -> list[str]:
+    plots = []
+    for name, title in (("validation_loss", "held-out pictures"), ("prior_loss", "the starting weights' renderings")):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        if f"{name}_before" in figures:
+            points = [(0.0, figures[f"{name}_before"]), *points]
+        plots.append(curve_plot({name: points}, f"loss on {title}"))
+    trained = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    return [*plots, curve_plot({"loss": smoothed(trained)}, "training loss")]
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+
+
+def _spread(paths: Sequence[Path], most: int = 4) -> list[Path]:
+    chosen = sorted({round(turn * (len(paths) - 1) / (most - 1)) for turn in range(most)}) if paths else []
+    return [paths[k] for k in chosen]
+
+
+def _picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'

@@ -1,0 +1,110 @@
+"""Proof before anything is put in place: what was written is opened anew, here and in stock diffusers, and compared."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentgen.checkpoint import SingleFile
+from latentgen.diffusion.noise import Noise
+from latentgen.errors import InputError
+from latentgen.finetuning.base import Base
+from latentgen.finetuning.methods import Trainee
+from latentgen.finetuning.settings import Finetune
+from latentgen.models.adapters import stock_pictures
+from latentgen.pipeline import Pipeline
+
+SAME = 2e-3  # in [0, 1]: what pictures of the same weights may differ by
+EFFECT = 2e-3  # what pictures of changed weights have to differ by
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Largest differences of pictures in [0, 1]: saved against in memory, here and in stock diffusers (None: could not
+    be opened there, why stands in `remark`), and saved against the starting weights.
+    """
+
+    pictures: int
+    saved: float
+    stock: float | None
+    changed: float
+    remark: str = ""
+
+    def line(self) -> str:
+        """For people."""
+        stock = "not compared" if self.stock is None else f"{self.stock:.1e}"
+        return (
+            f"proof: {self.pictures} pictures of what was saved differ from those in memory by {self.saved:.1e} here, "
+            f"{stock} in stock diffusers (most allowed {SAME:g}), and from the starting weights' by {self.changed:.2f}"
+            + (f"; {self.remark}" if self.remark else "")
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return asdict(self)
+
+
+def prove(
+    base: Base, trainee: Trainee, settings: Finetune, start: np.ndarray, prompts: Sequence[str], aside: Path
+) -> Proof:
+    """Compare what lies in `aside` with what is in memory. start: `look` at the starting weights.
+
+    Raises InputError where what was saved renders other pictures, or the same as the starting weights.
+    """
+    size = int(settings.size or 0)
+    memory = look(base.pipe, base, prompts, size)
+    saved = look(trainee.reopen(aside), base, prompts, size)
+    apart = float(np.abs(saved - memory).max())
+    if not apart <= SAME:
+        raise InputError(f"what was saved renders other pictures than the model in memory ({apart:.2g}); nothing kept")
+    changed = float(np.abs(saved - start).max())
+    if not changed > EFFECT:
+        raise InputError(
+            f"the training changed nothing that can be seen ({changed:.1e}); give more steps or a larger rate, "
+            "nothing was written"
+        )
+    if isinstance(base.checkpoint, SingleFile):
+        return Proof(len(prompts), apart, None, changed, "stock diffusers opens single files with files from its hub")
+    there = _stock(base, settings, prompts, size, aside)
+    beyond = float(np.abs(there - memory).max())
+    if not beyond <= SAME:
+        raise InputError(f"stock diffusers renders other pictures from what was saved ({beyond:.2g}); nothing kept")
+    return Proof(len(prompts), apart, beyond, changed)
+
+
+def look(pipe: Pipeline, base: Base, prompts: Sequence[str], size: int) -> np.ndarray:
+    """(B, H, W, 3) in [0, 1]: a few steps of the sampler that the scheduler's config names, from fixed noise."""
+    return np.asarray(pipe(list(prompts), latents=_noise(base, prompts, size), **_call(base, size)).images)
+
+
+def _call(base: Base, size: int) -> dict[str, Any]:
+    guidance = base.pipe.terms.guidance
+    return {
+        "num_inference_steps": STEPS,
+        "guidance_scale": guidance,
+        "height": size,
+        "width": size,
+        "sampler": base.sampler,
+        "output_type": "np",
+        "prompt_weights": False,
+        "max_embeddings_multiples": 1,
+    }
+
+
+def _noise(base: Base, prompts: Sequence[str], size: int) -> Any:
+    import torch
+
+    side = size // base.pipe.terms.factor
+    return torch.from_numpy(Noise(range(len(prompts))).initial((base.pipe.terms.channels, side, side)))
+
+
+def _stock(base: Base, settings: Finetune, prompts: Sequence[str], size: int, aside: Path) -> np.ndarray:
+    call = {key: value for key, value in _call(base, size).items() if key in ("guidance_scale", "height", "width")}
+    call |= {"prompt": list(prompts), "num_inference_steps": STEPS, "latents": _noise(base, prompts, size)}
+    if settings.adapter is None and settings.method != "textual-inversion":
+        return np.asarray(stock_pictures(aside, None, None, None, call))
+    token = settings.token if settings.method == "textual-inversion" else None
+    return np.asarray(stock_pictures(base.checkpoint.folder, aside, settings.adapter, token, call))

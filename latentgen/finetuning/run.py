@@ -1,0 +1,373 @@
+"""The whole of a fine-tuning run: look over, choose, train, prove, save."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+
+from latentgen.checkpoint import read_json
+from latentgen.durable import alone, write_file
+from latentgen.errors import InputError
+from latentgen.finetuning.base import Base
+from latentgen.finetuning.examples import Examples, count_pictures, read_examples
+from latentgen.finetuning.methods import Trainee, make_trainee, untrained
+from latentgen.finetuning.objective import Conditions, FinetuneObjective, Kept, KeptConditions, LiveConditions
+from latentgen.finetuning.page import Told, write_page
+from latentgen.finetuning.prior import CHECKED, render_prior
+from latentgen.finetuning.prove import Proof, look, prove
+from latentgen.finetuning.settings import Chosen, Finetune, choose
+from latentgen.image import to_bytes
+from latentgen.models.loading import has_bf16
+from latentgen.models.text import TextEncoder
+from latentgen.training.cache import cached, latent_moments
+from latentgen.training.captions import CaptionTable
+from latentgen.training.denoise import Latents
+from latentgen.training.draw import Draw, Order
+from latentgen.training.intake import keep_ledger
+from latentgen.training.loop import LoopSettings
+from latentgen.training.sheet import contact_sheet
+from latentgen.training.snapshots import Snapshots
+from latentgen.training.stage import Pace, Report, duration, fingerprint, run_stage
+
+ABOUT = "finetune.json"  # in the folder that is written: what it is, of what, by which settings
+SHOWN = 4  # new prompts, and as many old ones, on a sheet
+STAGE = "finetune"
+
+
+def finetune(
+    pictures: str | Path,
+    *,
+    out: str | Path,
+    base: str | Path | None = None,
+    settings: Finetune | None = None,
+    report: Report = print,
+    **asked: Any,
+) -> Path:
+    """Teach a finished pipeline somebody's captioned pictures; returns the folder `out`, proved.
+
+    pictures: a captioned folder (DreamBooth and textual inversion need no captions). base: the weights to start from,
+    as `Pipeline.from_pretrained` takes them; they are not changed. settings, or its fields by name: see `Finetune`.
+    Interrupted, the same call goes on. Raises InputError, one line, and leaves `out` as it was.
+    """
+    what = settings if settings is not None else Finetune(**asked)
+    what.check()
+    return Run(Path(pictures), base, Path(out), what, report).all()
+
+
+@dataclass
+class Run:
+    """One run. Its own things (checkpoints, caches, sheets) stand beside the result, in OUT.training."""
+
+    folder: Path
+    start: str | Path | None
+    out: Path
+    asked: Finetune
+    say: Report
+    reasons: tuple[str, ...] = field(default=(), init=False)
+
+    @property
+    def state(self) -> Path:
+        """Where the run keeps its own things."""
+        return self.out.with_name(f"{self.out.name}.training")
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """Devices and precision."""
+        bf16 = self.asked.precision == "bf16" or (self.asked.precision == "auto" and has_bf16())
+        found = Accelerator(mixed_precision="bf16" if bf16 else "no")
+        if found.num_processes > 1:
+            raise InputError("finetune runs in one process; start it without torchrun or accelerate launch")
+        return found
+
+    def all(self) -> Path:
+        """Look over, choose, train, prove, save."""
+        folder, count = count_pictures(self.folder, self.asked)
+        base = Base.open(self.start, self.asked, self.accelerator.device)
+        chosen = self._choose(base, count)
+        what = chosen.settings
+        with alone(self.state):
+            examples = read_examples(folder, what, self.state / "cache", self.say)
+            key = self._key(base, what, examples)
+            if self._is_done(key):
+                self.say(f"finetune: done before; {self.out} is what this command makes")
+                return self.out
+            self._announce(base, chosen, examples)
+            return _Lesson(self, base, what, chosen.reasons, examples, key).learn()
+
+    def _choose(self, base: Base, count: int) -> Chosen:
+        held = bool(self.asked.hold_out) or (self.asked.hold_out is None and count >= 16)
+        held = held and self.asked.method not in ("dreambooth", "textual-inversion")
+        chosen = choose(self.asked, count, base.count, base.pipe.terms.size, held)
+        factor, size = base.pipe.terms.factor, int(chosen.settings.size or 0)
+        if size % factor or size < factor:
+            raise InputError(f"size is {size}; for these weights it must be a multiple of {factor}")
+        return chosen
+
+    def _key(self, base: Base, what: Finetune, examples: Examples) -> str:
+        """Changes with anything that the result depends on."""
+        captions = [picture.captions for picture in (*examples.pictures, *examples.held)]
+        seen = [fingerprint(np.asarray(part).tobytes().hex()) for part in (examples.pixels, examples.held_pixels)]
+        return fingerprint(base.checkpoint.fingerprint, what.model_dump(mode="json"), captions, seen)
+
+    def _is_done(self, key: str) -> bool:
+        """Whether `out` is this run's result. Raises InputError where something else stands there."""
+        about = self.out / ABOUT
+        if about.is_file():
+            if read_json(about).get("key") == key:
+                return True
+            raise InputError(f"{self.out} holds what another run made; name another place with --out, or move it")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise InputError(f"{self.out} exists and is no result of this command; name another place with --out")
+        return False
+
+    def _announce(self, base: Base, chosen: Chosen, examples: Examples) -> None:
+        what = chosen.settings
+        captions = examples.captions.texts
+        self.say(
+            f"finetune: {what.method} of {base.checkpoint.folder.name} ({base.count / 1e6:.1f}M weights) on "
+            f"{len(examples.pictures)} pictures of {what.size} px with {len(captions)} captions, {len(examples.held)} "
+            f"held out; on {self.accelerator.device}"
+        )
+        for reason in chosen.reasons:
+            self.say(f"chosen: {reason}")
+        if len(captions) == 1 and what.method not in ("dreambooth", "textual-inversion") and len(examples.pictures) > 1:
+            self.say(f"data: all pictures have one caption, {captions[0]!r}: it will mean all that they show")
+        if isinstance(base.text, TextEncoder):
+            told = [*captions, *(text for picture in examples.held for text in picture.captions)]
+            lengths = {text: base.text.count(text) for text in dict.fromkeys(told)}
+            self.say(keep_ledger(examples.ledger, lengths, base.text.tokenizer, self.state))
+
+
+@dataclass
+class _Lesson:
+    """What is taught, once everything is chosen."""
+
+    run: Run
+    base: Base
+    what: Finetune
+    reasons: tuple[str, ...]
+    examples: Examples
+    key: str
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """What is looked at: some of the new captions, some of what the starting weights were looked at with."""
+        new = self.what.prompts or tuple(dict.fromkeys(picture.captions[0] for picture in self._spread()))[:SHOWN]
+        if self.what.method == "dreambooth" and not self.what.prompts:
+            new += (f"{new[0]} on the grass", f"{new[0]} in the snow")
+        return (*new, *self.base.prompts[: max(SHOWN, 2)])
+
+    @property
+    def new(self) -> int:
+        """How many of the prompts are new ones."""
+        return len(self.prompts) - len(self.base.prompts[: max(SHOWN, 2)])
+
+    def _spread(self) -> Sequence[Any]:
+        pictures = self.examples.held or self.examples.pictures
+        return [pictures[k] for k in np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)]
+
+    def learn(self) -> Path:
+        """Train, keep the best, prove, save."""
+        run, base, what = self.run, self.base, self.what
+        size = int(what.size or 0)
+        began = time.monotonic()
+        first = look(untrained(base, what), base, self.prompts, size)
+        watched, prior = self._watched(), self._prior()
+        trainee = make_trainee(base, what)
+        objective = self._objective(trainee, watched, prior, first)
+        settings = self._loop()
+        self._foresee(objective, settings)
+        place = run.state / f"{STAGE}-{self.key}"
+        before = self._before(objective, place)
+        patience = what.patience if what.keep == "best" else 0
+        pace = Pace(log_seconds=10, save_seconds=120, validate_steps=int(what.validate_steps or 1), patience=patience)
+        figures = dict(
+            run_stage(
+                STAGE, objective, settings, place, run.accelerator, seed=what.seed, gate={}, pace=pace, report=run.say
+            )
+        )
+        if what.keep == "best" and (best := Snapshots(place / "checkpoints").load_best(trainee.module)) is not None:
+            run.say(f"finetune: keeps step {best['step']}, whose held-out loss {best['value']:.4g} is the least")
+            figures |= {"kept_step": float(best["step"]), **objective.validate()}
+        figures |= {f"{name}_before": value for name, value in before.items()}
+        trainee.module.eval()
+        trainee.settle()
+
+        def finish(aside: Path) -> None:
+            proof = prove(base, trainee, what, first, self.prompts, aside)
+            run.say(proof.line())
+            self._tell(aside, place, figures, proof, first, time.monotonic() - began)
+
+        trainee.save(run.out, finish)
+        run.say(f"finetune: wrote {run.out}; {self.use()}")
+        return run.out
+
+    def _loop(self) -> LoopSettings:
+        what = self.what
+        names = ("steps", "batch", "rate", "warmup", "decay", "weight_decay", "ema", "optimizer", "accumulate")
+        chosen = {name: getattr(what, name) for name in names}
+        if what.method == "textual-inversion":
+            chosen["weight_decay"] = 0.0
+        return LoopSettings(**chosen)
+
+    def _texts(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        told = [*self.examples.captions.texts, *(picture.captions[0] for picture in self.examples.held), *prompts]
+        return (*dict.fromkeys(text for text in told if text), "")
+
+    def _watched(self) -> np.ndarray:
+        prompts = [self.base.prompts[k % len(self.base.prompts)] for k in range(CHECKED)]
+        cache, size = self.run.state / "cache", int(self.what.size or 0)
+        return render_prior(self.base, prompts, size, cache, "pictures to measure forgetting on", self.run.say, 1000)
+
+    def _prior(self) -> np.ndarray | None:
+        count = int(self.what.prior_pictures or 0)
+        if not count:
+            return None
+        cache, size = self.run.state / "cache", int(self.what.size or 0)
+        prompts = [self.of_class] * count
+        return render_prior(self.base, prompts, size, cache, f"pictures of {self.of_class!r}", self.run.say, 5000)
+
+    @property
+    def of_class(self) -> str:
+        """The class alone: what the prior's pictures are called."""
+        return f"a {self.what.class_word}" if self.what.class_word else self.base.prompts[0]
+
+    def _objective(
+        self, trainee: Trainee, watched: np.ndarray, prior: np.ndarray | None, first: np.ndarray
+    ) -> FinetuneObjective:
+        base, what, examples = self.base, self.what, self.examples
+        shown = [base.prompts[k % len(base.prompts)] for k in range(len(watched))]
+        texts = self._texts([*shown, *([self.of_class] if prior is not None else [])])
+        table = CaptionTable(examples.pictures)
+        if table.texts != texts[: len(table.texts)]:
+            raise InputError("a caption is empty; write what the picture shows")
+        number = {text: place for place, text in enumerate(texts)}
+        conditions: Conditions
+        if trainee.live:
+            assert isinstance(base.text, TextEncoder)
+            conditions = LiveConditions(base.text, texts)
+        else:
+            conditions = KeptConditions(base.text, texts, int(what.size or 0))
+        latents = self._latents("train", examples.pixels)
+        if examples.held:
+            named = np.array([number[picture.captions[0]] for picture in examples.held])
+            held = Kept(self._latents("held", examples.held_pixels), named)
+        else:
+            held = Kept(latents, np.array([number[picture.captions[0]] for picture in examples.pictures]))
+        return FinetuneObjective(
+            trainee.module,
+            base.pipe.network,
+            base.plan,
+            latents,
+            table,
+            conditions,
+            held=held,
+            watched=Kept(_still(watched), np.array([number[text] for text in shown])),
+            prior=None if prior is None else Kept(_still(prior), np.full(len(prior), number[self.of_class])),
+            prior_weight=what.prior_weight,
+            caption_dropout=what.caption_dropout if what.method != "textual-inversion" else 0.0,
+            weighting=what.weighting,
+            accelerator=self.run.accelerator,
+            sheet=lambda: self._sheet(first),
+        )
+
+    def _latents(self, name: str, pixels: np.ndarray) -> Latents:
+        base, terms = self.base, self.base.pipe.terms
+        seen = fingerprint(base.checkpoint.fingerprint, np.asarray(pixels).tobytes().hex())
+        side = pixels.shape[1] // terms.factor
+        path = self.run.state / "cache" / f"latents-{name}-{seen}.npy"
+        vae, device = base.latent.vae, self.run.accelerator.device
+        shape = (len(pixels), 2, terms.channels, side, side)
+        moments = cached(path, shape, np.float32, lambda: latent_moments(vae, np.asarray(pixels), device))
+        return Latents(moments)
+
+    def _foresee(self, objective: FinetuneObjective, settings: LoopSettings) -> None:
+        """Say how long it will take, from two steps that leave no trace."""
+        objective.module.train()
+        order = Order(objective.weights, settings.batch, self.what.seed)
+        for turn in range(2):
+            began = time.monotonic()
+            with self.run.accelerator.autocast():
+                loss = objective.loss(order.items(turn), Draw(self.what.seed, turn, settings.batch))["loss"]
+            loss.backward()  # type: ignore[no-untyped-call]
+            spent = time.monotonic() - began
+        for weight in objective.module.parameters():
+            weight.grad = None
+        trained = sum(weight.numel() for weight in objective.module.parameters())
+        self.run.say(
+            f"finetune: trains {trained:,} weights; {settings.steps} steps of {settings.batch} pictures at "
+            f"{settings.batch / spent:.1f} pictures/s: about {duration(settings.steps * spent)}"
+        )
+
+    def _before(self, objective: FinetuneObjective, place: Path) -> Mapping[str, float]:
+        """The validation before the first step, kept for when the run goes on."""
+        path = place / "before.json"
+        if not path.is_file():
+            write_file(path, json.dumps(dict(objective.validate())).encode())
+        figures: dict[str, float] = read_json(path)
+        self.run.say("finetune: before: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in figures.items()))
+        return figures
+
+    def _sheet(self, first: np.ndarray) -> Image.Image:
+        """The starting weights' pictures, and below them those of the weights as they are."""
+        now = look(self.base.pipe, self.base, self.prompts, int(self.what.size or 0))
+        pictures = [Image.fromarray(each) for each in (*to_bytes(first), *to_bytes(now))]
+        return contact_sheet(pictures, len(self.prompts), [*self.prompts, *self.prompts])
+
+    def use(self) -> str:
+        """How the result is used, in a command."""
+        prompt, out = self.prompts[0], self.run.out
+        start = f" --weights {self.run.start}" if self.run.start is not None else ""
+        if self.what.method == "textual-inversion":
+            return f'latentgen render "{prompt}"{start} --word {out}'
+        if self.what.method == "style":
+            return f'latentgen render "{prompt}"{start} --style {out}:0.7'
+        if self.what.adapter is not None:
+            return f'latentgen render "{prompt}"{start} --lora {out}'
+        return f'latentgen render "{prompt}" --weights {out}'
+
+    def _tell(
+        self, aside: Path, place: Path, figures: Mapping[str, float], proof: Proof, first: np.ndarray, seconds: float
+    ) -> None:
+        """Everything that stands beside the weights: what it is, figures, a sheet, a page."""
+        run, base, what = self.run, self.base, self.what
+        sheet = self._sheet(first)
+        about = {
+            "key": self.key,
+            "method": what.method,
+            "base": {"name": base.checkpoint.folder.resolve().name, "sha256": base.checkpoint.fingerprint},
+            "settings": what.model_dump(mode="json", by_alias=True),
+            "reasons": list(self.reasons),
+            "prompts": list(self.prompts),
+        }
+        told = Told(
+            name=run.out.name,
+            method=what.method,
+            base=base.checkpoint.folder.resolve().name,
+            pictures=len(self.examples.pictures),
+            ledger=self.examples.ledger.line(),
+            reasons=self.reasons,
+            settings=about["settings"],
+            figures=figures,
+            proof=proof.line(),
+            use=self.use(),
+            seconds=seconds,
+        )
+        sheet.save(aside / "sheet.png", "PNG", optimize=True)
+        (aside / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        metrics = {STAGE: dict(figures), "proof": proof.figures(), "seconds": round(seconds, 1)}
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(told.card(), encoding="utf-8")
+        (aside / "report.html").write_text(write_page(told, place, aside / "sheet.png"), encoding="utf-8")
+
+
+def _still(latents: np.ndarray) -> Latents:
+    """Latents (N, C, h, w) that are known exactly: moments of no spread."""
+    return Latents(np.stack([latents, np.zeros_like(latents)], axis=1))

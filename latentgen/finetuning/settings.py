@@ -1,0 +1,143 @@
+"""What can be asked of a fine-tuning run, and what is chosen where nothing is asked, each with its reason."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentgen.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Part = Annotated[float, Field(ge=0, lt=1)]
+Above = Annotated[float, Field(gt=0)]
+
+METHODS = {  # what each is, for people
+    "lora": "small matrices beside the U-Net's own (Hu et al. 2021)",
+    "dora": "LoRA with each row's length learned apart (Liu et al. 2024)",
+    "lokr": "Kronecker products instead of low rank (Yeh et al. 2024): the smallest files",
+    "full": "every weight of the U-Net",
+    "dreambooth": "a subject by a rare word, its class kept by the class's own pictures (Ruiz et al. 2023)",
+    "textual-inversion": "a new word's embeddings alone (Gal et al. 2022)",
+    "style": "a look that a dial sets at render time: a LoRA, and how far each turn of the dial goes",
+}
+ADAPTERS = ("lora", "dora", "lokr", "style")
+SMALL = 150e6  # weights of a U-Net below which it is a small one, trained with larger steps
+
+
+class Finetune(BaseModel):
+    """A fine-tuning run. None is chosen from the pictures and the weights, and said with the reason.
+
+    token, class: DreamBooth's rare word and what kind of thing it is ("zwx", "cat"); textual inversion's new word.
+    like: the word whose embedding a new word starts from. vectors: embeddings of a new word. on: what DreamBooth trains.
+    caption: one caption for every picture, in place of its own. targets: the layers that adapters change. keep: the
+    weights with the best held-out loss, or the last. patience: validations without a better one before it stops; 0
+    never stops. prompts: looked at while it trains.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    method: Literal["lora", "dora", "lokr", "full", "dreambooth", "textual-inversion", "style"] = "lora"
+    on: Literal["lora", "full"] = "lora"
+    rank: Positive | None = None
+    targets: Literal["attention", "all"] | None = None
+    text_encoder: bool = False
+    steps: Positive | None = None
+    batch: Positive | None = None
+    rate: Above | None = None
+    warmup: Positive | None = None
+    decay: Part = 0.5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    ema: Part | None = None
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd", "muon"] = "adamw"
+    accumulate: Positive = 1
+    weighting: str = "simple"
+    caption_dropout: Part = 0.1
+    size: Positive | None = None
+    captions: Literal["files", "names"] = "files"
+    caption: str | None = None
+    background: str = "white"
+    held_out: str = "test"
+    hold_out: Part | None = None
+    token: str | None = None
+    class_word: str | None = Field(None, alias="class")
+    like: str | None = None
+    vectors: Positive = 1
+    prior_pictures: Annotated[int, Field(ge=0)] | None = None
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    keep: Literal["best", "last"] | None = None
+    patience: Annotated[int, Field(ge=0)] = 4
+    validate_steps: Positive | None = None
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @property
+    def adapter(self) -> str | None:
+        """The kind of adapter that is trained: "lora", "dora" or "lokr"; None for whole weights and new words."""
+        if self.method == "dreambooth":
+            return "lora" if self.on == "lora" else None
+        return {"lora": "lora", "style": "lora", "dora": "dora", "lokr": "lokr"}.get(self.method)
+
+    def check(self) -> None:
+        """Raises InputError for what does not go together."""
+        if self.method == "dreambooth" and not self.class_word:
+            raise InputError('class is missing: dreambooth wants the kind of thing it is shown, as --class "cat"')
+        if self.method == "textual-inversion":
+            if not self.token:
+                raise InputError('token is missing: textual-inversion wants the new word, as --token "<my-cat>"')
+            if self.text_encoder:
+                raise InputError("text_encoder is not trained by textual-inversion, which learns new words alone")
+        elif self.vectors != 1 or self.like:
+            raise InputError(f"vectors and like are textual-inversion's; {self.method} has no new word")
+        if self.token and self.method not in ("dreambooth", "textual-inversion"):
+            raise InputError(f"token is dreambooth's and textual-inversion's; {self.method} learns from captions")
+        if self.class_word and self.method != "dreambooth":
+            raise InputError(f"class is dreambooth's; {self.method} learns from captions")
+        if self.rank is not None and self.adapter is None:
+            raise InputError(f"rank is an adapter's; {self.method} has none")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings with nothing left open, and why each was chosen that nobody gave."""
+
+    settings: Finetune
+    reasons: tuple[str, ...]
+
+
+def choose(asked: Finetune, pictures: int, weights: int, largest: int, held: bool) -> Chosen:
+    """Fill in what was not given. pictures: to train on; weights: of the U-Net; largest: side in pixels it was trained
+    at; held: whether pictures are held out.
+
+    The numbers are what worked on `weights/icons` for small networks and what the field uses on Stable Diffusion
+    (its DreamBooth, LoRA and textual-inversion papers and diffusers' examples) for large ones.
+    """
+    small = weights < SMALL
+    how = f"the U-Net is {'small' if small else 'large'} ({weights / 1e6:.0f}M weights)"
+    few = f"{pictures} pictures"
+    open_: dict[str, tuple[Any, str]] = {}
+    batch = asked.batch or min(16 if small else 2, max(1, pictures))
+    open_["batch"] = (batch, f"{how}; {few}")
+    each = {"dreambooth": 300, "textual-inversion": 300}.get(asked.method, 80)
+    samples = max(1600, min(each * pictures, 9600)) if small else max(800, min(each * pictures, 6400))
+    open_["steps"] = (math.ceil(samples / batch), f"{few}, each seen about {samples / pictures:.0f} times")
+    rates = {"full": (2e-4, 1e-5), "textual-inversion": (1e-2, 5e-3), "lokr": (2e-3, 3e-4)}
+    kind = "full" if asked.method == "dreambooth" and asked.on == "full" else asked.method
+    open_["rate"] = (rates.get(kind, (1e-3, 1e-4))[not small], f"{how}; {asked.method}")
+    if asked.adapter is not None:
+        open_["rank"] = (4 if pictures < 12 else 8 if pictures < 60 else 16, few)
+        open_["targets"] = ("all" if small else "attention", how)
+    open_["size"] = (largest, "what the weights were trained at")
+    open_["hold_out"] = (0.0 if pictures < 16 or asked.method in ("dreambooth", "textual-inversion") else 0.1, few)
+    open_["keep"] = ("best" if held else "last", "pictures are held out" if held else "no picture is held out")
+    prior = (64 if small else 100) if asked.method == "dreambooth" and asked.prior_weight else 0
+    open_["prior_pictures"] = (prior, asked.method)
+    steps = asked.steps or int(open_["steps"][0])
+    open_["warmup"] = (max(1, min(100, steps // 20)), f"{steps} steps")
+    open_["ema"] = (min(0.99, max(0.0, 1 - 20 / steps)), f"{steps} steps")
+    open_["validate_steps"] = (max(1, steps // 12), f"{steps} steps")
+    given = asked.model_dump(by_alias=False)
+    chosen = {key: value for key, (value, _) in open_.items() if given[key] is None}
+    reasons = tuple(f"{key} = {value} ({open_[key][1]})" for key, value in chosen.items())
+    return Chosen(asked.model_copy(update=chosen), reasons)
