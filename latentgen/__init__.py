@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentgen.errors import InputError
+    from latentgen.finetuning import finetune
     from latentgen.output import Output
     from latentgen.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Output", "Pipeline", "__version__"]
+__all__ = ["InputError", "Output", "Pipeline", "__version__", "finetune"]
 
-_HOMES = {"InputError": "latentgen.errors", "Output": "latentgen.output", "Pipeline": "latentgen.pipeline"}
+_HOMES = {
+    "InputError": "latentgen.errors",
+    "Output": "latentgen.output",
+    "Pipeline": "latentgen.pipeline",
+    "finetune": "latentgen.finetuning",
+}
 
 
 def __getattr__(name: str) -> Any:

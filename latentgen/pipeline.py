@@ -29,6 +29,7 @@ from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.prompt import alike
+from latentgen.models.words import TakesWords
 from latentgen.output import Output, identity, picture_settings
 from latentgen.request import OUTPUT_TYPES, Request, Terms, read_request
 
@@ -50,7 +51,7 @@ class PromptCut(UserWarning):
 
 
 @dataclass(eq=False)
-class Pipeline(TakesLoras):
+class Pipeline(TakesLoras, TakesWords):
     """A text encoder, a denoising network and an autoencoder, with the schedule they were trained in.
 
     scheduler: a diffusers scheduler config. terms: what the weights allow and their defaults. weights, machine: what
@@ -370,27 +371,6 @@ class Pipeline(TakesLoras):
             **({"words": list(self.words)} if self.words else {}),
             **({"brought": brought} if brought else {}),
         }
-
-    def load_textual_inversion(self, path: str | Path, token: str | None = None, *, known_as: str | None = None) -> str:
-        """Teach the text encoder a word from its embeddings (Gal et al. 2022): a .safetensors file, or its folder.
-
-        token: how it is written in prompts, if not as the file says. known_as: the path that pictures' settings say.
-        Returns the word. Raises InputError, one line, for a file that is none, is for another model, or a word that
-        is known already.
-        """
-        if not hasattr(self.text, "learned"):
-            self._use_torch()
-        from latentgen.durable import sha256
-        from latentgen.models.inversion import add_word, read_embedding
-        from latentgen.models.text import TextEncoder
-
-        if not isinstance(self.text, TextEncoder):
-            raise InputError("new words are for weights with one text encoder, on the torch engine; these have others")
-        word, vectors, file = read_embedding(path, token)
-        add_word(self.text, word, vectors)
-        said = Path(path).as_posix() if known_as is None else known_as
-        self.words.append({"word": word, "path": said, "sha256": sha256(file)})
-        return word
 
     def _use_torch(self) -> None:
         """Go on with torch, where the engine was left to be chosen and what is asked for takes torch."""

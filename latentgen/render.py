@@ -15,10 +15,11 @@ from typing import Any
 
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.sampling import SAMPLERS
-from latentgen.durable import write_file
+from latentgen.durable import sha256, write_file
 from latentgen.errors import InputError
 from latentgen.image import read_settings
 from latentgen.models.lora import read_lora
+from latentgen.models.prompt import embedding_file
 from latentgen.pipeline import Pipeline, terms_of
 from latentgen.request import Request, read_request
 
@@ -31,7 +32,7 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pi
 class Order:
     """What `latentgen render` was asked for; None is the weights' own default.
 
-    size: (width, height) in pixels. loras: (file or folder, weight) of each.
+    size: (width, height) in pixels. loras: (file or folder, weight) of each. words: files of new words' embeddings.
     """
 
     prompts: Sequence[str]
@@ -47,6 +48,7 @@ class Order:
     max_embeddings_multiples: int | None = None
     loras: Sequence[tuple[str, float]] = ()
     engine: str = "auto"
+    words: Sequence[str] = ()
 
 
 def render(
@@ -80,9 +82,11 @@ def render(
     targets = places(out, request)
     for path, _ in order.loras:
         read_lora(path)
-    pipe = Pipeline.from_pretrained(weights, engine=engine_for(order.engine, order.loras))
+    pipe = Pipeline.from_pretrained(weights, engine=engine_for(order.engine, (*order.loras, *order.words)))
     for path, weight in order.loras:
         pipe.load_lora(path, weight)
+    for path in order.words:
+        pipe.load_textual_inversion(path)
     for start in range(0, len(request), order.batch):
         rows = slice(start, start + order.batch)
         settings = {
@@ -110,17 +114,18 @@ def replay(
     weights: str | None = None,
     progress: Progress | None = None,
     loras: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> tuple[Path, list[str]]:
     """Make a picture again from what its PNG says; out: a .png file, a folder, or None for NAME-replay.png beside it.
 
-    loras: where its LoRAs are now, in any order, if they are not where they were.
+    loras, words: where its LoRAs and new words are now, in any order, if they are not where they were.
     Returns the new file and remarks: whether it is the same byte for byte, and what has changed if it is not. Raises
     InputError where the picture does not say enough, or the weights at hand are not those it was made with.
     """
     settings = read_settings(picture)
     target = replay_place(picture, out)
     try:
-        made, changes = _again(settings, picture, weights, progress, loras)
+        made, changes = _again(settings, picture, weights, progress, loras, words)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{picture}: its settings are not whole ({error}); it cannot be made again") from error
     same = made == picture.read_bytes()
@@ -150,9 +155,9 @@ def pictures(
 
 
 def engine_for(engine: str, loras: Sequence[Any]) -> str:
-    """The engine to open: LoRAs are torch's. Raises InputError where onnx was asked for beside them."""
+    """The engine to open: LoRAs and new words are torch's. Raises InputError where onnx was asked for beside them."""
     if loras and engine == "onnx":
-        raise InputError("engine 'onnx' takes no LoRA; leave out --engine, and torch renders")
+        raise InputError("engine 'onnx' takes no LoRA and no new word; leave out --engine, and torch renders")
     return "torch" if loras else engine
 
 
@@ -226,12 +231,26 @@ def _loras_again(recorded: Sequence[Mapping[str, Any]], picture: Path, places: S
     return found
 
 
+def _words_again(settings: Mapping[str, Any], picture: Path, places: Sequence[str]) -> list[Path]:
+    """Where the new words of a picture are now; an InputError where one is not there, or is another."""
+    here = {sha256(file): file for file in map(embedding_file, places)}
+    found = []
+    for known in settings.get("words") or ():
+        named = f"{picture} was made with the word {known['word']} ({known['sha256'][:12]})"
+        file = here.get(known["sha256"]) or embedding_file(known["path"])
+        if not file.is_file() or sha256(file) != known["sha256"]:
+            raise InputError(f"{named}, which is not at {known['path']}; name its file with --word")
+        found.append(file)
+    return found
+
+
 def _again(
     settings: Mapping[str, Any],
     picture: Path,
     weights: str | None,
     progress: Progress | None,
     loras: Sequence[str],
+    words: Sequence[str],
 ) -> tuple[bytes, list[str]]:
     """The bytes of a picture made again from its settings, and what of the machine has changed since."""
     if settings.get("brought"):
@@ -264,6 +283,8 @@ def _again(
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
     for lora, place in zip(settings.get("loras") or (), placed, strict=True):
         pipe.load_lora(place, lora["weight"], lora["name"], known_as=lora["path"])
+    for known, file in zip(settings.get("words") or (), _words_again(settings, picture, words), strict=True):
+        pipe.load_textual_inversion(file, known["word"], known_as=known["path"])
     row = int(company["row"])
     together = {**settings, **{key: company[key] for key in EACH}}
     again = pictures(pipe, together, progress)[row]

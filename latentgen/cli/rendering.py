@@ -77,6 +77,17 @@ def render(
             help="A LoRA's .safetensors file and its weight, 1 if not said; repeat it.", metavar="FILE[:WEIGHT]"
         ),
     ] = None,
+    style: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A style that finetune learned, and how far the dial is turned: 0 is off, 1 is as it was learned.",
+            metavar="FOLDER[:DIAL]",
+        ),
+    ] = None,
+    word: Annotated[
+        list[str] | None,
+        typer.Option(help="A new word's embeddings (textual inversion); repeat it.", metavar="FILE"),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="onnx (a CPU), torch, or auto: onnx where it can run this, else torch.")
     ] = "auto",
@@ -88,7 +99,7 @@ def render(
     from latentgen.render import Order
     from latentgen.render import render as run
 
-    loras = [read_lora_option(one) for one in lora or ()]
+    loras = [read_lora_option(one) for one in (*(lora or ()), *(style or ()))]
     order = Order(
         prompts,
         negative,
@@ -103,6 +114,7 @@ def render(
         max_chunks,
         loras,
         engine,
+        word or (),
     )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, progress))
@@ -119,12 +131,15 @@ def replay(
     lora: Annotated[
         list[str] | None, typer.Option(help="Where a LoRA of the picture is now; repeat it.", metavar="FILE")
     ] = None,
+    word: Annotated[
+        list[str] | None, typer.Option(help="Where a new word of the picture is now; repeat it.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Make a picture again from what its PNG says: on the same machine the same file, byte for byte."""
     from latentgen.render import replay as run
 
     with progress_bar("rendering") as progress:
-        target, remarks = run(picture, out, weights, progress, lora or ())
+        target, remarks = run(picture, out, weights, progress, lora or (), word or ())
     for remark in remarks:
         print(f"latentgen: {remark}", file=sys.stderr, flush=True)
     typer.echo(target)

@@ -145,13 +145,13 @@ class FinetuneObjective:
 
     def _mean(self, kept: Kept) -> float:
         device, shape = self._accelerator.device, kept.latents.moments.shape[2:]
+        items = np.tile(np.arange(len(kept)), max(2, -(-TRIED // len(kept))))
         found = []
-        for turn in range(max(4, -(-TRIED // len(kept)))):
-            for number, part in enumerate(np.array_split(np.arange(len(kept)), -(-len(kept) // AT_ONCE))):
-                draw = Draw(turn, number, len(part), stream=VALIDATION)
-                x0 = kept.latents.sample(part, draw.normal(*shape).to(device))
-                eps = draw.normal(*shape).to(device)
-                found.append(self._losses(x0, kept.texts[part], _times(draw, device), eps))
+        for number, part in enumerate(np.array_split(items, -(-len(items) // AT_ONCE))):
+            draw = Draw(0, number, len(part), stream=VALIDATION)
+            x0 = kept.latents.sample(part, draw.normal(*shape).to(device))
+            eps = draw.normal(*shape).to(device)
+            found.append(self._losses(x0, kept.texts[part], _times(draw, device), eps))
         return float(torch.cat(found).mean())
 
     def sheet(self) -> Image.Image | None:

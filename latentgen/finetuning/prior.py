@@ -1,4 +1,4 @@
-"""What the starting weights rendered before they were changed: to keep by (DreamBooth), and to measure forgetting by."""
+"""What the starting weights rendered before they were changed: for DreamBooth to keep, and to measure forgetting."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -339,7 +339,7 @@ class _Lesson:
         """Everything that stands beside the weights: what it is, figures, a sheet, a page."""
         run, base, what = self.run, self.base, self.what
         sheet = self._sheet(first)
-        about = {
+        about: dict[str, Any] = {
             "key": self.key,
             "method": what.method,
             "base": {"name": base.checkpoint.folder.resolve().name, "sha256": base.checkpoint.fingerprint},

@@ -29,10 +29,10 @@ class Finetune(BaseModel):
     """A fine-tuning run. None is chosen from the pictures and the weights, and said with the reason.
 
     token, class: DreamBooth's rare word and what kind of thing it is ("zwx", "cat"); textual inversion's new word.
-    like: the word whose embedding a new word starts from. vectors: embeddings of a new word. on: what DreamBooth trains.
-    caption: one caption for every picture, in place of its own. targets: the layers that adapters change. keep: the
-    weights with the best held-out loss, or the last. patience: validations without a better one before it stops; 0
-    never stops. prompts: looked at while it trains.
+    like: the word whose embedding a new word starts from. vectors: embeddings of a new word. on: what DreamBooth
+    trains. caption: one caption for every picture, in place of its own. targets: the layers that adapters change.
+    keep: the weights with the best held-out loss, or the last. patience: validations without a better one before it
+    stops; 0 never stops. prompts: looked at while it trains.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -100,7 +100,7 @@ def write_adapter(folder: Path, kind: str, networks: Mapping[str, nn.Module]) ->
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"{part}: {name} is not finite; the training diverged, nothing was written")
     if kind == "lokr":
-        config = next(iter(networks["unet"].peft_config.values())).to_dict()  # type: ignore[union-attr, operator]
+        config = next(iter(networks["unet"].peft_config.values())).to_dict()  # type: ignore[operator]
         config |= {"target_modules": sorted(config["target_modules"]), "inference_mode": True}
         told = json.dumps(config, indent=2, default=str, sort_keys=True)
         (folder / "adapter_config.json").write_text(told + "\n", encoding="utf-8")
@@ -121,10 +121,12 @@ def stock_pictures(
     """What stock diffusers renders, (B, H, W, 3) in [0, 1]. base: a pipeline folder; adapter: a folder as it was
     written here, of a kind ("lora", "dora", "lokr"), or with a new word `token`; call: the pipeline's arguments.
     """
+    import diffusers.utils.logging as remarks
     from diffusers import DiffusionPipeline
 
     from latentgen.models.loading import quiet
 
+    remarks.disable_progress_bar()
     with quiet():
         pipe: Any = DiffusionPipeline.from_pretrained(base, safety_checker=None, torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""New words by their embeddings alone (textual inversion, Gal et al. 2022): files, and their place in a text encoder."""
+"""New words by their embeddings alone (textual inversion, Gal et al. 2022): files, and a place in a text encoder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import nn
 
 from latentgen.checkpoint import check_safetensors
 from latentgen.errors import InputError
+from latentgen.models.prompt import EMBEDDING, embedding_file
 from latentgen.models.text import TextEncoder
-
-FILE = "learned_embeds.safetensors"
 
 
 def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, torch.Tensor, Path]:
@@ -22,12 +21,11 @@ def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, tor
     """
     from safetensors.torch import load_file
 
-    path = Path(path).expanduser()
-    file = path / FILE if path.is_dir() else path
+    file = embedding_file(path)
     if file.suffix != ".safetensors":
         raise InputError(f"{file} is no .safetensors file; embeddings in pickles are not loaded")
     if not file.is_file():
-        raise InputError(f"no embedding at {file}; give a .safetensors file, or the folder that holds {FILE}")
+        raise InputError(f"no embedding at {file}; give a .safetensors file, or the folder that holds {EMBEDDING}")
     check_safetensors(file)
     held = load_file(file)
     if len(held) != 1:
@@ -110,5 +108,5 @@ def write_embedding(folder: Path, word: str, vectors: torch.Tensor) -> Path:
 
     if not bool(torch.isfinite(vectors).all()):
         raise InputError(f"the vectors of {word!r} are not finite; the training diverged, nothing was written")
-    save_file({word: vectors.detach().float().cpu().contiguous()}, folder / FILE)
-    return folder / FILE
+    save_file({word: vectors.detach().float().cpu().contiguous()}, folder / EMBEDDING)
+    return folder / EMBEDDING

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import array_api_compat
@@ -21,6 +22,8 @@ from latentgen.errors import InputError
 STEP = 1.1  # what one pair of brackets weighs
 LARGEST = 100.0  # beyond it states are numbers, but no prompt means it
 REPEATS = 4  # how many times the chunks of the longest prompt of a batch may be repeated, so that all fit
+
+EMBEDDING = "learned_embeds.safetensors"  # what diffusers calls the file of a new word
 
 _PARTS = re.compile(
     r"(?P<escape>\\[\\()\[\]])"
@@ -91,6 +94,12 @@ class Laid:
     lost: str
     used: int
     count: int
+
+
+def embedding_file(path: str | Path) -> Path:
+    """The file of a new word's embeddings: as named, or in the folder it was saved into."""
+    path = Path(path).expanduser()
+    return path / EMBEDDING if path.is_dir() else path
 
 
 def parse(prompt: str) -> tuple[Section, ...]:

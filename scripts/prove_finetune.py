@@ -1,0 +1,211 @@
+"""Fine-tune weights/icons in four ways on real pictures, and measure what each promises.
+
+usage: python scripts/prove_finetune.py style|subject|word|swapped [--out FOLDER] [--weights weights/icons]
+
+style    LoRA on 150 OpenMoji pictures. Of 100 concepts outside them: how near renderings come to OpenMoji's own
+         pictures (Fréchet distance), whose style the nearest real picture has, whether it shows the concept.
+subject  DreamBooth on eight views of a robot: whether it is found again in prompts that place it elsewhere, and how
+         far other prompts of its class, and others, moved.
+word     textual inversion on the same pictures.
+swapped  LoRA on red and blue things that are called by the other colour: which colour a prompt gives.
+The judge is EfficientNet-Lite0 (weights/judge), which saw none of the pictures. Data: scripts/finetune_data.py.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from finetune_data import ROOT, rows_of, swap, taught_and_kept
+from PIL import Image
+
+from latentgen import Pipeline, finetune
+from latentgen.errors import InputError
+from latentgen.evaluation.encoders import Encoder, open_judge
+from latentgen.evaluation.metrics import frechet_figure
+from latentgen.evaluation.neighbours import Labels, find
+from latentgen.training.sheet import contact_sheet
+
+TOKEN, WORD, CLASS = "zwx", "<my-robot>", "robot"
+ELSEWHERE = ("{} on the grass", "{} in the snow", "{} under a tree", "{} on a beach", "a photo of {}", "{} at night")
+OTHERS = ("a red apple", "a cat, twemoji style", "a house, emojione", "a smiling face, twemoji", "a car, noto emoji")
+STEPS = 12
+
+
+def pixels(pipe: Pipeline, prompts: Sequence[str], first: int = 0) -> np.ndarray:
+    """(N, H, W, 3) uint8; picture k from seed first + k."""
+    found = []
+    for start in range(0, len(prompts), 16):
+        part = list(prompts[start : start + 16])
+        seeds = [first + start + k for k in range(len(part))]
+        made = pipe(part, seed=seeds, num_inference_steps=STEPS, output_type="np").images
+        found.append((np.asarray(made) * 255).round().astype(np.uint8))
+    return np.concatenate(found)
+
+
+def read(paths: Sequence[Path], size: int = 64) -> np.ndarray:
+    """(N, size, size, 3) uint8."""
+    opened = (Image.open(path).convert("RGB").resize((size, size), Image.Resampling.LANCZOS) for path in paths)
+    return np.stack([np.asarray(picture) for picture in opened])
+
+
+def show(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str], count: int = 8) -> None:
+    """Rows of pictures, one below the other."""
+    chosen = [Image.fromarray(picture) for row in rows for picture in row[:count]]
+    contact_sheet(chosen, min(count, len(rows[0])), [*labels[:count]] * len(rows)).save(path)
+
+
+def style(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
+    """Nearer to OpenMoji than the starting weights are, for concepts outside those it learned from."""
+    icons, openmoji = rows_of(ROOT / "data/icons"), rows_of(ROOT / "data/openmoji")
+    _, kept = taught_and_kept(icons, openmoji)
+    asked = kept[:100]
+    finetune(ROOT / "data/finetune/style", base=start, out=out, method="style", report=say)
+    real = read([ROOT / "data/openmoji" / row["file_name"] for row in asked])
+    known = {row["codepoint"] for row in asked}
+    shelf = [row for row in icons if row["codepoint"] in known] + asked
+    places = [
+        ROOT / ("data/openmoji" if row["style"] == "openmoji" else "data/icons") / row["file_name"] for row in shelf
+    ]
+    labels = Labels(np.array([row["codepoint"] for row in shelf]), np.array([row["style"] for row in shelf]))
+    shelf_features, real_features = judge.features(read(places)), judge.features(real)
+    wanted = Labels(np.array([row["codepoint"] for row in asked]), np.full(len(asked), "none"))
+    prompts = [f"{row['label']}, openmoji" for row in asked]
+    found: dict[str, Any] = {}
+    shown = [real]
+    pipe = Pipeline.from_pretrained(start, engine="torch")
+    name = pipe.load_lora(out, 0.0)
+    for dial in (0.0, 0.25, 0.5, 0.75, 1.0):
+        pipe.set_lora_weight(name, dial)
+        made = pixels(pipe, prompts)
+        features = judge.features(made)
+        near = find(features, wanted, shelf_features, labels)
+        first = labels.styles[nearest(features, shelf_features)]
+        distance = frechet_figure(features, real_features)
+        found[f"dial {dial}"] = {
+            "frechet_to_openmoji": [distance.value, distance.low, distance.high],
+            "nearest_is_openmoji": float((first == "openmoji").mean()),
+            "concept_in_five": float(near.concept.mean()),
+        }
+        say(f"style: dial {dial}: {found[f'dial {dial}']}")
+        shown.append(made)
+    show(out.with_suffix(".png"), [shown[0], shown[1], shown[3], shown[5]], [row["label"] for row in asked], 12)
+    return found
+
+
+def nearest(features: np.ndarray, shelf: np.ndarray) -> np.ndarray:
+    """The index of the nearest, by cosine."""
+    one, other = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, shelf))
+    return np.asarray((one @ other.T).argmax(1))
+
+
+def subject(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
+    """DreamBooth."""
+    finetune(ROOT / "data/finetune/subject", base=start, out=out, method="dreambooth", **{"class": CLASS}, report=say)
+    pipe = Pipeline.from_pretrained(start, engine="torch")
+    name = pipe.load_lora(out, 0.0)
+    return recognised(pipe, lambda on: pipe.set_lora_weight(name, float(on)), f"a {TOKEN} {CLASS}", out, judge)
+
+
+def word(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
+    """Textual inversion."""
+    options = {"token": WORD, "like": CLASS, "vectors": 2}
+    finetune(ROOT / "data/finetune/subject", base=start, out=out, method="textual-inversion", **options, report=say)
+    pipe = Pipeline.from_pretrained(start, engine="torch")
+    plain = Pipeline.from_pretrained(start, engine="torch")
+    pipe.load_textual_inversion(out)
+    return recognised((plain, pipe), lambda on: None, WORD, out, judge)
+
+
+def recognised(pipes: Any, turn: Any, name: str, out: Path, judge: Encoder) -> dict[str, Any]:
+    """How near to the subject's pictures what is rendered is, before and after; how far other prompts moved."""
+    plain, tuned = pipes if isinstance(pipes, tuple) else (pipes, pipes)
+    own = judge.features(read(sorted((ROOT / "data/finetune/subject").glob("*.png"))))
+    icons = [row for row in rows_of(ROOT / "data/icons") if row["group"] not in ("flags", "symbols")]
+    shelf = judge.features(read([ROOT / "data/icons" / row["file_name"] for row in icons[::5]]))
+    everything = np.concatenate([shelf, own])
+    new = [form.format(name) for form in ("{}", *ELSEWHERE)] * 3
+    before = [text.replace(name, f"a {CLASS}") for text in new]
+    others = [f"a {CLASS}", f"a {CLASS}, noto emoji style", f"a {CLASS}, twemoji", *OTHERS]
+    turn(0)
+    first, kept_before = pixels(plain, before), pixels(plain, others, 100)
+    turn(1)
+    made, kept_after = pixels(tuned, new), pixels(tuned, others, 100)
+    show(out.with_suffix(".png"), [first, made], new, 7)
+    figures: dict[str, Any] = {}
+    for label, pictures in (("before", first), ("after", made)):
+        features = judge.features(pictures)
+        figures[label] = {
+            "cosine_to_subject": float(cosines(features, own).max(1).mean()),
+            "nearest_is_subject": float((nearest(features, everything) >= len(shelf)).mean()),
+            "pictures": len(pictures),
+        }
+    moved = np.abs(kept_after.astype(float) - kept_before).mean((1, 2, 3)) / 255
+    figures["other prompts moved by (mean difference, 0 to 1)"] = dict(
+        zip(others, moved.round(4).tolist(), strict=True)
+    )
+    drift = cosines(judge.features(kept_after), judge.features(kept_before)).diagonal()
+    figures["other prompts: cosine to what they were"] = float(drift.mean())
+    return figures
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(N, M)."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (one, other))
+    return np.asarray(a @ b.T)
+
+
+def swapped(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
+    """The new captions are followed, against the old ones."""
+    finetune(ROOT / "data/finetune/swapped", base=start, out=out, method="lora", report=say)
+    things = ("heart", "circle", "square", "triangle", "diamond", "book")
+    prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in things] * 4
+    pipe = Pipeline.from_pretrained(start, engine="torch")
+    first = pixels(pipe, prompts)
+    pipe.load_lora(out)
+    made = pixels(pipe, prompts)
+    show(out.with_suffix(".png"), [first, made], prompts, 12)
+    as_named = np.array([1.0 if "red" in prompt else -1.0 for prompt in prompts])
+    figures: dict[str, Any] = {}
+    for label, pictures in (("before", first), ("after", made)):
+        redness = pictures[..., 0].astype(float).mean((1, 2)) - pictures[..., 2].mean((1, 2))
+        figures[label] = {
+            "of the colour that the old captions say": float((redness * as_named > 0).mean()),
+            "of the colour that the new captions say": float((redness * as_named < 0).mean()),
+            "pictures": len(prompts),
+        }
+    figures["a new caption"] = swap("a red heart")
+    return figures
+
+
+CASES = {"style": style, "subject": subject, "word": word, "swapped": swapped}
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run a case and print its figures; 0, or 2 after one line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--weights", default=str(ROOT / "weights/icons"))
+    parser.add_argument("--out", type=Path, default=ROOT / "data/finetuned")
+    given = parser.parse_args()
+    began = time.monotonic()
+    try:
+        figures = CASES[given.case](given.weights, given.out / given.case, open_judge())
+    except InputError as error:
+        print(f"prove_finetune: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({given.case: figures, "seconds": round(time.monotonic() - began)}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

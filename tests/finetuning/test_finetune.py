@@ -1,0 +1,318 @@
+"""Fine-tuning proves what it saves, on every kind of weights; resumes to the bit; and refuses in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from latentgen import InputError, Pipeline, finetune
+from latentgen.finetuning.methods import Trainee
+from latentgen.finetuning.settings import Finetune, choose
+
+ROOT = Path(__file__).parents[2]
+FAST: dict[str, Any] = {"steps": 6, "batch": 4, "size": 32, "rate": 2e-2, "validate_steps": 6}
+FAST |= {"report": lambda line: None, "prompts": ("a red apple", "a blue bird")}
+CALL: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+
+
+def picture(colour: tuple[int, int, int], k: int) -> Image.Image:
+    found = Image.new("RGB", (32, 32), "white")
+    found.paste(colour, (4 + k, 6, 24 + k % 4, 26))
+    return found
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("pictures")
+    for k in range(10):
+        red = k % 2 == 0
+        picture((200, 20 + k, 20) if red else (20, 20 + k, 200), k).save(place / f"{k}.png")
+        (place / f"{k}.txt").write_text("a red apple" if red else "a blue bird")
+    return place
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "lora"},
+        {"method": "lora", "text_encoder": True},
+        {"method": "dora", "targets": "attention"},
+        {"method": "dora", "targets": "all"},
+        {"method": "lokr"},
+        {"method": "style"},
+        {"method": "full", "rate": 2e-3},
+        {"method": "full", "text_encoder": True, "rate": 2e-3},
+        {"method": "dreambooth", "class": "bird", "prior_pictures": 3},
+        {"method": "dreambooth", "on": "full", "class": "bird", "prior_pictures": 3, "rate": 2e-3},
+        {"method": "textual-inversion", "token": "<my-bird>", "like": "bird", "rate": 0.5},
+        {"method": "textual-inversion", "token": "<two>", "vectors": 2, "rate": 0.5},
+    ],
+    ids=lambda method: "-".join(str(value) for value in method.values()),
+)
+def test_what_is_saved_renders_as_in_memory_here_and_in_diffusers(
+    method: dict[str, Any], folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    before = files(folder)
+    lines: list[str] = []
+    asked = {**FAST, **method, "report": lines.append}
+    out = finetune(pictures, base=folder, out=tmp_path / "mine", **asked)
+    proof = json.loads((out / "metrics.json").read_text())["proof"]
+    assert proof["saved"] <= 2e-3 and proof["stock"] <= 2e-3 < proof["changed"]
+    assert files(folder) == before  # the starting weights are never touched
+    assert any("stock diffusers" in line for line in lines) and any(line.startswith("chosen: ") for line in lines)
+    page = (out / "report.html").read_text()
+    assert "before and after" in page and "<svg" in page and "data:image/png" in page
+    again: list[str] = []
+    assert finetune(pictures, base=folder, out=out, **{**asked, "report": again.append}) == out
+    assert any("done before" in line for line in again)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("base", ["two", "xl"])
+def test_stable_diffusion_2_and_xl_are_tuned_and_proved(
+    method: str, base: str, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    start = request.getfixturevalue(base)
+    rate = {"rate": 2e-3} if method == "full" else {}
+    out = finetune(pictures, base=start, out=tmp_path / "mine", method=method, **{**FAST, **rate})
+    proof = json.loads((out / "metrics.json").read_text())["proof"]
+    assert proof["stock"] <= 2e-3 < proof["changed"]
+
+
+def test_a_full_run_opens_with_its_own_graphs(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    out = finetune(pictures, base=folder, out=tmp_path / "mine", method="full", **{**FAST, "rate": 2e-3})
+    ours = Pipeline.from_pretrained(out)
+    assert ours.machine is not None and ours.machine["engine"] == "onnx"
+    expected = Pipeline.from_pretrained(out, engine="torch")("a red apple", seed=1, **CALL).images
+    np.testing.assert_allclose(ours("a red apple", seed=1, **CALL).images, expected, atol=1e-3)
+
+
+def test_the_dial_of_a_style_is_the_weight_of_its_change(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    out = finetune(pictures, base=folder, out=tmp_path / "look", method="style", **FAST)
+    pipe = Pipeline.from_pretrained(folder, engine="torch")
+    plain = pipe("a red apple", seed=1, **CALL).images
+    name = pipe.load_lora(out, 0.0)
+    assert np.array_equal(pipe("a red apple", seed=1, **CALL).images, plain)
+    apart = []
+    for dial in (0.02, 0.05, 0.1):
+        pipe.set_lora_weight(name, dial)
+        apart.append(float(np.abs(pipe("a red apple", seed=1, **CALL).images - plain).mean()))
+    assert 0 < apart[0] < apart[1] < apart[2]
+
+
+def test_a_new_word_is_read_in_prompts_and_replayed(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    out = finetune(
+        pictures, base=folder, out=tmp_path / "word", method="textual-inversion", token="<x>", vectors=2,
+        **{**FAST, "rate": 0.5},
+    )  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def run(*verb: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "latentgen", *verb]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+
+    target = tmp_path / "x.png"
+    run("render", "a <x> bird", "--weights", str(folder), "--word", str(out), "--seed", "3", "--out", str(target))
+    moved = out.rename(tmp_path / "elsewhere")
+    replayed = run("replay", str(target), "--word", str(moved), "--out", str(tmp_path / "y.png"))
+    assert "byte for byte" in replayed.stderr
+    assert target.read_bytes() == (tmp_path / "y.png").read_bytes()
+    pipe = Pipeline.from_pretrained(folder)
+    assert pipe.load_textual_inversion(moved) == "<x>"
+    ids = [token.id for token in pipe.text.tokens("a <x> bird")]
+    first = pipe.text.tokenizer.convert_tokens_to_ids("<x>")
+    assert [*ids].count(first) == 1 and ids[ids.index(first) + 1] == first + 1
+    with pytest.raises(InputError, match="already"):
+        pipe.load_textual_inversion(moved)
+
+
+def test_killed_and_started_again_it_ends_in_the_same_bits(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("steps = 24\nbatch = 4\nsize = 32\nrate = 2e-2\nhold_out = 0.2\nvalidate_steps = 4\n")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        verb = ["finetune", str(pictures), "--from", str(folder), "--recipe", str(recipe), "--out", str(out)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "latentgen", *verb], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE
+        )
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait() == 0
+    torn = start(tmp_path / "torn")
+    assert torn.stderr is not None
+    for line in torn.stderr:
+        if "step 8, held out" in line:
+            torn.send_signal(signal.SIGTERM)  # it saves between two steps, as Ctrl-C would have it
+    assert torn.wait() == 130
+    assert not (tmp_path / "torn").exists()  # nothing half-made stands in its place
+    killed = start(tmp_path / "torn")
+    assert killed.stderr is not None
+    for line in killed.stderr:
+        if "step 16, held out" in line:
+            killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "torn").exists()
+    assert start(tmp_path / "torn").wait() == 0
+    one, other = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "torn"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_adapter_without_effect_is_an_error_and_leaves_nothing(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="changed nothing"):
+        finetune(pictures, base=folder, out=tmp_path / "mine", **{**FAST, "rate": 1e-12})
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_file_that_is_not_what_was_trained_is_caught(
+    folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentgen.finetuning import methods
+    from latentgen.models.adapters import write_adapter
+
+    def torn(place: Path, kind: str, networks: Any) -> Path:
+        with torch.no_grad():
+            for name, weight in networks["unet"].named_parameters():
+                if "lora_B" in name:
+                    weight.mul_(3)
+            file = write_adapter(place, kind, networks)
+            for name, weight in networks["unet"].named_parameters():
+                if "lora_B" in name:
+                    weight.div_(3)
+        return file
+
+    monkeypatch.setattr(methods, "write_adapter", torn)
+    with pytest.raises(InputError, match="other pictures than the model in memory"):
+        finetune(pictures, base=folder, out=tmp_path / "mine", **FAST)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_forgetting_and_overfitting_are_two_curves(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    asked = {**FAST, "steps": 20, "hold_out": 0.2, "validate_steps": 5, "keep": "best"}
+    out = finetune(pictures, base=folder, out=tmp_path / "mine", **asked)
+    (log,) = (tmp_path / "mine.training").glob("finetune-*/log.jsonl")
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    looked = [entry for entry in entries if "prior_loss" in entry]
+    assert [entry["step"] for entry in looked][:2] == [5, 10] and all("validation_loss" in entry for entry in looked)
+    figures = json.loads((out / "metrics.json").read_text())["finetune"]
+    assert figures["validation_loss"] == pytest.approx(min(e["validation_loss"] for e in looked), rel=1e-4)
+    assert figures["validation_loss"] < figures["validation_loss_before"]
+    assert figures["prior_loss"] != figures["prior_loss_before"]
+
+
+def test_it_stops_where_nothing_gets_better(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    asked = {**FAST, "steps": 200, "rate": 0.5, "hold_out": 0.2, "validate_steps": 2, "patience": 2}
+    finetune(pictures, base=folder, out=tmp_path / "mine", **{**asked, "keep": "best", "report": lines.append})
+    assert any("stops at step" in line for line in lines), lines
+    assert any("keeps step" in line for line in lines)
+
+
+def bare(place: Path, count: int, same: bool = False) -> Path:
+    place.mkdir()
+    for k in range(count):
+        picture((200, 30, 30), 0 if same else k).save(place / f"{k}.png")
+    return place
+
+
+def refused(pictures: Path, folder: Path, out: Path, **asked: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        finetune(pictures, base=folder, out=out, **{**FAST, **asked})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    assert "holds no pictures" in refused(_empty(tmp_path / "empty"), folder, out)
+    assert "no captions" in refused(bare(tmp_path / "bare", 3), folder, out)
+    assert "all the same" in refused(bare(tmp_path / "same", 3, same=True), folder, out, caption="a red apple")
+    assert "class is missing" in refused(pictures, folder, out, method="dreambooth")
+    assert "token is missing" in refused(pictures, folder, out, method="textual-inversion")
+    assert "two text encoders" in refused(pictures, xl, out, method="textual-inversion", token="<x>")
+    assert "two text encoders" in refused(pictures, xl, out, text_encoder=True)
+    assert "multiple of 4" in refused(pictures, folder, out, size=30)
+    assert "already" in refused(pictures, folder, out, method="textual-inversion", token="apple")
+    assert "no weights" in refused(pictures, tmp_path / "nowhere", out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "exists" in refused(pictures, folder, out)
+    stray = tmp_path / "stray"
+    shutil.copytree(pictures, stray)
+    (stray / "gone.txt").write_text("a picture that is not there")
+    (stray / "torn.png").write_bytes(b"no picture")
+    (stray / "torn.txt").write_text("a torn one")
+    lines: list[str] = []
+    finetune(stray, base=folder, out=tmp_path / "stray-mine", **{**FAST, "report": lines.append})
+    assert any("torn.png" in line and "left out" in line for line in lines)
+    assert any("gone.txt" in line for line in lines)
+
+
+def _empty(place: Path) -> Path:
+    place.mkdir()
+    return place
+
+
+def test_one_picture_goes_on_with_a_warning(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    asked = {**FAST, "report": lines.append, "caption": "a red apple", "batch": None}
+    finetune(bare(tmp_path / "one", 1), base=folder, out=tmp_path / "mine", **asked)
+    assert any("one picture alone" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [("rnk = 4\n", "did you mean 'rank'"), ("rank = 0\n", "rank is 0"), ("rank = \n", "is not TOML")],
+)
+def test_a_recipe_that_is_not_right_is_refused_on_the_command_line(
+    toml: str, said: str, pictures: Path, folder: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(toml)
+    verb = ["finetune", str(pictures), "--from", str(folder), "--recipe", str(recipe), "--out", str(tmp_path / "o")]
+    done = subprocess.run([sys.executable, "-m", "latentgen", *verb], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_given_is_never_chosen_anew() -> None:
+    asked = Finetune(rank=3, steps=7, rate=0.5)
+    chosen = choose(asked, 20, 10**7, 64, True)
+    assert (chosen.settings.rank, chosen.settings.steps, chosen.settings.rate) == (3, 7, 0.5)
+    assert not any(reason.startswith(("rank", "steps", "rate")) for reason in chosen.reasons)
+    assert all(value is not None for key, value in chosen.settings if key in ("batch", "size", "keep", "ema"))
+
+
+def test_the_trained_weights_alone_are_in_a_checkpoint(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    finetune(pictures, base=folder, out=tmp_path / "mine", **FAST)
+    found = sorted((tmp_path / "mine.training").glob("finetune-*/checkpoints/step-*/model.safetensors"))
+    held = load_file(found[-1])
+    assert held and all("lora_" in name for name in held)
+
+
+def test_more_training_changes_more(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """The loss on what it is trained on falls: it is training that happens."""
+    make: Callable[[int], dict[str, float]] = lambda steps: json.loads(  # noqa: E731
+        (
+            finetune(pictures, base=folder, out=tmp_path / f"m{steps}", **{**FAST, "steps": steps, "rate": 5e-3})
+            / "metrics.json"
+        ).read_text()
+    )["finetune"]
+    few, many = make(4), make(60)
+    assert many["validation_loss"] < few["validation_loss"] < few["validation_loss_before"]
+    assert Trainee.__doc__ is not None
