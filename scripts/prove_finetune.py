@@ -28,12 +28,21 @@ from latentgen.errors import InputError
 from latentgen.evaluation.encoders import Encoder, open_judge
 from latentgen.evaluation.metrics import frechet_figure
 from latentgen.evaluation.neighbours import Labels, find
+from latentgen.finetuning import Finetune
+from latentgen.recipe import explained, read_toml
 from latentgen.training.sheet import contact_sheet
 
 TOKEN, WORD, CLASS = "zwx", "<my-robot>", "robot"
 ELSEWHERE = ("{} on the grass", "{} in the snow", "{} under a tree", "{} on a beach", "a photo of {}", "{} at night")
 OTHERS = ("a red apple", "a cat, twemoji style", "a house, emojione", "a smiling face, twemoji", "a car, noto emoji")
 STEPS = 12
+
+
+def teach(recipe: str, pictures: str, start: str, out: Path) -> None:
+    """Fine-tune by a recipe of pipelines/finetune."""
+    path = ROOT / "pipelines/finetune" / f"{recipe}.toml"
+    settings = explained(Finetune, read_toml(path), f"recipe {path}")
+    finetune(ROOT / "data/finetune" / pictures, base=start, out=out, settings=settings, report=say)
 
 
 def pixels(pipe: Pipeline, prompts: Sequence[str], first: int = 0) -> np.ndarray:
@@ -64,7 +73,7 @@ def style(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
     icons, openmoji = rows_of(ROOT / "data/icons"), rows_of(ROOT / "data/openmoji")
     _, kept = taught_and_kept(icons, openmoji)
     asked = kept[:100]
-    finetune(ROOT / "data/finetune/style", base=start, out=out, method="style", report=say)
+    teach("style", "style", start, out)
     real = read([ROOT / "data/openmoji" / row["file_name"] for row in asked])
     known = {row["codepoint"] for row in asked}
     shelf = [row for row in icons if row["codepoint"] in known] + asked
@@ -105,7 +114,7 @@ def nearest(features: np.ndarray, shelf: np.ndarray) -> np.ndarray:
 
 def subject(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
     """DreamBooth."""
-    finetune(ROOT / "data/finetune/subject", base=start, out=out, method="dreambooth", **{"class": CLASS}, report=say)
+    teach("subject", "subject", start, out)
     pipe = Pipeline.from_pretrained(start, engine="torch")
     name = pipe.load_lora(out, 0.0)
     return recognised(pipe, lambda on: pipe.set_lora_weight(name, float(on)), f"a {TOKEN} {CLASS}", out, judge)
@@ -113,8 +122,7 @@ def subject(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
 
 def word(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
     """Textual inversion."""
-    options = {"token": WORD, "like": CLASS, "vectors": 2}
-    finetune(ROOT / "data/finetune/subject", base=start, out=out, method="textual-inversion", **options, report=say)
+    teach("word", "subject", start, out)
     pipe = Pipeline.from_pretrained(start, engine="torch")
     plain = Pipeline.from_pretrained(start, engine="torch")
     pipe.load_textual_inversion(out)
@@ -161,7 +169,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def swapped(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
     """The new captions are followed, against the old ones."""
-    finetune(ROOT / "data/finetune/swapped", base=start, out=out, method="lora", report=say)
+    teach("swapped", "swapped", start, out)
     things = ("heart", "circle", "square", "triangle", "diamond", "book")
     prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in things] * 4
     pipe = Pipeline.from_pretrained(start, engine="torch")

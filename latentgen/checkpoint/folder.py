@@ -100,6 +100,11 @@ def open_folder(folder: Path, *, verify: bool = True) -> Checkpoint:
         raise InputError(f"{folder} is a file; give the folder that holds model_index.json")
     if not folder.is_dir():
         raise InputError(f"no weights folder at {folder}; give a weights folder in diffusers' layout")
+    if (folder / "finetune.json").is_file() and not (folder / "model_index.json").is_file():
+        about = read_json(folder / "finetune.json")
+        how = "--word" if about.get("method") == "textual-inversion" else "--lora"
+        name = (about.get("base") or {}).get("name", "the weights it was made from")
+        raise InputError(f"{folder} holds no whole weights but what {name} learned; render {name} with {how} {folder}")
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is no pipeline folder: it holds no model_index.json")
     index = read_json(folder / "model_index.json")

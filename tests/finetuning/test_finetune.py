@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from latentgen import InputError, Pipeline, finetune
 from latentgen.finetuning.methods import Trainee
 from latentgen.finetuning.settings import Finetune, choose
+from latentgen.recipe import explained, read_toml
 
 ROOT = Path(__file__).parents[2]
 FAST: dict[str, Any] = {"steps": 6, "batch": 4, "size": 32, "rate": 2e-2, "validate_steps": 6}
@@ -100,6 +101,12 @@ def test_a_full_run_opens_with_its_own_graphs(folder: Path, pictures: Path, tmp_
     assert ours.machine is not None and ours.machine["engine"] == "onnx"
     expected = Pipeline.from_pretrained(out, engine="torch")("a red apple", seed=1, **CALL).images
     np.testing.assert_allclose(ours("a red apple", seed=1, **CALL).images, expected, atol=1e-3)
+
+
+def test_an_adapters_folder_says_how_it_is_used(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    out = finetune(pictures, base=folder, out=tmp_path / "mine", **FAST)
+    with pytest.raises(InputError, match="render tiny with --lora"):
+        Pipeline.from_pretrained(out)
 
 
 def test_the_dial_of_a_style_is_the_weight_of_its_change(folder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -274,6 +281,11 @@ def test_one_picture_goes_on_with_a_warning(folder: Path, tmp_path: Path) -> Non
     asked = {**FAST, "report": lines.append, "caption": "a red apple", "batch": None}
     finetune(bare(tmp_path / "one", 1), base=folder, out=tmp_path / "mine", **asked)
     assert any("one picture alone" in line for line in lines)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "pipelines/finetune").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_of_fine_tuning_reads_and_holds_together(recipe: Path) -> None:
+    explained(Finetune, read_toml(recipe), str(recipe)).check()
 
 
 @pytest.mark.parametrize(
