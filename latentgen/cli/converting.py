@@ -9,7 +9,9 @@ CONVERT = """Examples:
 
 latentgen convert model.safetensors weights/model
 
-latentgen convert weights/model model.safetensors"""
+latentgen convert weights/model model.safetensors
+
+latentgen convert weights/my-lora my-lora.safetensors"""
 
 
 def add(app: typer.Typer) -> None:
@@ -24,9 +26,18 @@ def convert(
         Path | None, typer.Option(help="A CLIP tokenizer's folder, for a file that has none beside it.")
     ] = None,
 ) -> None:
-    """Turn a single-file checkpoint into a folder, or a folder into a single file, and render both to compare."""
-    from latentgen.convert import convert as run
+    """Turn a single-file checkpoint into a folder, or a folder into a single file, and render both to compare.
 
+    An adapter (LoRA, DoRA, LoKr, LoHa; a file or its folder) becomes a file in kohya's form.
+    """
+    from latentgen.convert import convert as run
+    from latentgen.models.lora.file import is_adapter
+    from latentgen.models.lora.kohya import write_kohya
+
+    if is_adapter(source):
+        typer.echo(f"the same changes within {write_kohya(source, target):.2g}", err=True)
+        typer.echo(target)
+        return
     place, difference = run(source, target, tokenizer=tokenizer)
     typer.echo(f"the same latents within {difference:.2g}", err=True)
     typer.echo(place)

@@ -6,7 +6,8 @@ the last one imports torch.
 """
 
 from latentgen.models.lora.file import Lora, read_lora
+from latentgen.models.lora.kohya import write_kohya
 from latentgen.models.lora.stack import Layers, Loras, TakesLoras
 from latentgen.models.lora.update import Update
 
-__all__ = ["Layers", "Lora", "Loras", "TakesLoras", "Update", "read_lora"]
+__all__ = ["Layers", "Lora", "Loras", "TakesLoras", "Update", "read_lora", "write_kohya"]

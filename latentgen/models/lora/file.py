@@ -94,6 +94,16 @@ def read_lora(path: str | Path) -> Lora:
     return Lora(file, sha256(file), updates)
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter's folder or file rather than a whole checkpoint's, from its names alone."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return not (place / "model_index.json").is_file() and any((place / name).is_file() for name in IN_FOLDERS)
+    if place.suffix != ".safetensors" or not place.is_file():
+        return False
+    return all(_KEY.fullmatch(key) for key in check_safetensors(place) if key != "__metadata__")
+
+
 def _file(path: Path) -> Path:
     if path.suffix in PICKLES:
         raise InputError(f"{path} is a pickle, which can run code when opened; only .safetensors LoRAs are loaded")

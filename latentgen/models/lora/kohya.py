@@ -1,0 +1,80 @@
+"""An adapter under the names and in the file form of kohya's scripts and LyCORIS, which most other programs read."""
+
+from pathlib import Path
+
+import numpy as np
+
+from latentgen.errors import InputError
+from latentgen.models.lora.file import Lora, read_lora
+from latentgen.models.lora.names import KOHYA, TOWER
+from latentgen.models.lora.update import Update
+
+_NAMES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "diff": "diff"}
+_NAMES |= {f"w{a}_{b}": f"hada_w{a}_{b}" for a in (1, 2) for b in "ab"} | {"t1": "hada_t1", "t2": "hada_t2"}
+_NAMES |= {f"k{a}": f"lokr_w{a}" for a in (1, 2)} | {f"k{a}_{b}": f"lokr_w{a}_{b}" for a in (1, 2) for b in "ab"}
+_NAMES |= {"kt2": "lokr_t2"}
+LARGEST = 1e-6  # what a change that was read back may differ by: rounding
+
+
+def write_kohya(source: str | Path, target: Path) -> float:
+    """Write an adapter file or folder of any form to `target`, a .safetensors file; the largest difference read back.
+
+    Raises InputError for layers of Stable Diffusion XL, whose names there are the original layout's, and where what
+    was written does not read back as the same changes (it is then removed).
+    """
+    from safetensors.numpy import save_file
+
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target} should end in .safetensors, as adapters in kohya's form do")
+    if target.exists():
+        raise InputError(f"{target} is already there; name a new place")
+    lora = read_lora(source)
+    names = {layer: _name(lora, layer) for layer in lora.updates}
+    tensors: dict[str, np.ndarray] = {}
+    for layer, update in lora.updates.items():
+        for name, tensor in _tensors(update).items():
+            tensors[f"{names[layer]}.{name}"] = np.ascontiguousarray(tensor.astype(np.float32))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target, {"ss_network_module": "networks.lora"})
+    again = read_lora(target).updates
+    apart = max(_apart(update, again[names[layer]]) for layer, update in lora.updates.items())
+    if not apart <= LARGEST:
+        target.unlink()
+        raise InputError(f"{target} did not read back as {source} (by {apart:.2g}) and was removed; report this")
+    return apart
+
+
+def _name(lora: Lora, layer: str) -> str:
+    """ "unet.down_blocks.0.….to_q" -> "lora_unet_down_blocks_0_…_to_q"."""
+    bare = layer.removeprefix("base_model.model.")
+    part, _, rest = bare.partition(".")
+    if part not in KOHYA:
+        part, rest = "unet", bare
+    if part == "text_encoder_2" or ".transformer_blocks.1." in rest:
+        raise InputError(f"{lora.path} is for Stable Diffusion XL; its names in kohya's form are not written here")
+    if part == "text_encoder" and not rest.startswith(TOWER):
+        rest = TOWER + rest
+    return f"{KOHYA[part][0]}_{rest.replace('.', '_')}"
+
+
+def _tensors(update: Update) -> dict[str, np.ndarray]:
+    found = {_NAMES[name]: tensor for name, tensor in update.tensors.items()}
+    rank = next(
+        (int(update.tensors[n].shape[axis]) for n, axis in {"down": 0, "w1_b": 0, "k2_b": 0, "k1_b": 0}.items()
+         if n in update.tensors),
+        1,
+    )  # fmt: skip
+    found["alpha"] = np.array(update.scale * rank, dtype=np.float32)
+    if {"k1", "k2"} <= set(update.tensors):  # alpha is not heard there
+        found["lokr_w1"] = found["lokr_w1"] * np.float32(update.scale)
+    if update.magnitude is not None:
+        ranks = max(tensor.ndim for tensor in update.tensors.values())
+        found["dora_scale"] = update.magnitude.reshape(-1, *(1,) * (ranks - 1))
+    return found
+
+
+def _apart(one: Update, other: Update) -> float:
+    """The largest difference of two changes, on a weight that is nought but for DoRA, whose norm it decides."""
+    change = one._change() * one.scale
+    random = np.random.default_rng(0).standard_normal(change.shape).astype(np.float32)
+    return float(np.abs(one.delta(random) - other.delta(random)).max())

@@ -1,0 +1,77 @@
+"""An adapter that was trained here goes into kohya's form, and changes the same there, here and in diffusers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from latentgen import InputError, Pipeline
+from latentgen.checkpoint import open_folder
+from latentgen.models.adapters import add_adapter, layers_of, text_layers, write_adapter
+from latentgen.models.loading import load_part
+from latentgen.models.lora import write_kohya
+from latentgen.models.lora.file import is_adapter
+
+CALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+
+
+def adapter(folder: Path, kind: str, out: Path, targets: str = "all", text: bool = False) -> Path:
+    """An adapter with numbers that change something."""
+    opened = open_folder(folder)
+    networks = {"unet": load_part(opened, "unet")}
+    if text:
+        networks["text_encoder"] = load_part(opened, "text_encoder")
+    for part, network in networks.items():
+        add_adapter(network, kind, 2, layers_of(network, targets) if part == "unet" else text_layers(network), 0)
+        with torch.no_grad():
+            for name, weight in network.named_parameters():
+                if weight.requires_grad and "magnitude" not in name:
+                    weight.add_(torch.randn_like(weight) * 0.1)
+    out.mkdir()
+    write_adapter(out, kind, networks)
+    return out
+
+
+def picture(folder: Path, lora: Path | None) -> np.ndarray:
+    pipe = Pipeline.from_pretrained(folder, engine="torch")
+    if lora is not None:
+        pipe.load_lora(lora)
+    return pipe("a red apple", seed=3, **CALL).images
+
+
+@pytest.mark.parametrize(("kind", "text"), [("lora", False), ("lora", True), ("dora", False), ("lokr", False)])
+def test_the_same_picture_in_both_forms(kind: str, text: bool, folder: Path, tmp_path: Path) -> None:
+    made = adapter(folder, kind, tmp_path / "mine", text=text)
+    assert is_adapter(made) and not is_adapter(folder)
+    file = tmp_path / "mine.safetensors"
+    assert write_kohya(made, file) <= 1e-6
+    assert is_adapter(file)
+    expected = picture(folder, made)
+    assert np.abs(expected - picture(folder, None)).max() > 2e-3
+    np.testing.assert_allclose(picture(folder, file), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_diffusers_reads_it(text: bool, folder: Path, tmp_path: Path) -> None:
+    made = adapter(folder, "lora", tmp_path / "mine", targets="attention", text=text)
+    file = tmp_path / "mine.safetensors"
+    write_kohya(made, file)
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for lora in (made, file):
+        theirs.load_lora_weights(lora)
+        found.append(theirs("a red apple", latents=noise, **CALL).images)
+        theirs.unload_lora_weights()
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+
+
+def test_xl_is_refused(xl: Path, tmp_path: Path) -> None:
+    made = adapter(xl, "lora", tmp_path / "mine")
+    with pytest.raises(InputError, match="Stable Diffusion XL"):
+        write_kohya(made, tmp_path / "mine.safetensors")
+    assert not (tmp_path / "mine.safetensors").exists()
