@@ -20,7 +20,9 @@ DOCTOR = """Examples:
 
 latentgen doctor pictures/
 
-latentgen doctor pictures/ --recipe my.toml --html doctor.html"""
+latentgen doctor pictures/ --recipe my.toml --html doctor.html
+
+latentgen doctor 'shards/{000..012}.tar'"""
 
 
 def add(app: typer.Typer) -> None:
@@ -29,7 +31,7 @@ def add(app: typer.Typer) -> None:
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="A folder of captioned pictures.")],
+    folder: Annotated[Path, typer.Argument(help="Captioned pictures: a folder, tar shards, a saved data set.")],
     recipe: Annotated[
         Path | None, typer.Option(help="Look with its [data] section, and its tokenizer if it is trained.")
     ] = None,

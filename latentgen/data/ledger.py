@@ -15,12 +15,13 @@ from typing import Any
 from latentgen.data.alike import MEANING, find_alike
 from latentgen.data.decode import BACKGROUND, Opener
 from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden
-from latentgen.data.picture import Box, Picture, Problem
+from latentgen.data.picture import Box, Picture, Problem, Stored
 from latentgen.data.survey import Facts, Progress, Survey
 
 STATUSES = {
     "used": "pictures that are used",
     "description": "files that captions are read from",
+    "container": "files that hold many pictures: each member or row is counted by itself",
     "without caption": "pictures that nothing describes: left out",
     "unreadable": "pictures that cannot be decoded: left out",
     "not a picture": "other files: not read",
@@ -62,6 +63,7 @@ class Entry:
     duplicate_of: str = ""
     near: str = ""
     other_split: bool = False
+    stored: Stored | None = None
     again: bool = False
     cut: int = 0
     longest: int = 0
@@ -230,9 +232,8 @@ def _name(root: Path, picture: Picture) -> str:
 
 
 def _picture_entry(root: Path, picture: Picture, seen: Facts, size: int | None) -> Entry:
-    entry = Entry(
-        picture.path.relative_to(root).as_posix(), "used", "", picture.box, picture.captions, picture.split, seen
-    )
+    name = picture.path.relative_to(root).as_posix()
+    entry = Entry(name, "used", "", picture.box, picture.captions, picture.split, seen, stored=picture.stored)
     if seen.error:
         return replace(entry, status="unreadable", reason=seen.error)
     side = min(seen.width, seen.height)
@@ -245,16 +246,20 @@ def _others(folder: CaptionedFolder) -> list[Entry]:
     reasons: dict[Path, Problem] = {}
     for problem in folder.problems:
         reasons.setdefault(problem.path, problem)
-    described = set(folder.descriptions)
+    described, containers = set(folder.descriptions), set(folder.containers)
     others: list[Entry] = []
-    for path in sorted(path for path in folder.root.rglob("*") if path.is_file() and path not in taken):
+    on_disk = folder.files if folder.files is not None else [p for p in folder.root.rglob("*") if p.is_file()]
+    inside = {*reasons, *described} if containers else set()  # members of containers
+    for path in sorted({*on_disk, *inside} - taken):
         relative = path.relative_to(folder.root)
-        if is_hidden(relative):
+        if is_hidden(relative) and path not in reasons:
             status, reason = "hidden", ""
         elif path in described:
             status, reason = "description", ""
         elif path in reasons:
             status, reason = reasons[path].kind, reasons[path].reason
+        elif path in containers:
+            status, reason = "container", ""
         elif path.suffix.lower() in PICTURES:
             status, reason = "without caption", "nothing describes it"
         else:

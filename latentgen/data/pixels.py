@@ -73,17 +73,17 @@ def load_pixels(
 def _key(pictures: Sequence[Picture], size: int, opener: Opener, pool: Executor) -> str:
     ground = "" if opener.colour == (255, 255, 255) else f"; on {opener.colour}"
     digest = hashlib.sha256(f"{TRANSFORM}; {size}{ground}".encode())
-    paths = list(dict.fromkeys(picture.path for picture in pictures))
-    content = dict(zip(paths, pool.map(_file_digest, paths), strict=True))
+    files = {picture.path: picture for picture in pictures}
+    content = dict(zip(files, pool.map(_file_digest, files.values()), strict=True))
     for picture in pictures:
         digest.update(content[picture.path] + (repr(picture.box).encode() if picture.box else b""))
     return digest.hexdigest()[:32]
 
 
-def _file_digest(path: Path) -> bytes:
+def _file_digest(picture: Picture) -> bytes:
     """32 bytes; a file that cannot be read has a digest of its own, so that it is decoded anew once it can."""
     try:
-        return hashlib.sha256(path.read_bytes()).digest()
+        return hashlib.sha256(picture.read()).digest()
     except OSError as error:
         return hashlib.sha256(f"unreadable: {error.strerror}".encode()).digest()
 
