@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,6 +28,7 @@ from latentgen.recipe import Recipe, Train, read_recipe
 from latentgen.training import finish
 from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
 from latentgen.training.cache import cached, latent_moments, text_states
+from latentgen.training.captions import CaptionTable, Variety
 from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
 from latentgen.training.features import FeatureObjective, FeatureTerms, shape_of_patches, tower_patches
@@ -249,6 +250,11 @@ class Run:
         form = what.model_dump(include={"channels", "layers", "head_width"}) | ({"pooled": True} if what.pooled else {})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
+        captions = data.captions
+        if what.caption_orders > 1 or what.long_captions is not None:
+            variety = Variety(what.caption_orders, what.caption_keep, what.long_captions, self.recipe.seed)
+            captions, goal = CaptionTable(data.pictures, variety), {**goal, "variety": asdict(variety)}
+        texts_seen = () if captions is data.captions else (captions.fingerprint(),)
         place = self._place("unet", form, goal, _loop(what.train), *upstream, *self._started())
         channels, side = (
             vae.config.latent_channels,
@@ -263,19 +269,19 @@ class Run:
             return Latents(self._cached(path, shape, np.float32, lambda: latent_moments(vae, pixels, device)))
 
         def states(name: str, texts: tuple[str, ...]) -> TextStates:
-            path = self.state / "cache" / f"text-{name}-{fingerprint(*upstream)}.npy"
+            path = self.state / "cache" / f"text-{name}-{fingerprint(*upstream, *texts_seen)}.npy"
             shape = (len(texts) + 1, length, width)
             return TextStates(
                 self._cached(path, shape, np.float16, lambda: text_states(text, self.words, texts, device))
             )
 
-        train_latents, train_states = latents("train", data.pixels), states("train", data.captions.texts)
+        train_latents, train_states = latents("train", data.pixels), states("train", captions.texts)
         held = latents("held", data.held_pixels), states("held", data.held_captions)
         self._seed()
         unet = self._first_unet({"latent_channels": channels, "latent_size": side, "text_width": width, **form})
         plan = from_config(scheduler_config(self.recipe))
         denoising = Denoising(plan.schedule, Prediction(what.prediction), what.weighting, what.caption_dropout)
-        parts = (unet, denoising, train_latents, data.captions, train_states, data.weights, held, self.accelerator)
+        parts = (unet, denoising, train_latents, captions, train_states, data.weights, held, self.accelerator)
         objective = DenoiseObjective(*parts, sheet=lambda: self.sheet(unet))
         if what.align or what.disperse:
             terms = FeatureTerms(what.align, what.disperse)

@@ -101,6 +101,8 @@ class Vae(_Section):
 class Unet(_Section):
     """A UNet2DConditionModel and the diffusion it learns.
 
+    `caption_orders`: a caption of comma-separated parts is learned in so many orders, its first `caption_keep` parts
+    staying in front; `long_captions`: how often a picture is told by its longest caption (`training.captions`).
     `pooled`: every block is also told the caption as a whole, with the time. `align`, `disperse`: weights of what is
     asked of its middle while it trains (`training.features`).
     """
@@ -113,6 +115,9 @@ class Unet(_Section):
     prediction: Literal["eps", "x0", "v"] = "v"
     weighting: str = "simple"
     caption_dropout: Part = 0.1
+    caption_orders: Positive = 1
+    caption_keep: Annotated[int, Field(ge=0)] = 1
+    long_captions: Part | None = None
     align: Amount = 0.0
     disperse: Amount = 0.0
     gate: dict[str, float] = {}
