@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
-from torch import nn
 
 from latentgen.checkpoint import save_pipeline
 from latentgen.data import Ledger
@@ -27,11 +25,11 @@ from latentgen.models.onnx.export import write_graphs
 from latentgen.recipe import Recipe, Train, read_recipe
 from latentgen.training import finish
 from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
-from latentgen.training.cache import cached, latent_moments, text_states
+from latentgen.training.cache import Items, cached_items, content_of, latent_items, text_items
 from latentgen.training.captions import CaptionTable, Variety
 from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
-from latentgen.training.features import FeatureObjective, FeatureTerms, shape_of_patches, tower_patches
+from latentgen.training.features import FeatureObjective, FeatureTerms, patch_items
 from latentgen.training.intake import TrainingData, divide, keep_ledger, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
@@ -216,7 +214,7 @@ class Run:
         form = what.model_dump(exclude={"gate", "train", "loss"})
         terms = AutoencoderLoss(**what.loss.model_dump())
         tower = self.clip.vision_model if terms.perceptual else None
-        seen = _content(tower) if tower is not None else None
+        seen = content_of(tower) if tower is not None else None
         place = self._place(
             "vae", form, _told(what.loss, "equivariance"), _loop(what.train), self.data.fingerprint, seen
         )
@@ -246,7 +244,7 @@ class Run:
         """The U-Net, trained, and its figures."""
         what, data = self.recipe.unet, self.data
         vae, text = self.vae, self.text_encoder
-        upstream = (_content(vae), _content(text), data.fingerprint)
+        upstream = (content_of(vae), content_of(text), data.fingerprint)
         form = what.model_dump(include={"channels", "layers", "head_width"}) | ({"pooled": True} if what.pooled else {})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
@@ -254,29 +252,22 @@ class Run:
         if what.caption_orders > 1 or what.long_captions is not None:
             variety = Variety(what.caption_orders, what.caption_keep, what.long_captions, self.recipe.seed)
             captions, goal = CaptionTable(data.pictures, variety), {**goal, "variety": asdict(variety)}
-        texts_seen = () if captions is data.captions else (captions.fingerprint(),)
         place = self._place("unet", form, goal, _loop(what.train), *upstream, *self._started())
         channels, side = (
             vae.config.latent_channels,
             self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
         )
-        width, length = text.config.hidden_size, self.words.model_max_length
+        width = text.config.hidden_size
         device = self.accelerator.device
 
-        def latents(name: str, pixels: np.ndarray) -> Latents:
-            path = self.state / "cache" / f"latents-{name}-{fingerprint(*upstream)}.npy"
-            shape = (len(pixels), 2, channels, side, side)
-            return Latents(self._cached(path, shape, np.float32, lambda: latent_moments(vae, pixels, device)))
+        def latents(pixels: np.ndarray) -> Latents:
+            return Latents(self._cached(latent_items(vae, pixels, device)))
 
-        def states(name: str, texts: tuple[str, ...]) -> TextStates:
-            path = self.state / "cache" / f"text-{name}-{fingerprint(*upstream, *texts_seen)}.npy"
-            shape = (len(texts) + 1, length, width)
-            return TextStates(
-                self._cached(path, shape, np.float16, lambda: text_states(text, self.words, texts, device))
-            )
+        def states(texts: Sequence[str]) -> TextStates:
+            return TextStates(self._cached(text_items(text, self.words, texts, device)))
 
-        train_latents, train_states = latents("train", data.pixels), states("train", captions.texts)
-        held = latents("held", data.held_pixels), states("held", data.held_captions)
+        train_latents, train_states = latents(data.pixels), states(captions.texts)
+        held = latents(data.held_pixels), states(data.held_captions)
         self._seed()
         unet = self._first_unet({"latent_channels": channels, "latent_size": side, "text_width": width, **form})
         plan = from_config(scheduler_config(self.recipe))
@@ -300,9 +291,7 @@ class Run:
 
     def _tower_patches(self) -> np.ndarray:
         tower, pixels = self.clip.vision_model, self.data.pixels
-        path = self.state / "cache" / f"patches-{fingerprint(_content(tower), self.data.fingerprint)}.npy"
-        shape = tuple(shape_of_patches(tower, len(pixels)))
-        return self._cached(path, shape, np.float16, lambda: tower_patches(tower, pixels, self.accelerator.device))
+        return self._cached(patch_items(tower, pixels, self.accelerator.device))
 
     def sheet(self, unet: UNet2DConditionModel) -> Any:
         """The recipe's prompts, rendered by the U-Net as it is now, from fixed noise."""
@@ -373,11 +362,9 @@ class Run:
         self.figures[name] = dict(figures)
         return figures
 
-    def _cached(self, path: Path, shape: tuple[int, ...], kind: type, parts: Callable[[], Any]) -> np.ndarray:
+    def _cached(self, items: Items) -> np.ndarray:
         with self.accelerator.main_process_first():
-            if self.accelerator.is_main_process and not path.is_file():
-                self.report(f"cache: computing {path.name}")
-            return cached(path, shape, kind, parts)
+            return cached_items(self.state / "cache", items, self.report)
 
 
 def _told(section: BaseModel, *later: str) -> Mapping[str, Any]:
@@ -388,11 +375,3 @@ def _told(section: BaseModel, *later: str) -> Mapping[str, Any]:
 
 def _loop(what: Train) -> Mapping[str, Any]:
     return settings_fingerprint(LoopSettings(**what.model_dump()))
-
-
-def _content(network: nn.Module) -> str:
-    """A hash of a network's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

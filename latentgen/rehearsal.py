@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.build import Run
 from latentgen.recipe import Recipe, Train, read_recipe
+from latentgen.training.cache import Items
 from latentgen.training.draw import Draw, Order
 from latentgen.training.loop import LoopSettings, TrainState, fit
 from latentgen.training.stage import Report, duration
@@ -132,7 +133,8 @@ class Rehearsal(Run):
     def _normalised(self, vae: Any) -> Mapping[str, float]:
         return {}
 
-    def _cached(self, path: Path, shape: tuple[int, ...], kind: type, parts: Callable[[], Any]) -> np.ndarray:
+    def _cached(self, items: Items) -> np.ndarray:
+        shape, kind = (len(items.keys), *items.shape), items.dtype
         size = float(np.prod(shape)) * np.dtype(kind).itemsize
         self._caches += size / 2**20
         rows = min(shape[0], 256)  # as many different ones as tell; the same again and again for the rest

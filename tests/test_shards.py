@@ -83,6 +83,8 @@ def test_a_pattern_names_its_shards_and_no_others(tmp_path: Path) -> None:
     assert len(read_folder(folder / "002.tar").pictures) == 2
     with pytest.raises(InputError, match=r"003\.tar does not exist \(2 of 5 are missing\)"):
         read_folder(folder / "{000..004}.tar")
+    with pytest.raises(InputError, match="is no pattern"):
+        read_folder(folder / "{000..004.tar")
 
 
 def test_every_member_is_used_or_listed_and_the_counts_add_up(tmp_path: Path) -> None:

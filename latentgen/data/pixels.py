@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from latentgen.data.decode import BACKGROUND, CannotDecode, Opener
 from latentgen.data.folder import CaptionedFolder
+from latentgen.data.kept import KEY, known_rows, write_keys
 from latentgen.data.picture import Picture, Problem
 from latentgen.errors import InputError
 
@@ -40,7 +41,8 @@ def load_pixels(
 
     A picture is turned upright (EXIF), laid on `background` if transparent, brought to 8-bit RGB, resized with Lanczos
     to cover the square, and centre-cropped. The cache is keyed by the bytes of the files, their order, the transform
-    and the size, never by names or dates. A picture that cannot be read costs a line in `problems`, not the run.
+    and the size, never by names or dates; of a set that has changed only what is new is decoded. A picture that cannot
+    be read costs a line in `problems`, not the run.
 
     Raises InputError if `background` is no colour, if no picture is given or readable, or if the cache cannot be
     written.
@@ -52,12 +54,13 @@ def load_pixels(
         raise InputError("there are no pictures to load; give at least one")
     cache, opener = Path(cache), Opener(background)
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        target = cache / f"{_key(chosen, size, opener, pool)}.npy"
+        whole, keys = _keys(chosen, size, opener, pool)
+        target = cache / f"{whole}.npy"
         kept = _open(target, len(chosen), size)
         if kept is None:
             try:
                 cache.mkdir(parents=True, exist_ok=True)
-                _decode_all(chosen, size, target, opener, pool)
+                _decode_all(chosen, keys, size, target, opener, pool)
             except OSError as error:
                 raise InputError(
                     f"cannot write the pixel cache {cache}: {error.strerror or error}; free space or name another place"
@@ -70,14 +73,21 @@ def load_pixels(
     return Pixels(array, tuple(p for index, p in enumerate(chosen) if index not in unreadable), problems)
 
 
-def _key(pictures: Sequence[Picture], size: int, opener: Opener, pool: Executor) -> str:
+def _keys(pictures: Sequence[Picture], size: int, opener: Opener, pool: Executor) -> tuple[str, list[bytes]]:
+    """What names the array as a whole, and what each picture's row is made of."""
     ground = "" if opener.colour == (255, 255, 255) else f"; on {opener.colour}"
     digest = hashlib.sha256(f"{TRANSFORM}; {size}{ground}".encode())
+    each = digest.copy()
+    keys: list[bytes] = []
     files = {picture.path: picture for picture in pictures}
     content = dict(zip(files, pool.map(_file_digest, files.values()), strict=True))
     for picture in pictures:
-        digest.update(content[picture.path] + (repr(picture.box).encode() if picture.box else b""))
-    return digest.hexdigest()[:32]
+        told = content[picture.path] + (repr(picture.box).encode() if picture.box else b"")
+        digest.update(told)
+        own = each.copy()
+        own.update(told)
+        keys.append(own.digest()[:KEY])
+    return digest.hexdigest()[:32], keys
 
 
 def _file_digest(picture: Picture) -> bytes:
@@ -103,18 +113,24 @@ def _reasons(target: Path) -> Path:
     return target.with_suffix(".json")
 
 
-def _decode_all(pictures: Sequence[Picture], size: int, target: Path, opener: Opener, pool: Executor) -> None:
+def _decode_all(
+    pictures: Sequence[Picture], keys: Sequence[bytes], size: int, target: Path, opener: Opener, pool: Executor
+) -> None:
     """Writes `target` and, first, the reasons of the pictures left out; each aside and renamed, the array last."""
     unreadable: dict[int, str] = {}
+    known = known_rows(target.parent, "*", (size, size, 3), np.uint8)
 
-    def decode(picture: Picture) -> np.ndarray | str:
+    def decode(picture: Picture, key: bytes) -> np.ndarray | str:
+        if key in known:
+            array, row = known[key]
+            return np.asarray(array[row])
         return _try_decode(picture, size, opener)
 
     def write_rows(file: BinaryIO) -> None:
         _write_header(file, len(pictures), size)
         for start in range(0, len(pictures), ROWS_A_WRITE):
             rows = pictures[start : start + ROWS_A_WRITE]
-            for index, decoded in enumerate(pool.map(decode, rows), start=start):
+            for index, decoded in enumerate(pool.map(decode, rows, keys[start:]), start=start):
                 if isinstance(decoded, str):
                     unreadable[index] = decoded
                 else:
@@ -129,6 +145,7 @@ def _decode_all(pictures: Sequence[Picture], size: int, target: Path, opener: Op
         file.flush()
         os.fsync(file.fileno())
         _write_aside(_reasons(target), lambda reasons: reasons.write(json.dumps(unreadable).encode()))
+        write_keys(target, [key for index, key in enumerate(keys) if index not in unreadable])
 
     _write_aside(target, write_rows)
 

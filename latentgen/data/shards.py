@@ -72,12 +72,12 @@ def expand(pattern: str) -> list[Path]:
     paths = [Path(pattern)]
     if "{" in pattern:
         try:
-            from braceexpand import UnbalancedBracesError, braceexpand
+            from braceexpand import braceexpand
         except ImportError:
             raise InputError(f'{pattern} is a pattern, which needs pip install "latentgen[shards]"') from None
         try:
             paths = [Path(name) for name in braceexpand(pattern)]
-        except UnbalancedBracesError as error:
+        except ValueError as error:  # its UnbalancedBracesError
             raise InputError(f"{pattern} is no pattern ({error}); write as in shards/{{000..012}}.tar") from None
     missing = [path for path in paths if not path.is_file()]
     if missing:

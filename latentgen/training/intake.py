@@ -52,7 +52,8 @@ class TrainingData:
         """Changes with any pixel, caption or weight."""
         digest = hashlib.sha256(self.captions.fingerprint().encode())
         for array in (self.pixels, self.held_pixels, self.weights):
-            digest.update(np.ascontiguousarray(array).data)
+            for start in range(0, len(array), 256):  # memory-mapped: a few rows at a time
+                digest.update(np.ascontiguousarray(array[start : start + 256]).data)
         return digest.hexdigest()
 
 
@@ -65,7 +66,8 @@ def read_pictures(
     """
     marked = read_folder(root, captions)
     folder = hold_out(marked, held_out, part)
-    pixels = load_pixels(folder, size, cache, background)
+    taught_first = sorted(folder.pictures, key=lambda picture: picture.split == held_out)
+    pixels = load_pixels(taught_first, size, cache, background)
     if folder is marked:
         return folder, pixels, ""
     count = len(folder.select(held_out))
@@ -73,7 +75,10 @@ def read_pictures(
 
 
 def divide(root: Path, pixels: Pixels, held_out: str, weights: Mapping[str, Mapping[str, float]]) -> TrainingData:
-    """The pictures of the split `held_out` apart from the others. Raises InputError where either has none."""
+    """The pictures of the split `held_out` apart from the others. Raises InputError where either has none.
+
+    Where all those held out come last, as `read_pictures` has them, no pixel is read: both stay memory-mapped.
+    """
     held = np.array([picture.split == held_out for picture in pixels.pictures])
     if held.all() or not held.any():
         raise InputError(
@@ -83,9 +88,10 @@ def divide(root: Path, pixels: Pixels, held_out: str, weights: Mapping[str, Mapp
     taught = [picture for picture, out in zip(pixels.pictures, held, strict=True) if not out]
     tested = [picture for picture, out in zip(pixels.pictures, held, strict=True) if out]
     factors = np.array([_weight(picture, weights) for picture in taught])
-    return TrainingData(
-        np.ascontiguousarray(pixels.array[~held]), tuple(taught), pixels.array[held], tuple(tested), factors
-    )
+    count, array = len(taught), pixels.array
+    last = not held[:count].any()
+    ours, theirs = (array[:count], array[count:]) if last else (np.ascontiguousarray(array[~held]), array[held])
+    return TrainingData(ours, tuple(taught), theirs, tuple(tested), factors)
 
 
 def look_over(folder: CaptionedFolder, size: int, background: str, cache: Path) -> Ledger:
