@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from pydantic import BaseModel
 
 from latentgen.checkpoint import save_pipeline
-from latentgen.data import Ledger
+from latentgen.data import Buckets, Ledger
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import from_config
 from latentgen.durable import alone, write_file, write_folder
+from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import has_bf16
 from latentgen.models.onnx.export import write_graphs
@@ -28,9 +29,9 @@ from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective
 from latentgen.training.cache import Items, cached_items, content_of, latent_items, text_items
 from latentgen.training.captions import CaptionTable, Variety
 from latentgen.training.clip import ClipObjective
-from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
+from latentgen.training.denoise import BucketLatents, DenoiseObjective, Denoising, Latents, TextStates
 from latentgen.training.features import FeatureObjective, FeatureTerms, patch_items
-from latentgen.training.intake import TrainingData, divide, keep_ledger, look_over, read_pictures
+from latentgen.training.intake import Shaped, TrainingData, divide, in_shapes, keep_ledger, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
@@ -74,6 +75,20 @@ def scheduler_config(recipe: Recipe) -> Mapping[str, Any]:
         "final_sigmas_type": "zero",
         "thresholding": False,
     }
+
+
+def buckets_of(recipe: Recipe) -> Buckets | None:
+    """The shapes a recipe asks for. Raises InputError where the networks cannot take them."""
+    asked, size = recipe.data.buckets, recipe.data.size
+    if asked is None:
+        return None
+    least = 2 ** (len(recipe.vae.channels) - 1 + len(recipe.unet.channels) - 1)
+    step = asked.step or least
+    if step % least:
+        raise InputError(f"step {step} in [data.buckets] does not suit VAE and U-Net; give a multiple of {least}")
+    if recipe.unet.align:
+        raise InputError("align compares pictures with squares, which buckets are not; set align = 0 or take one away")
+    return Buckets.around(size, step, asked.ratio, asked.largest_crop, asked.upscale)
 
 
 @dataclass
@@ -121,6 +136,11 @@ class Run:
     # --- data
 
     @cached_property
+    def buckets(self) -> Buckets | None:
+        """The shapes of the U-Net's pictures, where the recipe asks for them."""
+        return buckets_of(self.recipe)
+
+    @cached_property
     def data(self) -> TrainingData:
         """Pictures and captions; what cannot be used is listed."""
         what = self.recipe.data
@@ -133,12 +153,17 @@ class Run:
                 background=what.background,
                 held_out=what.held_out,
                 part=what.hold_out,
+                buckets=self.buckets,
             )
             if self.accelerator.is_main_process:
-                self.ledger = look_over(folder, what.size, what.background, self.state / "cache")
+                self.ledger = look_over(folder, what.size, what.background, self.state / "cache", self.buckets)
         for problem in (*folder.problems, *pixels.problems):
             self.report(f"data: left out {problem.path}: {problem.reason}")
         data = divide(self.folder, pixels, what.held_out, what.weights)
+        if self.buckets is not None:
+            with self.accelerator.main_process_first():
+                data = in_shapes(data, folder.root, self.buckets, self.state / "cache", what.background)
+            self.report(f"data: buckets {data.shaped_line}")
         if remark:
             self.report(remark)
         self.report(f"data: {len(data.pictures)} pictures to train on, {len(data.held)} held out, from {self.folder}")
@@ -252,7 +277,8 @@ class Run:
         if what.caption_orders > 1 or what.long_captions is not None:
             variety = Variety(what.caption_orders, what.caption_keep, what.long_captions, self.recipe.seed)
             captions, goal = CaptionTable(data.pictures, variety), {**goal, "variety": asdict(variety)}
-        place = self._place("unet", form, goal, _loop(what.train), *upstream, *self._started())
+        shaped = (data.shaped.fingerprint, data.held_shaped.fingerprint) if data.shaped and data.held_shaped else ()
+        place = self._place("unet", form, goal, _loop(what.train), *upstream, *self._started(), *shaped)
         channels, side = (
             vae.config.latent_channels,
             self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -260,14 +286,17 @@ class Run:
         width = text.config.hidden_size
         device = self.accelerator.device
 
-        def latents(pixels: np.ndarray) -> Latents:
-            return Latents(self._cached(latent_items(vae, pixels, device)))
+        def latents(pixels: np.ndarray, shaped: Shaped | None) -> Latents:
+            if shaped is None:
+                return Latents(self._cached(latent_items(vae, pixels, device)))
+            arrays = [self._cached(latent_items(vae, own, device)) for own in shaped.pixels]
+            return BucketLatents(arrays[0][:0], tuple(arrays), shaped.bucket, shaped.row)
 
         def states(texts: Sequence[str]) -> TextStates:
             return TextStates(self._cached(text_items(text, self.words, texts, device)))
 
-        train_latents, train_states = latents(data.pixels), states(captions.texts)
-        held = latents(data.held_pixels), states(data.held_captions)
+        train_latents, train_states = latents(data.pixels, data.shaped), states(captions.texts)
+        held = latents(data.held_pixels, data.held_shaped), states(data.held_captions)
         self._seed()
         unet = self._first_unet({"latent_channels": channels, "latent_size": side, "text_width": width, **form})
         plan = from_config(scheduler_config(self.recipe))

@@ -40,12 +40,26 @@ class Train(_Section):
     kept_averages: Positive = 16
 
 
+class Buckets(_Section):
+    """Shapes of about size x size pixels that the U-Net's pictures keep, sides in multiples of `step` (None: the
+    smallest that VAE and U-Net take); `ratio`: the longest shape. `largest_crop`: the part of a picture's area that may
+    be cut away; `upscale`: whether smaller pictures are enlarged. What fits none is left out and listed. The squares of
+    CLIP and VAE are size x size whatever the picture: the middle of a long one may be enlarged for them.
+    """
+
+    step: Positive | None = None
+    ratio: Annotated[float, Field(ge=1)] = 2.0
+    largest_crop: Part = 0.1
+    upscale: bool = False
+
+
 class Data(_Section):
     """The captioned folder, the side in pixels, and which split is kept for testing.
 
     `hold_out`: where no picture is marked so, this part of them is, by a hash of the file names. `captions`: from
     "files" (tables and sidecars) or from the "names" of the pictures. `background`: the colour under transparent ones.
     `weights` says how often pictures are seen: a column of the metadata, its values, a factor each (1 where unnamed).
+    `buckets`: the U-Net learns from pictures in nearly their own shape; CLIP and VAE learn from squares out of them.
     """
 
     folder: Path
@@ -55,6 +69,7 @@ class Data(_Section):
     captions: Literal["files", "names"] = "files"
     background: str = "white"
     weights: dict[str, dict[str, Amount]] = {}
+    buckets: Buckets | None = None
 
 
 class Tokenizer(_Section):

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentgen.build import Run
 from latentgen.recipe import Recipe, Train, read_recipe
 from latentgen.training.cache import Items
-from latentgen.training.draw import Draw, Order
-from latentgen.training.loop import LoopSettings, TrainState, fit
+from latentgen.training.draw import Draw
+from latentgen.training.loop import LoopSettings, TrainState, fit, order_of
 from latentgen.training.stage import Report, duration
 
 WARM, SECONDS, MOST = 2, 6.0, 20  # steps before the clock starts; how long, and how many steps, it runs at most
@@ -125,7 +125,7 @@ class Rehearsal(Run):
     def _gflop(self, objective: Any, settings: LoopSettings) -> float:
         """Of one sample, the backward pass counted as twice the forward pass."""
         count = min(settings.batch, 8)
-        items = Order(objective.weights, count, 0).items(0)
+        items = order_of(objective, count, 0).items(0)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), self.accelerator.autocast():
             objective.loss(items, Draw(0, 0, count))
         return 3 * counter.get_total_flops() / count / 1e9

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the file
-Kind = Literal["unreadable", "without caption", "not a picture", "named again", "hidden"]
+Kind = Literal["unreadable", "without caption", "not a picture", "named again", "hidden", "does not fit"]
 
 
 class Stored(Protocol):

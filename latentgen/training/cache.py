@@ -63,6 +63,8 @@ class Items:
 def cached_items(folder: Path, items: Items, report: Callable[[str], None] = lambda _: None) -> np.ndarray:
     """The rows, memory-mapped; only those whose key no array of that name in the folder holds are computed."""
     keys = items.keys
+    if not keys:
+        return np.zeros((0, *items.shape), items.dtype)
     path = folder / f"{items.name}-{hashlib.sha256(b''.join(keys)).hexdigest()[:12]}.npy"
 
     def in_order() -> Iterator[np.ndarray]:
