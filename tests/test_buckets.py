@@ -44,8 +44,8 @@ def test_shapes_are_multiples_of_the_step_within_the_area_and_the_ratio(size: in
 @pytest.mark.parametrize("size", [(64, 64), (300, 200), (200, 300), (90, 71), (640, 333)])
 def test_what_is_lost_is_what_pillow_cuts_away(size: tuple[int, int]) -> None:
     fit = EIGHT.fit(*size)
-    ramp = np.broadcast_to(np.linspace(0, 1, size[0], dtype=np.float32), size[::-1])
-    rise = np.broadcast_to(np.linspace(0, 1, size[1], dtype=np.float32)[:, None], size[::-1])
+    ramp = np.broadcast_to(((np.arange(size[0], dtype=np.float32) + 0.5) / size[0]), size[::-1])
+    rise = np.broadcast_to(((np.arange(size[1], dtype=np.float32) + 0.5) / size[1])[:, None], size[::-1])
     shape = EIGHT.shapes[fit.bucket]
     spans = []
     for values, axis in ((ramp, 1), (rise, 0)):
@@ -74,7 +74,7 @@ def test_what_would_be_cut_or_enlarged_too_much_is_left_out_and_listed(tmp_path:
     ledger = write_ledger(folder, 64, buckets=EIGHT)
     assert ledger.files == {"used": 3, "description": 5, "does not fit": 2}
     why = {entry.file: entry.reason for entry in ledger.entries if entry.status == "does not fit"}
-    assert "400 x 80: 60% would be cut away in the nearest bucket, 88 x 40; at most 10%" in why["panorama.png"]
+    assert "400 x 80: 67% would be cut away in the nearest bucket, 80 x 48; at most 10%" in why["panorama.png"]
     assert "40 x 40: would be enlarged 1.6 times" in why["small.png"]
     assert all(entry.lost <= 0.1 and entry.scale <= 1 for entry in ledger.entries)
     asked = write_ledger(folder, 64, buckets=Buckets.around(64, 8, 2.0, 0.1, True))

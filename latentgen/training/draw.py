@@ -6,6 +6,8 @@ from torch import Tensor
 
 ORDER, STEP, VALIDATION, TURNS = 1, 2, 3, 4  # streams: numbers drawn for one purpose never depend on another's
 
+LEAST_TURNS, MOST_TURNS = 8, 2**17  # of the rarest bucket in a round of turns, so that its share comes out; of a round
+
 
 def _key(*parts: int) -> int:
     """63 bits that depend on every part (NumPy's SeedSequence hash)."""
@@ -91,7 +93,9 @@ class BucketOrder:
         self.batch = batch
         self._members = filled
         self._orders = [Order(weights[own], batch, _key(TURNS, seed, n)) for n, own in enumerate(filled)]
-        self._turns = Order(np.array([weights[own].sum() / batch for own in filled]), 1, _key(TURNS, seed))
+        batches = np.array([weights[own].sum() / batch for own in filled])  # of each bucket, in an epoch of its items
+        rounds = min(LEAST_TURNS / batches.min(), max(1.0, MOST_TURNS / batches.sum()))
+        self._turns = Order(batches * max(1.0, rounds), 1, _key(TURNS, seed))
         self._before = [np.zeros(len(filled), dtype=np.int64)]  # turns of each bucket before each epoch of turns
 
     def items(self, step: int) -> np.ndarray:

@@ -104,13 +104,13 @@ def read_pictures(
     part: of the pictures, held out where none is in the split `held_out`. buckets: what fits none is left out.
     """
     marked = read_folder(root, captions)
+    if buckets is not None:
+        marked, _ = keep_fitting(marked, _facts(marked.root, marked.pictures, cache, background), buckets)
     folder = hold_out(marked, held_out, part)
     remark = ""
     if folder is not marked:
         count = len(folder.select(held_out))
         remark = f"data: no picture is marked {held_out!r}, so {count} are held out by their names"
-    if buckets is not None:
-        folder, _ = keep_fitting(folder, _facts(folder.root, folder.pictures, cache, background), buckets)
     taught_first = sorted(folder.pictures, key=lambda picture: picture.split == held_out)
     pixels = load_pixels(taught_first, size, cache, background)
     return folder, pixels, remark
@@ -129,7 +129,7 @@ def in_shapes(data: TrainingData, root: Path, buckets: Buckets, cache: Path, bac
             if not len(own):
                 arrays.append(np.zeros((0, height, width, 3), np.uint8))
                 continue
-            loaded = load_pixels([pictures[item] for item in own], (width, height), cache, background)
+            loaded = load_pixels([pictures[item] for item in own.tolist()], (width, height), cache, background)
             if loaded.problems:
                 first = loaded.problems[0]
                 raise InputError(f"{first.path}: {first.reason}, which it was not before; run again")
