@@ -153,8 +153,30 @@ def test_the_order_without_buckets_is_what_it_was() -> None:
     assert sorted(np.concatenate([Order(np.ones(8), 4, 0).items(s) for s in (0, 1)]).tolist()) == list(range(8))
 
 
+def test_a_recipe_asks_for_shapes_that_its_networks_take(tmp_path: Path) -> None:
+    from latentgen.build import buckets_of
+    from latentgen.recipe import read_recipe
+
+    text = (ROOT / "tests" / "data" / "tiny.toml").read_text()
+
+    def asked(keys: str, unet: str = "") -> Buckets | None:
+        recipe = text.replace("[tokenizer]", f"{keys}\n[tokenizer]").replace("[unet]\n", f"[unet]\n{unet}\n")
+        (tmp_path / "r.toml").write_text(recipe)
+        return buckets_of(read_recipe(tmp_path / "r.toml"))
+
+    assert asked("") is None
+    found = asked("[data.buckets]\nratio = 3\nlargest_crop = 0.2")
+    assert found == Buckets(((16, 48), (32, 32), (48, 16)), 0.2, False)  # 8 for the VAE times 2 for the U-Net
+    with pytest.raises(InputError, match=r"step 8 .* does not suit VAE and U-Net; give a multiple of 16"):
+        asked("[data.buckets]\nstep = 8")
+    with pytest.raises(InputError, match="align compares pictures with squares"):
+        asked("[data.buckets]", "align = 0.5")
+    with pytest.raises(InputError, match="did you mean 'largest_crop'"):
+        asked("[data.buckets]\nlargest_crops = 0.5")
+
+
 @pytest.mark.slow
-def test_a_run_with_buckets_trains_to_its_end_and_says_what_is_in_each(tmp_path: Path) -> None:
+def test_a_run_with_buckets_and_varied_captions_trains_to_its_end_and_says_what_is_in_each(tmp_path: Path) -> None:
     pictures = [p for p in read_folder(ICONS).pictures if p.attributes["style"] == "noto"][:13]
     for number, picture in enumerate(pictures):
         place = tmp_path / "data" / f"{number}.png"
@@ -162,13 +184,17 @@ def test_a_run_with_buckets_trains_to_its_end_and_says_what_is_in_each(tmp_path:
         size = [(48, 48), (60, 20), (200, 20)][0 if number < 6 else 1 if number < 12 else 2]
         picture_of = Image.open(picture.path).convert("RGB")
         picture_of.resize(size).save(place)
-        place.with_suffix(".txt").write_text(picture.captions[0])
+        place.with_suffix(".txt").write_text(f"{picture.captions[0]}, flat, drawn by hand, on white\nan emoji")
     text = (ROOT / "tests" / "data" / "tiny.toml").read_text().replace("steps = 12", "steps = 3")
     text = text.replace("steps = 16", "steps = 3").replace("batch = 32", "batch = 4").replace("batch = 8", "batch = 4")
     text = text.replace("[data.weights.group]\nsmileys-emotion = 0.5", "[data.buckets]\nstep = 16\nratio = 3")
+    text = text.replace("[unet]\n", "[unet]\ncaption_orders = 3\nlong_captions = 0.5\n")
     (tmp_path / "r.toml").write_text(text)
     run = [sys.executable, "-m", "latentgen.cli", "train", str(tmp_path / "r.toml"), "--data", str(tmp_path / "data")]
     done = subprocess.run([*run, "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "data: left out" in done.stderr and "200 x 20" in done.stderr and "does not fit" in done.stderr
     assert "data: buckets 32 x 32: " in done.stderr and "48 x 16: " in done.stderr and "unet: step 3/3" in done.stderr
+    taught = int(done.stderr.split(" pictures to train on")[0].rsplit(" ", 1)[-1])
+    # each one's own caption in three orders, the one they share, and the empty one
+    assert taught <= 12 and f"cache: computing {3 * taught + 2} of {3 * taught + 2} rows of text-" in done.stderr
