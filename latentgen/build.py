@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,24 +13,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
-from torch import nn
 
 from latentgen.checkpoint import save_pipeline
-from latentgen.data import Ledger
+from latentgen.data import Buckets, Ledger
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import from_config
 from latentgen.durable import alone, write_file, write_folder
+from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import has_bf16
 from latentgen.models.onnx.export import write_graphs
 from latentgen.recipe import Recipe, Train, read_recipe
 from latentgen.training import finish
 from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
-from latentgen.training.cache import cached, latent_moments, text_states
+from latentgen.training.cache import Items, cached_items, content_of, latent_items, text_items
+from latentgen.training.captions import CaptionTable, Variety
 from latentgen.training.clip import ClipObjective
-from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
-from latentgen.training.features import FeatureObjective, FeatureTerms, shape_of_patches, tower_patches
-from latentgen.training.intake import TrainingData, divide, keep_ledger, look_over, read_pictures
+from latentgen.training.denoise import BucketLatents, DenoiseObjective, Denoising, Latents, TextStates
+from latentgen.training.features import FeatureObjective, FeatureTerms, patch_items
+from latentgen.training.intake import Shaped, TrainingData, divide, in_shapes, keep_ledger, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
@@ -75,6 +75,20 @@ def scheduler_config(recipe: Recipe) -> Mapping[str, Any]:
         "final_sigmas_type": "zero",
         "thresholding": False,
     }
+
+
+def buckets_of(recipe: Recipe) -> Buckets | None:
+    """The shapes a recipe asks for. Raises InputError where the networks cannot take them."""
+    asked, size = recipe.data.buckets, recipe.data.size
+    if asked is None:
+        return None
+    least = 2 ** (len(recipe.vae.channels) - 1 + len(recipe.unet.channels) - 1)
+    step = asked.step or least
+    if step % least:
+        raise InputError(f"step {step} in [data.buckets] does not suit VAE and U-Net; give a multiple of {least}")
+    if recipe.unet.align:
+        raise InputError("align compares pictures with squares, which buckets are not; set align = 0 or take one away")
+    return Buckets.around(size, step, asked.ratio, asked.largest_crop, asked.upscale)
 
 
 @dataclass
@@ -122,6 +136,11 @@ class Run:
     # --- data
 
     @cached_property
+    def buckets(self) -> Buckets | None:
+        """The shapes of the U-Net's pictures, where the recipe asks for them."""
+        return buckets_of(self.recipe)
+
+    @cached_property
     def data(self) -> TrainingData:
         """Pictures and captions; what cannot be used is listed."""
         what = self.recipe.data
@@ -134,12 +153,17 @@ class Run:
                 background=what.background,
                 held_out=what.held_out,
                 part=what.hold_out,
+                buckets=self.buckets,
             )
             if self.accelerator.is_main_process:
-                self.ledger = look_over(folder, what.size, what.background, self.state / "cache")
+                self.ledger = look_over(folder, what.size, what.background, self.state / "cache", self.buckets)
         for problem in (*folder.problems, *pixels.problems):
             self.report(f"data: left out {problem.path}: {problem.reason}")
         data = divide(self.folder, pixels, what.held_out, what.weights)
+        if self.buckets is not None:
+            with self.accelerator.main_process_first():
+                data = in_shapes(data, folder.root, self.buckets, self.state / "cache", what.background)
+            self.report(f"data: buckets {data.shaped_line}")
         if remark:
             self.report(remark)
         self.report(f"data: {len(data.pictures)} pictures to train on, {len(data.held)} held out, from {self.folder}")
@@ -215,7 +239,7 @@ class Run:
         form = what.model_dump(exclude={"gate", "train", "loss"})
         terms = AutoencoderLoss(**what.loss.model_dump())
         tower = self.clip.vision_model if terms.perceptual else None
-        seen = _content(tower) if tower is not None else None
+        seen = content_of(tower) if tower is not None else None
         place = self._place(
             "vae", form, _told(what.loss, "equivariance"), _loop(what.train), self.data.fingerprint, seen
         )
@@ -245,37 +269,39 @@ class Run:
         """The U-Net, trained, and its figures."""
         what, data = self.recipe.unet, self.data
         vae, text = self.vae, self.text_encoder
-        upstream = (_content(vae), _content(text), data.fingerprint)
+        upstream = (content_of(vae), content_of(text), data.fingerprint)
         form = what.model_dump(include={"channels", "layers", "head_width"}) | ({"pooled": True} if what.pooled else {})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
-        place = self._place("unet", form, goal, _loop(what.train), *upstream, *self._started())
+        captions = data.captions
+        if what.caption_orders > 1 or what.long_captions is not None:
+            variety = Variety(what.caption_orders, what.caption_keep, what.long_captions, self.recipe.seed)
+            captions, goal = CaptionTable(data.pictures, variety), {**goal, "variety": asdict(variety)}
+        shaped = (data.shaped.fingerprint, data.held_shaped.fingerprint) if data.shaped and data.held_shaped else ()
+        place = self._place("unet", form, goal, _loop(what.train), *upstream, *self._started(), *shaped)
         channels, side = (
             vae.config.latent_channels,
             self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
         )
-        width, length = text.config.hidden_size, self.words.model_max_length
+        width = text.config.hidden_size
         device = self.accelerator.device
 
-        def latents(name: str, pixels: np.ndarray) -> Latents:
-            path = self.state / "cache" / f"latents-{name}-{fingerprint(*upstream)}.npy"
-            shape = (len(pixels), 2, channels, side, side)
-            return Latents(self._cached(path, shape, np.float32, lambda: latent_moments(vae, pixels, device)))
+        def latents(pixels: np.ndarray, shaped: Shaped | None) -> Latents:
+            if shaped is None:
+                return Latents(self._cached(latent_items(vae, pixels, device)))
+            arrays = [self._cached(latent_items(vae, own, device)) for own in shaped.pixels]
+            return BucketLatents(arrays[0][:0], tuple(arrays), shaped.bucket, shaped.row)
 
-        def states(name: str, texts: tuple[str, ...]) -> TextStates:
-            path = self.state / "cache" / f"text-{name}-{fingerprint(*upstream)}.npy"
-            shape = (len(texts) + 1, length, width)
-            return TextStates(
-                self._cached(path, shape, np.float16, lambda: text_states(text, self.words, texts, device))
-            )
+        def states(texts: Sequence[str]) -> TextStates:
+            return TextStates(self._cached(text_items(text, self.words, texts, device)))
 
-        train_latents, train_states = latents("train", data.pixels), states("train", data.captions.texts)
-        held = latents("held", data.held_pixels), states("held", data.held_captions)
+        train_latents, train_states = latents(data.pixels, data.shaped), states(captions.texts)
+        held = latents(data.held_pixels, data.held_shaped), states(data.held_captions)
         self._seed()
         unet = self._first_unet({"latent_channels": channels, "latent_size": side, "text_width": width, **form})
         plan = from_config(scheduler_config(self.recipe))
         denoising = Denoising(plan.schedule, Prediction(what.prediction), what.weighting, what.caption_dropout)
-        parts = (unet, denoising, train_latents, data.captions, train_states, data.weights, held, self.accelerator)
+        parts = (unet, denoising, train_latents, captions, train_states, data.weights, held, self.accelerator)
         objective = DenoiseObjective(*parts, sheet=lambda: self.sheet(unet))
         if what.align or what.disperse:
             terms = FeatureTerms(what.align, what.disperse)
@@ -294,9 +320,7 @@ class Run:
 
     def _tower_patches(self) -> np.ndarray:
         tower, pixels = self.clip.vision_model, self.data.pixels
-        path = self.state / "cache" / f"patches-{fingerprint(_content(tower), self.data.fingerprint)}.npy"
-        shape = tuple(shape_of_patches(tower, len(pixels)))
-        return self._cached(path, shape, np.float16, lambda: tower_patches(tower, pixels, self.accelerator.device))
+        return self._cached(patch_items(tower, pixels, self.accelerator.device))
 
     def sheet(self, unet: UNet2DConditionModel) -> Any:
         """The recipe's prompts, rendered by the U-Net as it is now, from fixed noise."""
@@ -367,11 +391,9 @@ class Run:
         self.figures[name] = dict(figures)
         return figures
 
-    def _cached(self, path: Path, shape: tuple[int, ...], kind: type, parts: Callable[[], Any]) -> np.ndarray:
+    def _cached(self, items: Items) -> np.ndarray:
         with self.accelerator.main_process_first():
-            if self.accelerator.is_main_process and not path.is_file():
-                self.report(f"cache: computing {path.name}")
-            return cached(path, shape, kind, parts)
+            return cached_items(self.state / "cache", items, self.report)
 
 
 def _told(section: BaseModel, *later: str) -> Mapping[str, Any]:
@@ -382,11 +404,3 @@ def _told(section: BaseModel, *later: str) -> Mapping[str, Any]:
 
 def _loop(what: Train) -> Mapping[str, Any]:
     return settings_fingerprint(LoopSettings(**what.model_dump()))
-
-
-def _content(network: nn.Module) -> str:
-    """A hash of a network's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -42,12 +42,26 @@ class Train(_Section):
     kept_averages: Positive = 16
 
 
+class Buckets(_Section):
+    """Shapes of about size x size pixels that the U-Net's pictures keep, sides in multiples of `step` (None: the
+    smallest that VAE and U-Net take); `ratio`: the longest shape. `largest_crop`: the part of a picture's area that may
+    be cut away; `upscale`: whether smaller pictures are enlarged. What fits none is left out and listed. The squares of
+    CLIP and VAE are size x size whatever the picture: the middle of a long one may be enlarged for them.
+    """
+
+    step: Positive | None = None
+    ratio: Annotated[float, Field(ge=1)] = 2.0
+    largest_crop: Part = 0.1
+    upscale: bool = False
+
+
 class Data(_Section):
     """The captioned folder, the side in pixels, and which split is kept for testing.
 
     `hold_out`: where no picture is marked so, this part of them is, by a hash of the file names. `captions`: from
     "files" (tables and sidecars) or from the "names" of the pictures. `background`: the colour under transparent ones.
     `weights` says how often pictures are seen: a column of the metadata, its values, a factor each (1 where unnamed).
+    `buckets`: the U-Net learns from pictures in nearly their own shape; CLIP and VAE learn from squares out of them.
     """
 
     folder: Path
@@ -57,6 +71,7 @@ class Data(_Section):
     captions: Literal["files", "names"] = "files"
     background: str = "white"
     weights: dict[str, dict[str, Amount]] = {}
+    buckets: Buckets | None = None
 
 
 class Tokenizer(_Section):
@@ -103,6 +118,8 @@ class Vae(_Section):
 class Unet(_Section):
     """A UNet2DConditionModel and the diffusion it learns.
 
+    `caption_orders`: a caption of comma-separated parts is learned in so many orders, its first `caption_keep` parts
+    staying in front; `long_captions`: how often a picture is told by its longest caption (`training.captions`).
     `pooled`: every block is also told the caption as a whole, with the time. `align`, `disperse`: weights of what is
     asked of its middle while it trains (`training.features`).
     """
@@ -115,6 +132,9 @@ class Unet(_Section):
     prediction: Literal["eps", "x0", "v"] = "v"
     weighting: str = "simple"
     caption_dropout: Part = 0.1
+    caption_orders: Positive = 1
+    caption_keep: Annotated[int, Field(ge=0)] = 1
+    long_captions: Part | None = None
     align: Amount = 0.0
     disperse: Amount = 0.0
     gate: dict[str, float] = {}

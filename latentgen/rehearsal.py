@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.build import Run
 from latentgen.recipe import Recipe, Train, read_recipe
-from latentgen.training.draw import Draw, Order
-from latentgen.training.loop import LoopSettings, TrainState, fit
+from latentgen.training.cache import Items
+from latentgen.training.draw import Draw
+from latentgen.training.loop import LoopSettings, TrainState, fit, order_of
 from latentgen.training.stage import Report, duration
 
 WARM, SECONDS, MOST = 2, 6.0, 20  # steps before the clock starts; how long, and how many steps, it runs at most
@@ -124,7 +125,7 @@ class Rehearsal(Run):
     def _gflop(self, objective: Any, settings: LoopSettings) -> float:
         """Of one sample, the backward pass counted as twice the forward pass."""
         count = min(settings.batch, 8)
-        items = Order(objective.weights, count, 0).items(0)
+        items = order_of(objective, count, 0).items(0)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), self.accelerator.autocast():
             objective.loss(items, Draw(0, 0, count))
         return 3 * counter.get_total_flops() / count / 1e9
@@ -132,7 +133,8 @@ class Rehearsal(Run):
     def _normalised(self, vae: Any) -> Mapping[str, float]:
         return {}
 
-    def _cached(self, path: Path, shape: tuple[int, ...], kind: type, parts: Callable[[], Any]) -> np.ndarray:
+    def _cached(self, items: Items) -> np.ndarray:
+        shape, kind = (len(items.keys), *items.shape), items.dtype
         size = float(np.prod(shape)) * np.dtype(kind).itemsize
         self._caches += size / 2**20
         rows = min(shape[0], 256)  # as many different ones as tell; the same again and again for the rest

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latentgen.data.folder import read_folder
+from latentgen.data import read_folder
 from latentgen.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

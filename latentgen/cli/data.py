@@ -20,7 +20,9 @@ DOCTOR = """Examples:
 
 latentgen doctor pictures/
 
-latentgen doctor pictures/ --recipe my.toml --html doctor.html"""
+latentgen doctor pictures/ --recipe my.toml --html doctor.html
+
+latentgen doctor 'shards/{000..012}.tar'"""
 
 
 def add(app: typer.Typer) -> None:
@@ -29,7 +31,7 @@ def add(app: typer.Typer) -> None:
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="A folder of captioned pictures.")],
+    folder: Annotated[Path, typer.Argument(help="Captioned pictures: a folder, tar shards, a saved data set.")],
     recipe: Annotated[
         Path | None, typer.Option(help="Look with its [data] section, and its tokenizer if it is trained.")
     ] = None,
@@ -54,10 +56,15 @@ def doctor(
     what = read_recipe(recipe) if recipe is not None else None
     pictures = read_folder(folder, captions or (what.data.captions if what else "files"))
     size, background = (what.data.size, what.data.background) if what else (None, "white")
+    buckets = None
     if what is not None:
+        if what.data.buckets is not None:  # which depends on the networks' own steps
+            from latentgen.build import buckets_of
+
+            buckets = buckets_of(what)
         pictures = hold_out(pictures, what.data.held_out, what.data.hold_out)
     with progress_bar("looking") as progress:
-        ledger = write_ledger(pictures, size, background, progress=progress)
+        ledger = write_ledger(pictures, size, background, progress=progress, buckets=buckets)
     tokenizer = find_tokenizer(weights, what.name if what else None)
     if tokenizer is not None:
         ledger = count_with(tokenizer, ledger, what.tokenizer.context if what and weights is None else None)

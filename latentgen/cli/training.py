@@ -29,7 +29,10 @@ def train(
         Path | None, typer.Option(help="The weights folder to make.", show_default="weights/NAME of the recipe")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A folder of captioned pictures.", show_default="the recipe's own")
+        Path | None,
+        typer.Option(
+            help="Captioned pictures: a folder, tar shards, a saved data set.", show_default="the recipe's own"
+        ),
     ] = None,
     start: Annotated[
         Path | None,

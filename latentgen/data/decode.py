@@ -1,5 +1,6 @@
 """A file's picture as people see it: upright, on a background, in 8-bit RGB; of an animated file the first frame."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,7 +54,7 @@ class Opener:
         try:
             if picture.box is not None:
                 return self._part(picture)
-            with Image.open(picture.path) as image:
+            with Image.open(picture.path if picture.stored is None else io.BytesIO(picture.read())) as image:
                 frames, size = getattr(image, "n_frames", 1), image.size
                 if draft is not None:
                     image.draft(None, (draft, draft))  # decoded at a half, quarter or eighth

@@ -28,35 +28,35 @@ _NUMBER = re.compile(r"[\s(\[]*\b\d+[)\]]*$")  # at a name's end: "red apple 02"
 class CaptionedFolder:
     """The pictures of one folder in the order of its description, and the files in it that are not used.
 
-    descriptions: the files that the captions were read from.
+    descriptions: the files that the captions were read from. containers: files that hold many pictures, of which each
+    is told by a name below its file. files: those there are; None is all below `root`.
     """
 
     root: Path
     pictures: tuple[Picture, ...]
     problems: tuple[Problem, ...]
     descriptions: tuple[Path, ...] = ()
+    containers: tuple[Path, ...] = ()
+    files: tuple[Path, ...] | None = None
 
     def select(self, split: str) -> tuple[Picture, ...]:
         """The pictures of one split ("train", "test", ...), in order; empty if the folder has no such split."""
         return tuple(picture for picture in self.pictures if picture.split == split)
 
 
-def read_folder(root: Path, captions: str = "files") -> CaptionedFolder:
+def read_files(root: Path, captions: str = "files") -> CaptionedFolder:
     """Reads the captions of the folder `root` and its sub-folders. captions: "files" or "names" (see above).
 
     Raises InputError for a folder that is missing or holds no pictures or no captions, a metadata line that is no JSON
     object or has columns of the wrong kind, two tables in one folder, and an entry that names a missing picture.
     """
-    root = Path(root)
-    if captions not in SOURCES:
-        raise InputError(f"captions is {captions!r}; it can be {_listing(SOURCES)}")
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise InputError(f"{root} {what}; give a folder of pictures with {NAMES[0]} or .txt captions beside them")
     files = sorted(path for path in root.rglob("*") if path.is_file() and not is_hidden(path.relative_to(root)))
     found = [path for path in files if path.suffix.lower() in PICTURES]
     if not found:
-        raise InputError(f"{root} holds no pictures; put {_listing(PICTURES)} files there")
+        raise InputError(f"{root} holds no pictures; put {listing(PICTURES)} files there")
     pictures, problems, descriptions = _from_names(found) if captions == "names" else _from_files(found, files)
     if not pictures:
         first = next((f" ({p.reason})" for p in problems if p.kind == "without caption" and ";" in p.reason), "")
@@ -79,7 +79,8 @@ def caption_of_name(stem: str) -> str:
     return words if any(letter.isalpha() for letter in words) else ""
 
 
-def _listing(names: Iterable[str]) -> str:
+def listing(names: Iterable[str]) -> str:
+    """ "a, b or c", sorted."""
     *first, last = sorted(names)
     return f"{', '.join(first)} or {last}"
 

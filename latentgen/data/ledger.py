@@ -13,21 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from latentgen.data.alike import MEANING, find_alike
+from latentgen.data.buckets import Buckets, keep_fitting
 from latentgen.data.decode import BACKGROUND, Opener
 from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden
-from latentgen.data.picture import Box, Picture, Problem
+from latentgen.data.picture import Box, Picture, Problem, Stored
 from latentgen.data.survey import Facts, Progress, Survey
 
 STATUSES = {
     "used": "pictures that are used",
     "description": "files that captions are read from",
+    "container": "files that hold many pictures: each member or row is counted by itself",
     "without caption": "pictures that nothing describes: left out",
+    "does not fit": "pictures that would be cut or enlarged more than the recipe allows: left out",
     "unreadable": "pictures that cannot be decoded: left out",
     "not a picture": "other files: not read",
     "hidden": "names that start with a dot: not read",
 }
 REMARKS = {
-    "cropped": "the longer side is cut to a square",
+    "cropped": "the longer side is cut to a square, or to the shape of the bucket",
     "upscaled": "smaller than the size it is trained at",
     "duplicate": "an earlier picture has the same pixels",
     "near duplicate": MEANING,
@@ -62,6 +65,7 @@ class Entry:
     duplicate_of: str = ""
     near: str = ""
     other_split: bool = False
+    stored: Stored | None = None
     again: bool = False
     cut: int = 0
     longest: int = 0
@@ -174,13 +178,20 @@ def write_ledger(
     background: str = BACKGROUND,
     kept: Path | None = None,
     progress: Progress | None = None,
+    buckets: Buckets | None = None,
 ) -> Ledger:
     """Looks at every file of a folder that was read. kept: a file to keep what was seen in, for the next time.
+
+    buckets: pictures that fit none are left out and listed, and each other one is judged by its own.
 
     Raises InputError if `background` is no colour or `kept` cannot be written.
     """
     survey = Survey(folder.root, Opener(background), kept)
     facts = survey.facts(folder.pictures, progress)
+    if buckets is not None:
+        seen_of = dict(zip(folder.pictures, facts, strict=True))
+        folder, _ = keep_fitting(folder, facts, buckets)
+        facts = [seen_of[picture] for picture in folder.pictures]
 
     def with_pixels(indices: Sequence[int]) -> list[Facts]:
         return survey.with_pixels([folder.pictures[index] for index in indices])
@@ -190,7 +201,7 @@ def write_ledger(
     again = {problem.path for problem in folder.problems if problem.kind == "named again"}
     entries: list[Entry] = []
     for index, (picture, seen) in enumerate(zip(folder.pictures, facts, strict=True)):
-        entry = _picture_entry(folder.root, picture, seen, size)
+        entry = _picture_entry(folder.root, picture, seen, size, buckets)
         entry = replace(entry, again=picture.path in again)
         other = exact.get(index, near.get(index))
         if other is not None:
@@ -229,12 +240,14 @@ def _name(root: Path, picture: Picture) -> str:
     return f"{name} {list(picture.box)}" if picture.box else name
 
 
-def _picture_entry(root: Path, picture: Picture, seen: Facts, size: int | None) -> Entry:
-    entry = Entry(
-        picture.path.relative_to(root).as_posix(), "used", "", picture.box, picture.captions, picture.split, seen
-    )
+def _picture_entry(root: Path, picture: Picture, seen: Facts, size: int | None, buckets: Buckets | None) -> Entry:
+    name = picture.path.relative_to(root).as_posix()
+    entry = Entry(name, "used", "", picture.box, picture.captions, picture.split, seen, stored=picture.stored)
     if seen.error:
         return replace(entry, status="unreadable", reason=seen.error)
+    if buckets is not None:
+        fit = buckets.fit(seen.width, seen.height)
+        return replace(entry, lost=fit.lost, scale=fit.scale)
     side = min(seen.width, seen.height)
     return replace(entry, lost=1 - side**2 / (seen.width * seen.height), scale=(size or side) / side)
 
@@ -245,16 +258,20 @@ def _others(folder: CaptionedFolder) -> list[Entry]:
     reasons: dict[Path, Problem] = {}
     for problem in folder.problems:
         reasons.setdefault(problem.path, problem)
-    described = set(folder.descriptions)
+    described, containers = set(folder.descriptions), set(folder.containers)
     others: list[Entry] = []
-    for path in sorted(path for path in folder.root.rglob("*") if path.is_file() and path not in taken):
+    on_disk = folder.files if folder.files is not None else [p for p in folder.root.rglob("*") if p.is_file()]
+    inside = {*reasons, *described} if containers else set()  # members of containers
+    for path in sorted({*on_disk, *inside} - taken):
         relative = path.relative_to(folder.root)
-        if is_hidden(relative):
+        if is_hidden(relative) and path not in reasons:
             status, reason = "hidden", ""
         elif path in described:
             status, reason = "description", ""
         elif path in reasons:
             status, reason = reasons[path].kind, reasons[path].reason
+        elif path in containers:
+            status, reason = "container", ""
         elif path.suffix.lower() in PICTURES:
             status, reason = "without caption", "nothing describes it"
         else:

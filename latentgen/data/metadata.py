@@ -141,7 +141,7 @@ def _entry(columns: dict[str, Any], root: Path, where: str) -> Picture:
         raise InputError(f'{where} has no file_name; write "file_name": "images/cat.png"')
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{where}: {name} lies outside the folder; give a path relative to {root}")
-    captions = _captions(columns, name, where)
+    captions = clean_captions(entry_captions(columns, name, where))
     split = columns.pop("split", None)
     if not isinstance(split, str | None):
         raise InputError(f'{where}: split of {name} is not a string; write "split": "train"')
@@ -149,7 +149,8 @@ def _entry(columns: dict[str, Any], root: Path, where: str) -> Picture:
     return Picture(root / name, captions, split or "train", columns, box)
 
 
-def _captions(columns: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+def entry_captions(columns: dict[str, Any], name: str, where: str) -> list[str]:
+    """Takes what is said of one picture out of its columns: `text`, `caption`, then `captions`, as it stands there."""
     said: list[str] = []
     for column in ("text", "caption"):
         text = columns.pop(column, None)
@@ -159,7 +160,7 @@ def _captions(columns: dict[str, Any], name: str, where: str) -> tuple[str, ...]
     more = columns.pop("captions", None)
     if more is not None and not (isinstance(more, list) and all(isinstance(caption, str) for caption in more)):
         raise InputError(f'{where}: captions of {name} is not a list of strings; write "captions": ["a cat", "cat"]')
-    return clean_captions([*said, *(more or [])])
+    return [*said, *(more or [])]
 
 
 def _box(value: Any, what: str) -> Box | None:

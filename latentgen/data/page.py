@@ -28,7 +28,7 @@ def write_page(ledger: Ledger) -> str:
     kinds: list[tuple[str, list[Entry]]] = [
         (remark, [entry for entry in ledger.entries if remark in entry.remarks]) for remark in REMARKS
     ]
-    left_out = [status for status in STATUSES if status not in ("used", "description")]
+    left_out = [status for status in STATUSES if status not in ("used", "description", "container")]
     kinds = [(s, [entry for entry in ledger.entries if entry.status == s]) for s in left_out] + kinds
     kinds.append(("used", [entry for entry in ledger.entries if entry.status == "used"]))
     name = html.escape(str(ledger.root))
@@ -86,7 +86,8 @@ def _thumbnails(ledger: Ledger) -> Callable[[Entry], str]:
         if entry.status not in ("used", "without caption"):
             return ""
         if key not in made:
-            made[key] = _thumbnail(opener, Picture(ledger.root / entry.file, (), box=entry.box))
+            picture = Picture(ledger.root / entry.file, (), box=entry.box, stored=entry.stored)
+            made[key] = _thumbnail(opener, picture)
         return made[key]
 
     return show

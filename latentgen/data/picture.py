@@ -1,19 +1,31 @@
-"""One picture of a folder and what is said of it; and a file that is not used, with the reason."""
+"""One picture and what is said of it; and a file that is not used, with the reason."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the file
-Kind = Literal["unreadable", "without caption", "not a picture", "named again"]
+Kind = Literal["unreadable", "without caption", "not a picture", "named again", "hidden", "does not fit"]
+
+
+class Stored(Protocol):
+    """Where the bytes of a picture stand that is no file of its own: a member of a shard, a row of a table."""
+
+    @property
+    def container(self) -> Path:
+        """The file on the disk that holds them."""
+
+    def read(self) -> bytes:
+        """The bytes, as a picture file would have them. Raises OSError."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """One picture and what is said of it; the captions are non-empty, the first is the main one.
 
-    box: the part of the file that it is; None is all of it.
+    box: the part of the file that it is; None is all of it. stored: where its bytes stand if `path` is no file on the
+    disk but a name below one (shard.tar/0001.jpg); None is the file `path`.
     """
 
     path: Path
@@ -21,6 +33,16 @@ class Picture:
     split: str = "train"
     attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
     box: Box | None = None
+    stored: Stored | None = None
+
+    @property
+    def file(self) -> Path:
+        """The file on the disk that its bytes are in."""
+        return self.stored.container if self.stored is not None else self.path
+
+    def read(self) -> bytes:
+        """The bytes of its picture file. Raises OSError."""
+        return self.stored.read() if self.stored is not None else self.path.read_bytes()
 
 
 @dataclass(frozen=True)

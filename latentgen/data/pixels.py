@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from latentgen.data.decode import BACKGROUND, CannotDecode, Opener
 from latentgen.data.folder import CaptionedFolder
+from latentgen.data.kept import KEY, known_rows, write_keys
 from latentgen.data.picture import Picture, Problem
 from latentgen.errors import InputError
 
@@ -22,11 +23,12 @@ TRANSFORM = (
     "upright, on white, 8-bit RGB, Lanczos to cover, centre crop; 2"  # part of the cache key: change both together
 )
 ROWS_A_WRITE = 256  # pictures decoded between two writes of the cache: bounds the memory at 256 * size**2 * 3 bytes
+Shape = tuple[int, int]  # width, height
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Decoded pictures: `array` (N, size, size, 3) uint8, memory-mapped, read-only; row i is `pictures[i]`."""
+    """Decoded pictures: `array` (N, height, width, 3) uint8, memory-mapped, read-only; row i is `pictures[i]`."""
 
     array: np.ndarray
     pictures: tuple[Picture, ...]
@@ -34,35 +36,43 @@ class Pixels:
 
 
 def load_pixels(
-    pictures: CaptionedFolder | Sequence[Picture], size: int, cache: Path, background: str = BACKGROUND
+    pictures: CaptionedFolder | Sequence[Picture],
+    size: int | tuple[int, int],
+    cache: Path,
+    background: str = BACKGROUND,
 ) -> Pixels:
-    """Decodes each picture to (size, size, 3) uint8 RGB, once: the array is kept in the folder `cache`.
+    """Decodes each picture to (height, width, 3) uint8 RGB, once: the array is kept in the folder `cache`.
+
+    size: (width, height) in pixels, or the side of a square.
 
     A picture is turned upright (EXIF), laid on `background` if transparent, brought to 8-bit RGB, resized with Lanczos
-    to cover the square, and centre-cropped. The cache is keyed by the bytes of the files, their order, the transform
-    and the size, never by names or dates. A picture that cannot be read costs a line in `problems`, not the run.
+    to cover that size, and centre-cropped. The cache is keyed by the bytes of the files, their order, the transform
+    and the size, never by names or dates; of a set that has changed only what is new is decoded. A picture that cannot
+    be read costs a line in `problems`, not the run.
 
     Raises InputError if `background` is no colour, if no picture is given or readable, or if the cache cannot be
     written.
     """
     chosen = pictures.pictures if isinstance(pictures, CaptionedFolder) else tuple(pictures)
-    if size < 1:
+    shape = (size, size) if isinstance(size, int) else size
+    if min(shape) < 1:
         raise InputError(f"a picture size of {size} is no size; give 1 or more pixels")
     if not chosen:
         raise InputError("there are no pictures to load; give at least one")
     cache, opener = Path(cache), Opener(background)
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        target = cache / f"{_key(chosen, size, opener, pool)}.npy"
-        kept = _open(target, len(chosen), size)
+        whole, keys = _keys(chosen, shape, opener, pool)
+        target = cache / f"{whole}.npy"
+        kept = _open(target, len(chosen), shape)
         if kept is None:
             try:
                 cache.mkdir(parents=True, exist_ok=True)
-                _decode_all(chosen, size, target, opener, pool)
+                _decode_all(chosen, keys, shape, target, opener, pool)
             except OSError as error:
                 raise InputError(
                     f"cannot write the pixel cache {cache}: {error.strerror or error}; free space or name another place"
                 ) from error
-            kept = _open(target, len(chosen), size)
+            kept = _open(target, len(chosen), shape)
     if kept is None:
         raise InputError(f"the pixel cache {target} was changed while it was written; run again")
     array, unreadable = kept
@@ -70,32 +80,41 @@ def load_pixels(
     return Pixels(array, tuple(p for index, p in enumerate(chosen) if index not in unreadable), problems)
 
 
-def _key(pictures: Sequence[Picture], size: int, opener: Opener, pool: Executor) -> str:
+def _keys(pictures: Sequence[Picture], shape: Shape, opener: Opener, pool: Executor) -> tuple[str, list[bytes]]:
+    """What names the array as a whole, and what each picture's row is made of."""
     ground = "" if opener.colour == (255, 255, 255) else f"; on {opener.colour}"
+    width, height = shape
+    size = f"{width}" if width == height else f"{width} x {height}"
     digest = hashlib.sha256(f"{TRANSFORM}; {size}{ground}".encode())
-    paths = list(dict.fromkeys(picture.path for picture in pictures))
-    content = dict(zip(paths, pool.map(_file_digest, paths), strict=True))
+    each = digest.copy()
+    keys: list[bytes] = []
+    files = {picture.path: picture for picture in pictures}
+    content = dict(zip(files, pool.map(_file_digest, files.values()), strict=True))
     for picture in pictures:
-        digest.update(content[picture.path] + (repr(picture.box).encode() if picture.box else b""))
-    return digest.hexdigest()[:32]
+        told = content[picture.path] + (repr(picture.box).encode() if picture.box else b"")
+        digest.update(told)
+        own = each.copy()
+        own.update(told)
+        keys.append(own.digest()[:KEY])
+    return digest.hexdigest()[:32], keys
 
 
-def _file_digest(path: Path) -> bytes:
+def _file_digest(picture: Picture) -> bytes:
     """32 bytes; a file that cannot be read has a digest of its own, so that it is decoded anew once it can."""
     try:
-        return hashlib.sha256(path.read_bytes()).digest()
+        return hashlib.sha256(picture.read()).digest()
     except OSError as error:
         return hashlib.sha256(f"unreadable: {error.strerror}".encode()).digest()
 
 
-def _open(target: Path, count: int, size: int) -> tuple[np.ndarray, dict[int, str]] | None:
-    """The cached array (rows, size, size, 3) and the reasons by index of the left-out pictures; None if not there."""
+def _open(target: Path, count: int, shape: Shape) -> tuple[np.ndarray, dict[int, str]] | None:
+    """The cached array (rows, height, width, 3), and by index why pictures are left out; None if it is not there."""
     try:
         unreadable = {int(index): str(reason) for index, reason in json.loads(_reasons(target).read_text()).items()}
         array: np.ndarray = np.load(target, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, AttributeError):
         return None
-    whole = array.shape == (count - len(unreadable), size, size, 3) and array.dtype == np.uint8
+    whole = array.shape == (count - len(unreadable), *shape[::-1], 3) and array.dtype == np.uint8
     return (array, unreadable) if whole else None
 
 
@@ -103,18 +122,24 @@ def _reasons(target: Path) -> Path:
     return target.with_suffix(".json")
 
 
-def _decode_all(pictures: Sequence[Picture], size: int, target: Path, opener: Opener, pool: Executor) -> None:
+def _decode_all(
+    pictures: Sequence[Picture], keys: Sequence[bytes], shape: Shape, target: Path, opener: Opener, pool: Executor
+) -> None:
     """Writes `target` and, first, the reasons of the pictures left out; each aside and renamed, the array last."""
     unreadable: dict[int, str] = {}
+    known = known_rows(target.parent, "*", (*shape[::-1], 3), np.uint8)
 
-    def decode(picture: Picture) -> np.ndarray | str:
-        return _try_decode(picture, size, opener)
+    def decode(picture: Picture, key: bytes) -> np.ndarray | str:
+        if key in known:
+            array, row = known[key]
+            return np.asarray(array[row])
+        return _try_decode(picture, shape, opener)
 
     def write_rows(file: BinaryIO) -> None:
-        _write_header(file, len(pictures), size)
+        _write_header(file, len(pictures), shape)
         for start in range(0, len(pictures), ROWS_A_WRITE):
             rows = pictures[start : start + ROWS_A_WRITE]
-            for index, decoded in enumerate(pool.map(decode, rows), start=start):
+            for index, decoded in enumerate(pool.map(decode, rows, keys[start:]), start=start):
                 if isinstance(decoded, str):
                     unreadable[index] = decoded
                 else:
@@ -125,10 +150,11 @@ def _decode_all(pictures: Sequence[Picture], size: int, target: Path, opener: Op
                 "give PNG, JPEG or WebP files"
             )
         file.seek(0)
-        _write_header(file, len(pictures) - len(unreadable), size)
+        _write_header(file, len(pictures) - len(unreadable), shape)
         file.flush()
         os.fsync(file.fileno())
         _write_aside(_reasons(target), lambda reasons: reasons.write(json.dumps(unreadable).encode()))
+        write_keys(target, [key for index, key in enumerate(keys) if index not in unreadable])
 
     _write_aside(target, write_rows)
 
@@ -146,15 +172,17 @@ def _write_aside(target: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def _write_header(file: BinaryIO, rows: int, size: int) -> None:
+def _write_header(file: BinaryIO, rows: int, shape: Shape) -> None:
     """A NumPy 1.0 header of 128 bytes whatever the count of rows, so that it can be written again at the end."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({rows}, {size}, {size}, 3), }}".ljust(117) + "\n"
+    text = (
+        f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({rows}, {shape[1]}, {shape[0]}, 3), }}".ljust(117) + "\n"
+    )
     file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1"))
 
 
-def _try_decode(picture: Picture, size: int, opener: Opener) -> np.ndarray | str:
-    """The picture as (size, size, 3) uint8, or the reason why it cannot be read."""
+def _try_decode(picture: Picture, shape: Shape, opener: Opener) -> np.ndarray | str:
+    """The picture as (height, width, 3) uint8, or the reason why it cannot be read."""
     try:
-        return np.asarray(ImageOps.fit(opener.open(picture, 2 * size).image, (size, size), Image.Resampling.LANCZOS))
+        return np.asarray(ImageOps.fit(opener.open(picture, 2 * max(shape)).image, shape, Image.Resampling.LANCZOS))
     except CannotDecode as error:
         return str(error)

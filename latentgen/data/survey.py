@@ -86,7 +86,7 @@ class Survey:
         found: list[Facts] = []
 
         def one(item: tuple[str, Picture]) -> tuple[list[int], Facts]:
-            stamp = _stamp(item[1].path)
+            stamp = _stamp(item[1].file)
             known = self._known.get(item[0])
             return stamp, see(item[1], Facts(**known[2]) if known is not None and known[:2] == stamp else None)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
+from latentgen.data.kept import KEY, known_rows, write_keys
 from latentgen.errors import InputError
 from latentgen.training.clip import to_unit, tokens
 
@@ -41,21 +45,107 @@ def cached(path: Path, shape: tuple[int, ...], dtype: type, parts: Callable[[], 
     return kept
 
 
+@dataclass(frozen=True)
+class Items:
+    """What to keep: one row of `shape` for each key.
+
+    name: of what kind the rows are and which network makes them; keys: digests (`key_of`) of what each is made of.
+    parts: computes the rows of the items it is given the numbers of, part after part.
+    """
+
+    name: str
+    keys: Sequence[bytes]
+    shape: tuple[int, ...]
+    dtype: type
+    parts: Callable[[np.ndarray], Iterator[np.ndarray]]
+
+
+def cached_items(folder: Path, items: Items, report: Callable[[str], None] = lambda _: None) -> np.ndarray:
+    """The rows, memory-mapped; only those whose key no array of that name in the folder holds are computed."""
+    keys = items.keys
+    if not keys:
+        return np.zeros((0, *items.shape), items.dtype)
+    path = folder / f"{items.name}-{hashlib.sha256(b''.join(keys)).hexdigest()[:12]}.npy"
+
+    def in_order() -> Iterator[np.ndarray]:
+        known = known_rows(folder, f"{items.name}-*", items.shape, items.dtype)
+        missing = np.array([number for number, key in enumerate(keys) if key not in known], dtype=np.int64)
+        if len(missing):
+            report(f"cache: computing {len(missing)} of {len(keys)} rows of {path.name}")
+        fresh = (row for part in items.parts(missing) for row in part) if len(missing) else iter(())
+        for key in keys:
+            array, row = known.get(key, (None, 0))
+            yield (array[row] if array is not None else next(fresh))[None]
+        write_keys(path, keys)
+
+    return cached(path, (len(keys), *items.shape), items.dtype, in_order)
+
+
+def key_of(content: bytes | np.ndarray) -> bytes:
+    """The digest of one item: its pixels, or its text in UTF-8."""
+    data = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
+    return hashlib.sha256(data).digest()[:KEY]
+
+
 @torch.no_grad()
-def latent_moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> Iterator[np.ndarray]:
-    """(n, 2, C, h, w) float32: mean and std of each picture's posterior, scaled as diffusers scales latents."""
+def latent_moments(
+    vae: AutoencoderKL, pixels: np.ndarray, device: torch.device, rows: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """(n, 2, C, h, w) float32: mean and std of each picture's posterior, scaled as diffusers scales latents.
+
+    rows: the numbers of the pictures to encode; None is all.
+    """
     vae = vae.to(device).eval()
     factor = vae.config.scaling_factor
-    for start in range(0, len(pixels), 64):
-        posterior = vae.encode(to_unit(pixels[start : start + 64], device)).latent_dist
+    chosen = np.arange(len(pixels)) if rows is None else rows
+    for start in range(0, len(chosen), 64):
+        posterior = vae.encode(to_unit(pixels[chosen[start : start + 64]], device)).latent_dist
         yield (torch.stack([posterior.mean, posterior.std], 1) * factor).float().cpu().numpy()
 
 
 @torch.no_grad()
 def text_states(
-    model: CLIPTextModel, words: CLIPTokenizer, texts: tuple[str, ...], device: torch.device
+    model: CLIPTextModel, words: CLIPTokenizer, texts: Sequence[str], device: torch.device, *, empty: bool = True
 ) -> Iterator[np.ndarray]:
-    """(n, L, D) float16: last hidden states of each text, then of the empty one."""
+    """(n, L, D) float16: last hidden states of each text, then of the empty one (unless empty is False)."""
     model = model.to(device).eval()
-    for ids in torch.split(tokens(words, [*texts, ""]), 256):
+    for ids in torch.split(tokens(words, [*texts, ""] if empty else texts), 256):
         yield model(input_ids=ids.to(device)).last_hidden_state.half().cpu().numpy()
+
+
+def latent_items(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> Items:
+    """The moments of pictures (N, H, W, 3), by pixels and VAE."""
+    config, (height, width) = vae.config, pixels.shape[1:3]
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    shape = (2, config.latent_channels, height // factor, width // factor)
+
+    def parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+        return latent_moments(vae, pixels, device, rows)
+
+    name = f"latents-{_short(content_of(vae), config.scaling_factor)}"
+    return Items(name, [key_of(picture) for picture in pixels], shape, np.float32, parts)
+
+
+def text_items(model: CLIPTextModel, words: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Items:
+    """The states of texts, then of the empty one, by text, tokenizer and encoder."""
+    told = [*texts, ""]
+
+    def parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+        return text_states(model, words, [told[row] for row in rows], device, empty=False)
+
+    heads = model.config.num_attention_heads
+    name = f"text-{_short(content_of(model), heads, sorted(words.get_vocab().items()))}"
+    shape = (words.model_max_length, model.config.hidden_size)
+    return Items(name, [key_of(text.encode()) for text in told], shape, np.float16, parts)
+
+
+def content_of(network: nn.Module) -> str:
+    """A hash of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _short(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def to_unit(pixels: np.ndarray, device: torch.device) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], channels last in memory."""
-    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    writable = pixels if pixels.flags.writeable else pixels.copy()  # a part of a memory-mapped array is not
+    return torch.from_numpy(writable).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def shift(pixels: Tensor, offsets: Tensor, reach: int) -> Tensor:

@@ -37,6 +37,41 @@ class Latents:
         chosen = torch.from_numpy(self.moments[items].astype(np.float32)).to(eps.device)
         return chosen[:, 0] + chosen[:, 1] * eps
 
+    def shape(self, items: np.ndarray) -> tuple[int, ...]:
+        """(C, h, w) of these items."""
+        return self.moments.shape[2:]
+
+    def parts(self, most: int) -> list[np.ndarray]:
+        """All items, in parts of about `most` that have one shape."""
+        count = len(self.moments)
+        return np.array_split(np.arange(count), max(1, -(-count // most)))
+
+
+@dataclass(frozen=True)
+class BucketLatents(Latents):
+    """Latents of several shapes: item i is row `row[i]` of the moments `shaped[bucket[i]]`; `moments` is empty."""
+
+    shaped: tuple[np.ndarray, ...]
+    bucket: np.ndarray
+    row: np.ndarray
+
+    def sample(self, items: np.ndarray, eps: Tensor) -> Tensor:
+        """Of items of one bucket: latents (B, C, h, w) from standard normal eps, where eps lives."""
+        return Latents(self._own(items)).sample(self.row[items], eps)
+
+    def shape(self, items: np.ndarray) -> tuple[int, ...]:
+        """(C, h, w) of items of one bucket."""
+        return self._own(items).shape[2:]
+
+    def parts(self, most: int) -> list[np.ndarray]:
+        """All items, bucket after bucket."""
+        own = [items for n in range(len(self.shaped)) if len(items := np.flatnonzero(self.bucket == n))]
+        return [part for items in own for part in np.array_split(items, -(-len(items) // most))]
+
+    def _own(self, items: np.ndarray) -> np.ndarray:
+        (bucket,) = set(self.bucket[items].tolist())
+        return self.shaped[bucket]
+
 
 @dataclass(frozen=True)
 class Denoising:
@@ -87,6 +122,7 @@ class DenoiseObjective:
         if accelerator.device.type == "cpu":
             attend_plainly(unet)
         self.weights = weights
+        self.buckets = latents.bucket if isinstance(latents, BucketLatents) else None
         self._network = unet_network(unet)
         self._what, self._latents, self._captions, self._states = denoising, latents, captions, states
         self._held_out, self._accelerator, self._sheet = held_out, accelerator, sheet
@@ -94,7 +130,7 @@ class DenoiseObjective:
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """Equation 3 of Rombach et al. 2022, for the prediction chosen; some captions empty (Ho & Salimans 2022)."""
         device = self._accelerator.device
-        shape = self._latents.moments.shape[2:]
+        shape = self._latents.shape(items)
         x0 = self._latents.sample(items, draw.normal(*shape).to(device))
         chosen = self._captions.choose(items, draw.uniform().numpy())
         dropped = draw.uniform().numpy() < self._what.caption_dropout
@@ -117,11 +153,10 @@ class DenoiseObjective:
         latents, states = self._held_out
         device = self._accelerator.device
         told, untold = [], []
-        items = np.arange(len(latents.moments))
         for turn in range(VALIDATION_ROUNDS):
-            for number, part in enumerate(np.array_split(items, max(1, -(-len(items) // 64)))):
+            for number, part in enumerate(latents.parts(64)):
                 draw = Draw(turn, number, len(part), stream=VALIDATION)
-                shape = latents.moments.shape[2:]
+                shape = latents.shape(part)
                 x0 = latents.sample(part, draw.normal(*shape).to(device))
                 eps, times = draw.normal(*shape).to(device), draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)
                 told.append(self._losses(x0, states.rows(part, device), times, eps))

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ORDER, STEP, VALIDATION = 1, 2, 3  # streams: numbers drawn for one purpose never depend on another's
+ORDER, STEP, VALIDATION, TURNS = 1, 2, 3, 4  # streams: numbers drawn for one purpose never depend on another's
+
+LEAST_TURNS, MOST_TURNS = 8, 2**17  # of the rarest bucket in a round of turns, so that its share comes out; of a round
 
 
 def _key(*parts: int) -> int:
@@ -59,7 +61,8 @@ class Order:
         self.epoch_size = max(1, round(float(self._edges[-1])))
         self._epochs: dict[int, np.ndarray] = {}
 
-    def _epoch(self, number: int) -> np.ndarray:
+    def epoch(self, number: int) -> np.ndarray:
+        """The items of one epoch, in their order."""
         if number not in self._epochs:
             self._epochs = {key: value for key, value in self._epochs.items() if key == number - 1}
             random = np.random.Generator(np.random.Philox(_key(ORDER, self._seed, number)))
@@ -72,5 +75,36 @@ class Order:
         """The items (batch,) of a step, counted from 0."""
         places = np.arange(step * self.batch, (step + 1) * self.batch)
         epochs = places // self.epoch_size
-        parts = [self._epoch(int(epoch))[places[epochs == epoch] % self.epoch_size] for epoch in np.unique(epochs)]
+        parts = [self.epoch(int(epoch))[places[epochs == epoch] % self.epoch_size] for epoch in np.unique(epochs)]
         return np.concatenate(parts)
+
+
+class BucketOrder:
+    """Which items step k of a run trains on, where a batch holds items of one bucket alone.
+
+    Each bucket has an `Order` of its own, which runs on across its epochs, and it is a bucket's turn in proportion to
+    what its items weigh; so nothing is dropped, and every item is seen as often as its weight says.
+    """
+
+    def __init__(self, weights: np.ndarray, batch: int, seed: int, buckets: np.ndarray) -> None:
+        filled = [
+            own for bucket in range(int(buckets.max()) + 1) if weights[own := np.flatnonzero(buckets == bucket)].any()
+        ]
+        self.batch = batch
+        self._members = filled
+        self._orders = [Order(weights[own], batch, _key(TURNS, seed, n)) for n, own in enumerate(filled)]
+        batches = np.array([weights[own].sum() / batch for own in filled])  # of each bucket, in an epoch of its items
+        rounds = min(LEAST_TURNS / batches.min(), max(1.0, MOST_TURNS / batches.sum()))
+        self._turns = Order(batches * max(1.0, rounds), 1, _key(TURNS, seed))
+        self._before = [np.zeros(len(filled), dtype=np.int64)]  # turns of each bucket before each epoch of turns
+
+    def items(self, step: int) -> np.ndarray:
+        """The items (batch,) of a step, counted from 0."""
+        epoch, place = divmod(step, self._turns.epoch_size)
+        while len(self._before) <= epoch:
+            turns = self._turns.epoch(len(self._before) - 1)
+            self._before.append(self._before[-1] + np.bincount(turns, minlength=len(self._members)))
+        turns = self._turns.epoch(epoch)
+        bucket = int(turns[place])
+        earlier = int(self._before[epoch][bucket]) + int((turns[:place] == bucket).sum())
+        return self._members[bucket][self._orders[bucket].items(earlier)]

@@ -5,7 +5,7 @@ Both act on the features of its middle block while it trains, and leave nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentgen.training.cache import Items, content_of, key_of
 from latentgen.training.clip import to_unit
 from latentgen.training.denoise import DenoiseObjective
 from latentgen.training.draw import Draw
@@ -114,15 +115,23 @@ def dispersion(middle: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 @torch.no_grad()
-def tower_patches(tower: CLIPVisionModel, pixels: np.ndarray, device: torch.device) -> Iterator[np.ndarray]:
+def tower_patches(
+    tower: CLIPVisionModel, pixels: np.ndarray, device: torch.device, rows: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
     """(n, T, D) float16: the tower's states of each picture's T patches after the last layer, the class token not."""
     tower = tower.to(device).eval()
-    for start in range(0, len(pixels), 128):
-        states = tower(pixel_values=to_unit(pixels[start : start + 128], device)).last_hidden_state
+    chosen = np.arange(len(pixels)) if rows is None else rows
+    for start in range(0, len(chosen), 128):
+        states = tower(pixel_values=to_unit(pixels[chosen[start : start + 128]], device)).last_hidden_state
         yield states[:, 1:].half().cpu().numpy()
 
 
-def shape_of_patches(tower: CLIPVisionModel, count: int) -> Sequence[int]:
-    """(N, T, D) of `tower_patches` over N pictures."""
+def patch_items(tower: CLIPVisionModel, pixels: np.ndarray, device: torch.device) -> Items:
+    """The patches of pictures (N, H, W, 3), by pixels and tower."""
     config = tower.config
-    return count, (config.image_size // config.patch_size) ** 2, config.hidden_size
+
+    def parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+        return tower_patches(tower, pixels, device, rows)
+
+    shape = ((config.image_size // config.patch_size) ** 2, config.hidden_size)
+    return Items(f"patches-{content_of(tower)[:12]}", [key_of(picture) for picture in pixels], shape, np.float16, parts)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from latentgen.errors import InputError
 from latentgen.training.averages import decay_at, gamma_of
-from latentgen.training.draw import Draw, Order
+from latentgen.training.draw import BucketOrder, Draw, Order
 from latentgen.training.optimizer import make_optimizer
 
 PATIENCE = 20  # steps in a row whose loss or gradient is not finite before the loop gives up
@@ -194,7 +194,7 @@ def fit(
         raise InputError("this stage compares the pictures of a batch with each other; leave its accumulate at 1")
     part = settings.batch // (world * parts)
     first = accelerator.process_index * part * parts
-    order = Order(objective.weights, settings.batch, seed)
+    order = order_of(objective, settings.batch, seed)
     trained = [weight for group in state.optimizer.param_groups for weight in group["params"]]
     bad = 0
     while state.step < settings.steps:
@@ -228,6 +228,14 @@ def fit(
         yield Progress(state.step, means, rate, norm)
         if bad >= PATIENCE:
             raise NotFinite(f"the loss or its gradient was not finite {bad} steps in a row, up to step {state.step}")
+
+
+def order_of(objective: Objective, batch: int, seed: int) -> Order | BucketOrder:
+    """The order of an objective's items; where it has `buckets` (items,), a batch holds items of one alone."""
+    buckets: np.ndarray | None = getattr(objective, "buckets", None)
+    if buckets is None:
+        return Order(objective.weights, batch, seed)
+    return BucketOrder(objective.weights, batch, seed, buckets)
 
 
 def _average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:

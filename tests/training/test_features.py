@@ -22,7 +22,7 @@ from latentgen.training.features import (
     FeatureObjective,
     FeatureTerms,
     dispersion,
-    shape_of_patches,
+    patch_items,
     tower_patches,
 )
 
@@ -94,7 +94,7 @@ def test_the_patches_are_the_towers_last_states_without_the_class() -> None:
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=16, patch_size=8, **size)).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (130, 16, 16, 3), dtype=np.uint8)
     found = np.concatenate(list(tower_patches(tower, pixels, torch.device("cpu"))))
-    assert found.shape == tuple(shape_of_patches(tower, 130)) == (130, 4, 16)
+    assert found.shape == (130, *patch_items(tower, pixels, torch.device("cpu")).shape) == (130, 4, 16)
     with torch.no_grad():
         alone = tower(pixel_values=to_unit(pixels[129:], torch.device("cpu"))).last_hidden_state[0, 1:]
     np.testing.assert_allclose(found[129], alone.numpy(), atol=2e-3)

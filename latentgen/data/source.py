@@ -1,0 +1,46 @@
+"""Captioned pictures from wherever people have them: a folder of files, tar shards, or what `datasets` saved."""
+
+import os
+import re
+from pathlib import Path
+
+from latentgen.data.folder import PICTURES, SOURCES, CaptionedFolder, is_hidden, listing, read_files
+from latentgen.data.rows import is_saved, read_rows
+from latentgen.data.shards import PRESSED, TAR, expand, is_pattern, read_shards
+from latentgen.errors import InputError
+
+_HUB = re.compile(r"(hf:/+.+|[\w.-]+/[\w.-]+)")
+
+
+def read_folder(root: Path, captions: str = "files") -> CaptionedFolder:
+    """Reads the captions of a source; no picture is opened.
+
+    root: a folder of pictures (see `data.folder`), a folder of tar shards, one tar or a brace pattern of them
+    (shards/{000..012}.tar; see `data.shards`), or a folder that `datasets` saved (`data.rows`). captions: "files", or
+    "names" for those that are said by the names of the pictures.
+
+    Raises InputError for a source that is missing, that cannot be read, or holds no captioned picture.
+    """
+    root = Path(root)
+    if captions not in SOURCES:
+        raise InputError(f"captions is {captions!r}; it can be {listing(SOURCES)}")
+    if is_pattern(str(root)) and not root.is_dir():
+        tars = expand(str(root))
+        return read_shards(Path(os.path.commonpath([tar.parent for tar in tars])), tars, captions)
+    if not root.exists() and _HUB.fullmatch(str(root)):
+        raise InputError(
+            f"{root} does not exist here, and no hub is reached from here; if it is a data set of a hub, save it where "
+            "there is one (datasets.load_dataset(...).save_to_disk(folder)) and give that folder"
+        )
+    if is_saved(root):
+        if captions == "names":
+            raise InputError(f"{root} holds rows, which have no names; leave captions at files")
+        return read_rows(root)
+    if root.is_dir():
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        shown = [path for path in files if not is_hidden(path.relative_to(root))]
+        tars = [path for path in shown if path.name.endswith(TAR)]
+        pressed = any(path.name.endswith(PRESSED) for path in shown)
+        if (tars or pressed) and not any(path.suffix.lower() in PICTURES for path in shown):
+            return read_shards(root, tars, captions, [path for path in files if path not in set(tars)])
+    return read_files(root, captions)

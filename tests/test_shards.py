@@ -1,0 +1,264 @@
+"""Tar shards and saved data sets are read as folders are: every member and row used or listed, nothing unpacked."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentgen.data import hold_out, load_pixels, read_folder, write_ledger, write_page
+from latentgen.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+ICONS = ROOT / "tests" / "data" / "icons"
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar(path: Path, *members: tuple[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def webshards(folder: Path, count: int = 10, each: int = 4) -> Path:
+    """Shards that the webdataset package wrote."""
+    webdataset = pytest.importorskip("webdataset")
+    folder.mkdir(parents=True)
+    with webdataset.ShardWriter(f"{folder}/%03d.tar", maxcount=each, verbose=0) as writer:
+        for n in range(count):
+            table = {"caption": f"number {n}", "captions": ["a colour"], "split": "test" if n == 3 else None, "n": n}
+            writer.write({"__key__": f"part/{n:05d}", "png": png((20 * n, 0, 0)), "txt": f"shade {n}", "json": table})
+    return folder
+
+
+def test_shards_hold_what_the_webdataset_package_reads_in_them(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    folder = webshards(tmp_path / "shards")
+    found = read_folder(folder)
+    names = [str(path) for path in sorted(folder.glob("*.tar"))]
+    theirs = list(webdataset.WebDataset(names, shardshuffle=False))
+    assert len(found.pictures) == len(theirs) == 10 and found.problems == ()
+    for ours, sample in zip(found.pictures, theirs, strict=True):
+        assert ours.read() == sample["png"]
+        assert str(ours.path).endswith(f".tar/{sample['__key__']}.png") and str(ours.file) == sample["__url__"]
+        said = json.loads(sample["json"])
+        assert ours.captions == (sample["txt"].decode(), said["caption"], "a colour")
+        assert ours.attributes["n"] == said["n"] and ours.split == (said["split"] or "train")
+
+
+def test_shards_become_the_pixels_of_the_same_pictures_in_a_folder(tmp_path: Path) -> None:
+    folder = read_folder(webshards(tmp_path / "shards"))
+    for picture in folder.pictures:
+        loose = tmp_path / "loose" / f"{picture.path.stem}.png"
+        loose.parent.mkdir(exist_ok=True)
+        loose.write_bytes(picture.read())
+        loose.with_suffix(".txt").write_text("x")
+    ours, theirs = (load_pixels(read_folder(tmp_path / name), 8, tmp_path / name) for name in ("shards", "loose"))
+    np.testing.assert_array_equal(ours.array, theirs.array)
+    kept = [[path.name for path in (tmp_path / name).glob("*.npy")] for name in ("shards", "loose")]
+    assert kept[0] == kept[1]  # one cache serves both
+    held = hold_out(folder, "validation", 0.3).select("validation")
+    assert 0 < len(held) < 10
+
+
+def test_a_pattern_names_its_shards_and_no_others(tmp_path: Path) -> None:
+    folder = webshards(tmp_path / "shards")
+    found = read_folder(folder / "{000..001}.tar")
+    assert len(found.pictures) == 8 and [path.name for path in found.containers] == ["000.tar", "001.tar"]
+    assert write_ledger(found).files == {"used": 8, "description": 16, "container": 2}
+    assert len(read_folder(folder / "002.tar").pictures) == 2
+    with pytest.raises(InputError, match=r"003\.tar does not exist \(2 of 5 are missing\)"):
+        read_folder(folder / "{000..004}.tar")
+    with pytest.raises(InputError, match="is no pattern"):
+        read_folder(folder / "{000..004.tar")
+
+
+def test_every_member_is_used_or_listed_and_the_counts_add_up(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    tar(
+        folder / "a.tar",
+        ("1.png", png((1, 0, 0))),
+        ("1.txt", b"one\n\nuno"),
+        ("2.png", png((2, 0, 0))),
+        ("2.json", b"{torn"),
+        ("3.png", png((3, 0, 0))),
+        ("4.txt", b"no picture"),
+        ("5.jpg", b"no jpeg"),
+        ("5.txt", b"five"),
+        ("6.png", png((6, 0, 0))),
+        ("6.second.png", png((7, 0, 0))),
+        ("6.json", b'{"text": "six", "split": null}'),
+        ("6.cls", b"6"),
+        ("1.png", png((9, 0, 0))),
+        ("7.png", png((7, 0, 0))),
+        ("7.txt", b"caf\xe9"),
+        ("._1.png", b"x"),
+    )
+    with tarfile.open(folder / "a.tar", "a") as file:
+        link = tarfile.TarInfo("8.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "1.png"
+        file.addfile(link)
+    cut = tar(folder / "b.tar", ("1.png", png((1, 1, 1))), ("1.txt", b"whole"), ("2.png", b"y" * 4000))
+    cut.write_bytes(cut.read_bytes()[:3000])
+    (folder / "c.tar.gz").write_bytes(b"\x1f\x8b")
+    (folder / "notes.txt").write_text("call home")
+    (folder / ".hidden").write_text("")
+    found = read_folder(folder)
+    assert [picture.path.relative_to(folder).as_posix() for picture in found.pictures] == [
+        "a.tar/1.png",
+        "a.tar/5.jpg",
+        "a.tar/6.png",
+        "b.tar/1.png",
+    ]
+    assert found.pictures[0].captions == ("one", "uno") and found.pictures[0].read() == png((1, 0, 0))
+    why = {problem.path.relative_to(folder).as_posix(): problem.reason for problem in found.problems}
+    for name, words in {
+        "a.tar/1.png#2": "holds 1.png more than once; the first is used",
+        "a.tar/2.json": "2.json is not JSON",
+        "a.tar/2.png": "2.json is not JSON",
+        "a.tar/3.png": "no caption has its key 3; add 3.txt",
+        "a.tar/4.txt": "no picture has its key 4",
+        "a.tar/6.second.png": "a second picture of 6; 6.png is used",
+        "a.tar/6.cls": "neither a picture",
+        "a.tar/7.txt": "not UTF-8",
+        "a.tar/7.png": "not UTF-8",
+        "a.tar/8.png": "a link",
+        "a.tar/._1.png": "starts with a dot",
+        "b.tar": "after 2 members, which are used",
+        "c.tar.gz": "compressed",
+        "notes.txt": "no tar shard",
+    }.items():
+        assert words in why.pop(name)
+    assert not why
+    ledger = write_ledger(found, 8)
+    assert sum(ledger.files.values()) == 17 + 2 + 5  # members of each tar that can be told, files of the folder
+    assert ledger.files == {
+        "used": 3,
+        "description": 4,
+        "container": 1,
+        "without caption": 3,
+        "unreadable": 5,
+        "not a picture": 6,
+        "hidden": 2,
+    }
+    assert write_page(ledger).count("data:image/jpeg") >= 3
+    assert [problem.path.name for problem in load_pixels(found, 8, tmp_path / "cache").problems] == ["5.jpg"]
+
+
+def test_shards_without_a_caption_and_places_that_are_none_are_refused(tmp_path: Path) -> None:
+    tar(tmp_path / "s" / "a.tar", ("red_apple.png", png((1, 2, 3))))
+    with pytest.raises(InputError, match=r"no captioned pictures.*add red_apple\.txt"):
+        read_folder(tmp_path / "s")
+    assert read_folder(tmp_path / "s", "names").pictures[0].captions == ("red apple",)
+    (tmp_path / "s" / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(InputError, match="is no whole, uncompressed tar"):
+        read_folder(tmp_path / "s")
+    with pytest.raises(InputError, match=r"owner/emoji does not exist here, and no hub is reached.*save_to_disk"):
+        read_folder(Path("owner/emoji"))
+
+
+def saved(folder: Path, parts: bool = False) -> Path:
+    """A folder that the datasets package wrote."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = {"picture": datasets.Image(), "text": datasets.Value("string"), "style": datasets.Value("string")}
+    images = [Image.new("RGB", (8, 8), (20 * n, 0, 0)) for n in range(6)]
+    columns = {"picture": images, "text": [f"shade {n}" if n != 4 else "" for n in range(6)], "style": ["noto"] * 6}
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    if parts:
+        datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(folder)
+    else:
+        table.save_to_disk(folder, num_shards=2)
+    return folder
+
+
+def test_rows_of_a_saved_data_set_are_pictures(tmp_path: Path) -> None:
+    folder = read_folder(saved(tmp_path / "set"))
+    assert [picture.captions[0] for picture in folder.pictures] == [f"shade {n}" for n in (0, 1, 2, 3, 5)]
+    assert folder.pictures[3].path == tmp_path / "set" / "data-00001-of-00002.arrow" / "row 0"
+    assert folder.pictures[0].attributes == {"style": "noto"}
+    (problem,) = folder.problems
+    assert problem.path.name == "row 1" and problem.kind == "without caption"
+    pixels = load_pixels(folder, 8, tmp_path / "cache")
+    assert pixels.array[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 100]
+    ledger = write_ledger(folder, 8)
+    assert ledger.files == {"used": 5, "description": 2, "container": 2, "without caption": 1}
+
+
+def test_parts_of_a_saved_data_set_are_splits(tmp_path: Path) -> None:
+    folder = read_folder(saved(tmp_path / "set", parts=True))
+    assert len(folder.select("train")) == 5 and len(folder.select("test")) == 1
+    assert write_ledger(folder).remarks == {"duplicate": 1, "in two splits": 1}
+    assert sum(write_ledger(folder).files.values()) == 7 + len(
+        [p for p in (tmp_path / "set").rglob("*") if p.is_file()]
+    )
+
+
+def test_a_saved_data_set_without_pictures_captions_or_sense_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "words")
+    with pytest.raises(InputError, match="no column of pictures, only text"):
+        read_folder(tmp_path / "words")
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))]}, features=features).save_to_disk(tmp_path / "mute")
+    with pytest.raises(InputError, match="no column of captions, only image"):
+        read_folder(tmp_path / "mute")
+    (tmp_path / "words" / "dataset_info.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read by datasets"):
+        read_folder(tmp_path / "words")
+    with pytest.raises(InputError, match="rows, which have no names"):
+        read_folder(tmp_path / "mute", "names")
+
+
+@pytest.mark.slow
+def test_doctor_and_a_run_take_shards(tmp_path: Path) -> None:
+    entries = [json.loads(line) for line in (ICONS / "metadata.jsonl").read_text().splitlines()]
+    chosen = [entry for entry in entries if entry["split"] == "test"][:2]
+    chosen += [entry for entry in entries if entry["split"] == "train"][:14]
+    members = []
+    for number, entry in enumerate(chosen):
+        members.append((f"{number:04d}.webp", (ICONS / entry.pop("file_name")).read_bytes()))
+        members.append((f"{number:04d}.json", json.dumps(entry).encode()))
+    for number in range(2):
+        tar(tmp_path / "set" / f"{number}.tar", *members[16 * number : 16 * (number + 1)])
+    pattern = str(tmp_path / "set" / "{0..1}.tar")
+    doctor = [sys.executable, "-m", "latentgen.cli", "doctor", pattern, "--json", str(tmp_path / "ledger.json")]
+    done = subprocess.run(doctor, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "ledger.json").read_text())["files"] == {
+        "used": 16,
+        "description": 16,
+        "container": 2,
+    }
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text((ROOT / "tests" / "data" / "tiny.toml").read_text().replace("batch = 32", "batch = 8"))
+    run = [
+        sys.executable,
+        "-m",
+        "latentgen.cli",
+        "train",
+        str(recipe),
+        "--data",
+        pattern,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "14 pictures to train on, 2 held out" in done.stderr
+    assert "data: 34 files: 16 used, 16 description, 2 container" in done.stderr
