@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "latentgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SHARED = {"errors", "durable", "image"}  # leaves that anyone may use
+SHARED = {"errors", "durable", "image", "page"}  # leaves that anyone may use
 MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "__init__": {"pipeline", "output", "errors"},
     "errors": set(),
     "durable": set(),
     "image": set(),
+    "page": set(),
     "checkpoint": set(),
     "request": {"checkpoint"},
     "diffusion": set(),
