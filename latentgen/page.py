@@ -32,9 +32,11 @@ tr + tr > td { border-top: 1px solid var(--line) } td.number, th.number { font-v
 figure { margin: 0 } figcaption { font-size: .8em; line-height: 1.35; overflow-wrap: anywhere }
 figcaption b { color: var(--ink); font-weight: 600 } img { max-width: 100%; border: 1px solid var(--line) }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem }
+.sheet.pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 12.5rem), 1fr)) }
 .side { display: flex; gap: 2px } .side img { width: 96px; min-width: 0; flex: 0 1 96px; object-fit: contain }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem }
 svg { max-width: 100%; height: auto } svg text { fill: var(--ink) } svg g text { fill: currentColor }
+td.tile { padding: 0 2px 2px 0; border: 0 } td.tile img { width: 80px; max-width: none; display: block }
 svg .grid { stroke: var(--line) } pre { background: var(--box); padding: 1rem; overflow-x: auto }
 """
 
@@ -51,9 +53,9 @@ def table(rows: Iterable[str]) -> str:
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
-def sheet(figures: Iterable[str]) -> str:
-    """Figures in as many columns as fit."""
-    return f'<div class="sheet">{"".join(figures)}</div>'
+def sheet(figures: Iterable[str], kind: str = "") -> str:
+    """Figures in as many columns as fit; kind "pairs" is for figures of several pictures."""
+    return f'<div class="{f"sheet {kind}".strip()}">{"".join(figures)}</div>'
 
 
 def image(pixels: np.ndarray, says: str = "") -> str:

@@ -12,6 +12,8 @@ EVALUATE = """Examples:
 
 latentgen evaluate weights/icons --data data/icons --out report.html
 
+latentgen evaluate weights/icons --data data/icons --guidances 1,2,4,7 --step-counts 5,10,25
+
 latentgen evaluate weights/mine --data pictures/ --compare weights/icons --pictures 100"""
 
 
@@ -36,6 +38,9 @@ def evaluate(
     clip: Annotated[str | None, typer.Option(help="A CLIP folder, for scores of captions.")] = None,
     concept: Annotated[str | None, typer.Option(help="The metadata column of what is shown.")] = None,
     style: Annotated[str | None, typer.Option(help="The metadata column of the style.")] = None,
+    guidances: Annotated[str | None, typer.Option(help="Guidance scales of a curve, as 1,2,4,7.")] = None,
+    step_counts: Annotated[str | None, typer.Option(help="Numbers of steps of a curve, as 5,10,25.")] = None,
+    curve_pictures: Annotated[int, typer.Option(help="Pictures rendered for each point of a curve.")] = 24,
     compare: Annotated[str | None, typer.Option(help="Another weights folder, on the same pictures.")] = None,
 ) -> None:
     """Judge a model on held-out captions: figures with intervals, and a page of pictures.
@@ -45,16 +50,21 @@ def evaluate(
     if out.suffix != ".html":
         raise InputError(f"{out} is no .html; the report is a page, name it so")
     import json
+    from dataclasses import replace
 
     from latentgen.durable import write_file
     from latentgen.evaluation.report import write_report
     from latentgen.evaluation.run import Order
     from latentgen.evaluation.run import evaluate as run
+    from latentgen.evaluation.sweep import read_values
 
     def report(line: str) -> None:
         print(f"latentgen: {line}", file=sys.stderr, flush=True)
 
     order = Order(data, pictures, split, steps, guidance, sampler, seed, judge, clip, concept, style)
+    scales = () if guidances is None else read_values(guidances, "--guidances", 0)
+    counts = () if step_counts is None else tuple(map(int, read_values(step_counts, "--step-counts", 1, whole=True)))
+    order = replace(order, guidances=scales, step_counts=counts, curve_pictures=curve_pictures)
     found = [run(each, order, out.with_suffix(".cache"), report) for each in (weights, compare) if each is not None]
     write_file(out.with_suffix(".json"), json.dumps([each.as_dict() for each in found], indent=2).encode())
     write_file(out, write_report(*found).encode())

@@ -6,7 +6,7 @@ Renderings and features are kept beside the report and found again by their cont
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from latentgen.evaluation.metrics import (
     unit,
 )
 from latentgen.evaluation.neighbours import Copies, Labels, find_copies, pair_figures
+from latentgen.evaluation.sweep import Sweep, sweep
 from latentgen.image import to_bytes
 from latentgen.pipeline import Pipeline, terms_of
 
@@ -45,7 +46,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for. pictures: held-out ones rendered, at most; half as many of seen pairs. None: the default."""
+    """What is asked for. pictures: held-out ones rendered, at most; half as many of seen pairs. None: the default.
+
+    guidances, step_counts: values of curves, each rendered with `curve_pictures` of the held-out captions.
+    """
 
     data: Path
     pictures: int = 400
@@ -58,6 +62,9 @@ class Order:
     clip: str | None = None
     concept: str | None = None
     style: str | None = None
+    guidances: tuple[float, ...] = ()
+    step_counts: tuple[int, ...] = ()
+    curve_pictures: int = 24
 
 
 @dataclass(frozen=True)
@@ -77,18 +84,22 @@ class Evaluation:
     likeness: np.ndarray = field(repr=False)
     training: np.ndarray = field(repr=False)
     copies: Copies = field(repr=False)
+    sweeps: list[Sweep] = field(default_factory=list, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """What the JSON file holds."""
         figures = {name: asdict(figure) for name, figure in self.figures.items()}
         levels = [asdict(level) for level in self.levels]
-        return {"weights": self.name, "settings": self.settings, "figures": figures, "levels": levels}
+        told = {"weights": self.name, "settings": self.settings, "figures": figures, "levels": levels}
+        return {**told, "sweeps": [each.as_dict() for each in self.sweeps]}
 
 
 def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Report = lambda _: None) -> Evaluation:
     """Render and judge. cache: a folder for renderings and features. Raises InputError with one line."""
     if order.pictures < 3:
         raise InputError(f"--pictures is {order.pictures}; an evaluation needs 3 or more")
+    if order.curve_pictures < 2:
+        raise InputError(f"--curve-pictures is {order.curve_pictures}; a curve needs 2 or more")
     checkpoint = open_checkpoint(find(weights))
     size = terms_of(checkpoint).size
     judge = open_judge(order.judge)
@@ -106,7 +117,7 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     captions = [picture.captions[0] for picture in real.pictures]
 
     pipe = Pipeline.from_pretrained(weights)
-    settings = {"num_inference_steps": order.steps, "guidance_scale": order.guidance, "sampler": order.sampler}
+    settings = settled(pipe, order)
     artist = Artist(pipe, checkpoint.fingerprint, settings, order.seed, cache / "renderings", report)
     drawn = artist.draw(captions)
     many = list(dict.fromkeys(captions))[:DIVERSE]
@@ -129,6 +140,7 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     figures |= pairs(order, real.pictures, known.pictures, (ours, theirs, all_known), artist, see)
     if clip is not None:
         figures |= with_clip(clip, drawn, np.asarray(real.array), captions, cache / "features", order.seed)
+    sweeps = curves(order, artist, captions, see, theirs)
     report("losses and reconstructions")
     inside = look_inside(checkpoint, np.asarray(real.array), captions, order.seed)
     figures |= inner_figures(inside, np.asarray(real.array), see, theirs, order.seed)
@@ -146,7 +158,34 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
         likeness,
         known.array,
         copies,
+        sweeps,
     )
+
+
+def settled(pipe: Pipeline, order: Order) -> dict[str, Any]:
+    """Steps, guidance and sampler: what is asked, else the weights' own. Renderings are kept under these."""
+    own = {
+        "num_inference_steps": pipe.terms.steps,
+        "guidance_scale": pipe.terms.guidance,
+        "sampler": pipe.terms.sampler,
+    }
+    asked = {"num_inference_steps": order.steps, "guidance_scale": order.guidance, "sampler": order.sampler}
+    return own | {key: value for key, value in asked.items() if value is not None}
+
+
+def curves(
+    order: Order, artist: "Artist", captions: list[str], see: Callable[[Any], np.ndarray], real: np.ndarray
+) -> list[Sweep]:
+    """A curve for each setting of which values were asked for; the other settings are the evaluation's."""
+    asked = (("guidance_scale", order.guidances), ("num_inference_steps", order.step_counts))
+
+    def draw(settings: dict[str, Any], some: Sequence[str]) -> np.ndarray:
+        told = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+        artist.report(f"curves: {told}")
+        return replace(artist, settings=artist.settings | settings).draw(some)
+
+    some = captions[: order.curve_pictures]
+    return [sweep(name, values, some, draw, see, real, order.seed) for name, values in asked if values]
 
 
 def choose(pictures: Sequence[Picture], count: int, seed: int) -> tuple[Picture, ...]:
@@ -241,7 +280,10 @@ def inner_figures(
 
 @dataclass
 class Artist:
-    """Renders captions in batches through the pipeline; what was rendered before is read from the cache."""
+    """Renders captions in batches through the pipeline; what was rendered before is read from the cache.
+
+    settings: all that decide a rendering beside weights, caption and seed, with nothing left to defaults.
+    """
 
     pipe: Pipeline
     fingerprint: str
