@@ -32,6 +32,7 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "recipe": set(),
 }
 MAY_USE["build"] = {*MAY_USE["evaluation"], "evaluation", "training", "recipe"}
+MAY_USE["tuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
 MAY_USE["convert"] = {"checkpoint", "pipeline"}
 MAY_USE["rehearsal"] = {*MAY_USE["build"], "build"}
 MAY_USE["continuation"] = {*MAY_USE["build"], "build"}

@@ -169,6 +169,8 @@ def settled(pipe: Pipeline, order: Order) -> dict[str, Any]:
         "guidance_scale": pipe.terms.guidance,
         "sampler": pipe.terms.sampler,
     }
+    if pipe.terms.interval is not None:
+        own["guidance_interval"] = pipe.terms.interval
     asked = {"num_inference_steps": order.steps, "guidance_scale": order.guidance, "sampler": order.sampler}
     return own | {key: value for key, value in asked.items() if value is not None}
 
@@ -184,8 +186,9 @@ def curves(
         artist.report(f"curves: {told}")
         return replace(artist, settings=artist.settings | settings).draw(some)
 
-    some = captions[: order.curve_pictures]
-    return [sweep(name, values, some, draw, see, real, order.seed) for name, values in asked if values]
+    mixed = np.random.default_rng(order.seed).permutation(len(captions))  # folders are sorted; the first are alike
+    some = [captions[k] for k in mixed[: order.curve_pictures]]
+    return [sweep(name, values, some, draw, see, real[mixed], order.seed) for name, values in asked if values]
 
 
 def choose(pictures: Sequence[Picture], count: int, seed: int) -> tuple[Picture, ...]:
