@@ -212,6 +212,7 @@ def test_tune_writes_what_it_says_and_goes_on_from_its_cache(
     assert settings["num_inference_steps"] == chosen["steps"] and settings["sampler"] == chosen["sampler"]
     assert settings["guidance_scale"] == chosen["guidance"]
     assert json.loads((own / "latentgen.json").read_text())["tuned"]["evaluations"] == 6
+    assert chosen["evaluations"] <= 6
     open_checkpoint(own)
 
 
@@ -221,6 +222,7 @@ def test_tune_writes_what_it_says_and_goes_on_from_its_cache(
         (["--evaluations", 1], "no sampler takes 2 steps; the least that fits is 2"),
         (["--evaluations", 9, "--figure", "beauty"], "it can be one of: kid, unlikeness"),
         (["--evaluations", 9, "--samplers", "dmpp-2m"], "did you mean 'dpmpp-2m'"),
+        (["--evaluations", 9, "--samplers", "probability-flow"], "differs from picture to picture"),
         (["--evaluations", 9, "--out", "t.html"], "is no .json"),
         (["--evaluations", 9, "--guidances", "0.5"], "numbers of 1 or more"),
     ],

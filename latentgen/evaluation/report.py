@@ -32,6 +32,8 @@ BETTER = {  # what the best value is; figures that are not here have none
     "seen pairs: concept, share": "about 1",
     "seen pairs: style": "high",
     "seen pairs: style, share": "about 1",
+    "style by the probe": "high",
+    "style by the probe, share": "about 1",
     "validation loss": "low",
     "bits per latent dimension, bound": "low",
     "bits per pixel dimension, bound": "low",

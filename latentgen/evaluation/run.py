@@ -27,12 +27,14 @@ from latentgen.evaluation.metrics import (
     manifold_figures,
     mean_figure,
     psnr_rows,
+    ratio_figure,
     retrieval_rows,
     score_rows,
     ssim_rows,
     unit,
 )
 from latentgen.evaluation.neighbours import Copies, Labels, find_copies, pair_figures
+from latentgen.evaluation.style import LEARNT_FROM, StyleProbe, style_encoder
 from latentgen.evaluation.sweep import Sweep, sweep
 from latentgen.image import to_bytes
 from latentgen.pipeline import Pipeline, terms_of
@@ -138,6 +140,8 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     figures["memorised"] = mean_figure(copies.flagged, order.seed)
     figures["memorised (held-out pictures)"] = mean_figure(find_copies(theirs, all_known).flagged, order.seed)
     figures |= pairs(order, real.pictures, known.pictures, (ours, theirs, all_known), artist, see)
+    shown = drawn, np.asarray(real.array), known.array
+    figures |= style_figures(order, real.pictures, known.pictures, shown, cache / "features")
     if clip is not None:
         figures |= with_clip(clip, drawn, np.asarray(real.array), captions, cache / "features", order.seed)
     sweeps = curves(order, artist, captions, see, theirs)
@@ -245,10 +249,40 @@ def pairs(
     new = [k for k, pair in enumerate(zip(asked.concepts, asked.styles, strict=True)) if pair not in seen_pairs]
     found = pair_figures(ours[new], theirs[new], asked.rows(new), known, all_labels, order.seed) if new else {}
     figures = {f"held-out pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
-    some = np.sort(np.random.default_rng(order.seed + 1).permutation(len(training))[: max(1, len(held) // 2)])
+    some = seen_rows(len(training), len(held), order.seed)
     drawn = see(artist.draw([training[k].captions[0] for k in some]))
     found = pair_figures(drawn, known[some], all_labels.rows(some), known, all_labels, order.seed)
     return figures | {f"seen pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
+
+
+def seen_rows(training: int, held: int, seed: int) -> np.ndarray:
+    """The training pictures whose captions are rendered too: half as many as are held out."""
+    return np.sort(np.random.default_rng(seed + 1).permutation(training)[: max(1, held // 2)])
+
+
+def style_figures(
+    order: Order,
+    held: Sequence[Picture],
+    training: Sequence[Picture],
+    pixels: tuple[np.ndarray, np.ndarray, np.ndarray],
+    cache: Path,
+) -> dict[str, Figure]:
+    """How often a probe of style (`evaluation.style`) finds the style asked for; pixels: ours, theirs, known."""
+    name = column([*held, *training], order.style, STYLES)
+    if name is None:
+        return {}
+    styles = np.array([str(picture.attributes[name]) for picture in training])
+    rows = np.sort(np.random.default_rng(order.seed + 2).permutation(len(training))[:LEARNT_FROM])
+    if len(np.unique(styles[rows])) < 2:
+        return {}
+    encoder = style_encoder()
+    ours, theirs = (encoder.features(part, cache) for part in pixels[:2])
+    probe = StyleProbe.fit(encoder.features(np.asarray(pixels[2])[rows], cache), styles[rows])
+    asked = np.array([str(picture.attributes[name]) for picture in held])
+    one, other = ((probe(part) == asked).astype(float) for part in (ours, theirs))
+    figures = {"style by the probe": mean_figure(one, order.seed)}
+    figures["style by the probe (real pictures)"] = mean_figure(other, order.seed)
+    return figures | {"style by the probe, share": ratio_figure(one, other, order.seed)}
 
 
 def with_clip(

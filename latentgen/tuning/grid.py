@@ -55,6 +55,8 @@ def grid(
 
     scheduler: a diffusers scheduler config. Raises InputError where no sampler fits, with the least that would.
     """
+    if "probability-flow" in samplers:
+        raise InputError("--samplers has probability-flow, whose price differs from picture to picture; leave it out")
     found, least = [], []
     for sampler in samplers:
         for guidance in guidances:

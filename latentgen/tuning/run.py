@@ -71,10 +71,12 @@ def tune(weights: str | Path, order: Order, cache: Path, report: Report, write: 
     with alone(cache):
         bench = Bench.of(checkpoint, weights, order, cache, report)
         rounds = rounds_of(len(bench.captions))
+        before = bench.present(scheduler)
+        if before.evaluations <= order.evaluations and before not in candidates:
+            candidates.append(before)  # what there is may be kept
         report(f"{len(candidates)} ways to render for {order.evaluations} evaluations or less, by {bench.figure}")
         rated = halve(candidates, bench.look, bench.score, rounds, order.seed, report)
         chosen = rated[0].candidate
-        before = bench.present(scheduler)
         widths, tensors = bench.widths(chosen)
         if widths:
             chosen = widths[0].candidate

@@ -37,7 +37,16 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
     assert "http" not in page.replace("http-equiv", "")
     (found, again) = json.loads(out.with_suffix(".json").read_text())
     assert found["figures"] == again["figures"]
-    names = {"Fréchet distance", "KID", "recall", "memorised", "validation loss", "reconstruction: PSNR, dB"}
+    assert found["figures"]["style by the probe (real pictures)"]["count"] == 6
+    names = {
+        "style by the probe",
+        "Fréchet distance",
+        "KID",
+        "recall",
+        "memorised",
+        "validation loss",
+        "reconstruction: PSNR, dB",
+    }
     assert names <= set(found["figures"])
     assert all(figure["count"] > 0 for figure in found["figures"].values())
     assert len(found["levels"]) == 10
