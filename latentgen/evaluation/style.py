@@ -16,7 +16,7 @@ from latentgen.errors import InputError
 from latentgen.evaluation.efficientnet import EfficientNetLite0
 from latentgen.evaluation.encoders import Encoder, default_judge
 
-LEARNT_FROM = 2000  # training pictures that the probe is fitted to, at most
+LEARNT_FROM = 4000  # training pictures that the probe is fitted to, at most
 MAPS = (0, 1, 3)  # the stem's output, and those of the first and the third block
 COLOURS = 8  # parts of each channel in the histogram
 GROUPS = (528, 136, 300, COLOURS**3)  # features of each map, and of the histogram
@@ -84,8 +84,11 @@ class StyleProbe:
         x = (x - mean) * scale
         wanted = np.where(styles[:, None] == names, 1.0, -1.0)
         bias = wanted.mean(0)
-        dual = np.linalg.solve(x @ x.T + RIDGE * np.eye(len(x)), wanted - bias)
-        return cls(names, mean, scale, x.T @ dual, bias)
+        if len(x) > x.shape[1]:
+            weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ (wanted - bias))
+        else:  # the same by the other side, which is smaller (Saunders et al. 1998)
+            weights = x.T @ np.linalg.solve(x @ x.T + RIDGE * np.eye(len(x)), wanted - bias)
+        return cls(names, mean, scale, weights, bias)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """The style of each row, (N,)."""

@@ -34,6 +34,13 @@ def test_planted_styles_are_found_where_concepts_are_new() -> None:
     rows = np.eye(3)[np.arange(90) % 3] @ random.standard_normal((3, 12)) + 0.2 * random.standard_normal((90, 12))
     probe = StyleProbe.fit(rows[:60], styles[:60], groups=(4, 8))
     assert (probe(rows[60:]) == styles[60:]).all()
+    few, many = np.linspace(-1, 1, 12), np.arange(60) < 8  # fewer rows than features, and more
+    for rows_of in (rows[:60], rows[:60][many]):
+        found = StyleProbe.fit(rows_of, styles[:60][: len(rows_of)], groups=(4, 8))
+        x = (rows_of - found.mean) * found.scale
+        wanted = np.where(styles[:60][: len(rows_of), None] == found.styles, 1.0, -1.0) - found.bias
+        assert np.allclose(x.T @ (wanted - x @ found.weights), found.weights, atol=1e-8)  # the ridge's own condition
+        assert found(found.mean[None] + few).shape == (1,)
     with pytest.raises(InputError, match="two styles or more"):
         StyleProbe.fit(rows, np.full(90, "a"), groups=(4, 8))
 
