@@ -25,6 +25,7 @@ from latentgen.request import Request, read_request
 
 EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
 GUIDING = ("guidance_interval", "guidance_projection", "pag_scale")
+WHOLE = (0.0, 1.0)  # of the way: no interval
 Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures
 
 
@@ -96,6 +97,7 @@ def render(
             "num_inference_steps": request.steps,
             "guidance_scale": request.guidance,
             "guidance_rescale": request.rescale,
+            "guidance_interval": request.interval,
             "sampler": request.sampler,
             "height": request.height,
             "width": request.width,
@@ -146,6 +148,7 @@ def pictures(
     wanted = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "sampler")
     arguments = {key: settings[key] for key in (*wanted, "height", "width", "seed")}
     arguments |= {key: settings[key] for key in GUIDING if key in settings}  # which older pictures do not say
+    arguments["guidance_interval"] = settings.get("guidance_interval") or WHOLE  # and not what the weights say by now
     # pictures of before there were weights and chunks say neither: their prompts were text, cut to the context
     arguments |= {
         key: settings.get(key, old) for key, old in (("prompt_weights", False), ("max_embeddings_multiples", 1))

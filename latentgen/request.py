@@ -19,7 +19,7 @@ class Terms:
     """What a set of weights allows, and what it takes where nothing is said.
 
     factor: pixels to a latent along each side. channels: latent channels. size: pixels along each side of the pictures
-    it was trained on. steps, guidance, sampler: its own defaults.
+    it was trained on. steps, guidance, sampler, interval: its own defaults.
     """
 
     factor: int
@@ -28,6 +28,7 @@ class Terms:
     sampler: str
     steps: int = 20
     guidance: float = 5.0
+    interval: tuple[float, float] | None = None
 
     @classmethod
     def read(
@@ -46,6 +47,7 @@ class Terms:
             sampler=str(defaults.get("sampler") or sampler),
             steps=int(defaults.get("num_inference_steps") or cls.steps),
             guidance=float(defaults.get("guidance_scale", cls.guidance)),
+            interval=_interval(defaults["guidance_interval"]) if defaults.get("guidance_interval") else None,
         )
 
     @classmethod
@@ -122,19 +124,20 @@ def read_request(
         max_embeddings_multiples=None
         if max_embeddings_multiples is None
         else _whole("max_embeddings_multiples", max_embeddings_multiples, 1),
-        interval=None if interval is None else _interval(interval),
+        interval=terms.interval if interval is None else _interval(interval),
         projection=None if projection is None else _projection(projection),
         pag=_finite("pag_scale", pag, 0.0, math.inf),
     )
 
 
-def _interval(parts: Sequence[float]) -> tuple[float, float]:
+def _interval(parts: Sequence[float]) -> tuple[float, float] | None:
+    """None for the whole of the way: guidance is then not bounded at all."""
     ends = tuple(_finite("guidance_interval", part, 0.0, 1.0) for part in parts)
     if len(ends) != 2 or ends[0] >= ends[1]:
         raise InputError(
             f"guidance_interval is {list(parts)}; it must be two parts of the way, as (0.1, 0.8): 0 is noise, 1 clean"
         )
-    return ends[0], ends[1]
+    return None if ends == (0.0, 1.0) else (ends[0], ends[1])
 
 
 def _projection(parts: Sequence[float | None]) -> tuple[float, float | None]:

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "latentgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SHARED = {"errors", "durable", "image"}  # leaves that anyone may use
+SHARED = {"errors", "durable", "image", "page"}  # leaves that anyone may use
 MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "__init__": {"pipeline", "output", "errors", "finetuning"},
     "errors": set(),
     "durable": set(),
     "image": set(),
+    "page": set(),
     "checkpoint": set(),
     "request": {"checkpoint"},
     "diffusion": set(),
@@ -32,6 +33,7 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
 }
 MAY_USE["build"] = {*MAY_USE["evaluation"], "evaluation", "training", "recipe"}
 MAY_USE["finetuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
+MAY_USE["tuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
 MAY_USE["convert"] = {"checkpoint", "pipeline"}
 MAY_USE["rehearsal"] = {*MAY_USE["build"], "build"}
 MAY_USE["continuation"] = {*MAY_USE["build"], "build"}

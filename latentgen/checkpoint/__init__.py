@@ -5,6 +5,7 @@ diffusion (LDM). Nothing heavy is imported here until something is written: a to
 its header.
 """
 
+from latentgen.checkpoint.defaults import write_defaults
 from latentgen.checkpoint.folder import (
     PARTS,
     STEMS,
@@ -38,6 +39,7 @@ __all__ = [
     "refuse_other_kinds",
     "save_pipeline",
     "unet_kind",
+    "write_defaults",
     "write_folder",
     "write_pipeline",
 ]

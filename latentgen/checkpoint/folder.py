@@ -13,7 +13,7 @@ from latentgen.checkpoint.kinds import refuse_other_pipelines
 from latentgen.durable import MANIFEST, sha256
 from latentgen.errors import InputError
 
-DEFAULTS = "latentgen.json"  # {"defaults": {"num_inference_steps", "guidance_scale", "sampler"}, "sample_size": pixels}
+DEFAULTS = "latentgen.json"  # {"defaults": {"num_inference_steps", "guidance_scale", …}, "sample_size": pixels}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 CLASSES = {
     "text_encoder": "CLIPTextModel",

@@ -1,4 +1,4 @@
-"""Verbs of evaluation: evaluate."""
+"""Verbs of evaluation: evaluate, tune."""
 
 import sys
 from pathlib import Path
@@ -12,12 +12,21 @@ EVALUATE = """Examples:
 
 latentgen evaluate weights/icons --data data/icons --out report.html
 
+latentgen evaluate weights/icons --data data/icons --guidances 1,2,4,7 --step-counts 5,10,25
+
 latentgen evaluate weights/mine --data pictures/ --compare weights/icons --pictures 100"""
+
+TUNE = """Examples:
+
+latentgen tune weights/icons --data data/icons --evaluations 20 --dry-run
+
+latentgen tune weights/mine --data pictures/ --evaluations 30 --figure unlikeness --samplers dpmpp-2m,unipc"""
 
 
 def add(app: typer.Typer) -> None:
     """Give the command line these verbs."""
     app.command(epilog=EVALUATE)(evaluate)
+    app.command(epilog=TUNE)(tune)
 
 
 def evaluate(
@@ -36,6 +45,9 @@ def evaluate(
     clip: Annotated[str | None, typer.Option(help="A CLIP folder, for scores of captions.")] = None,
     concept: Annotated[str | None, typer.Option(help="The metadata column of what is shown.")] = None,
     style: Annotated[str | None, typer.Option(help="The metadata column of the style.")] = None,
+    guidances: Annotated[str | None, typer.Option(help="Guidance scales of a curve, as 1,2,4,7.")] = None,
+    step_counts: Annotated[str | None, typer.Option(help="Numbers of steps of a curve, as 5,10,25.")] = None,
+    curve_pictures: Annotated[int, typer.Option(help="Pictures rendered for each point of a curve.")] = 24,
     compare: Annotated[str | None, typer.Option(help="Another weights folder, on the same pictures.")] = None,
 ) -> None:
     """Judge a model on held-out captions: figures with intervals, and a page of pictures.
@@ -45,16 +57,21 @@ def evaluate(
     if out.suffix != ".html":
         raise InputError(f"{out} is no .html; the report is a page, name it so")
     import json
+    from dataclasses import replace
 
     from latentgen.durable import write_file
     from latentgen.evaluation.report import write_report
     from latentgen.evaluation.run import Order
     from latentgen.evaluation.run import evaluate as run
+    from latentgen.evaluation.sweep import read_values
 
     def report(line: str) -> None:
         print(f"latentgen: {line}", file=sys.stderr, flush=True)
 
     order = Order(data, pictures, split, steps, guidance, sampler, seed, judge, clip, concept, style)
+    scales = () if guidances is None else read_values(guidances, "--guidances", 0)
+    counts = () if step_counts is None else tuple(map(int, read_values(step_counts, "--step-counts", 1, whole=True)))
+    order = replace(order, guidances=scales, step_counts=counts, curve_pictures=curve_pictures)
     found = [run(each, order, out.with_suffix(".cache"), report) for each in (weights, compare) if each is not None]
     write_file(out.with_suffix(".json"), json.dumps([each.as_dict() for each in found], indent=2).encode())
     write_file(out, write_report(*found).encode())
@@ -63,4 +80,55 @@ def evaluate(
             print(f"{each.name}:")
         for name, figure in each.figures.items():
             print(f"{name:45} {figure.value:.4g}  [{figure.low:.4g}, {figure.high:.4g}]  of {figure.count}")
+    print(out)
+
+
+def tune(
+    weights: Annotated[str, typer.Argument(help="A weights folder.")],
+    data: Annotated[Path, typer.Option(help="A folder of captioned pictures.")],
+    evaluations: Annotated[
+        int, typer.Option(help="What a picture may cost: network evaluations, two a step where guidance acts.")
+    ],
+    out: Annotated[Path, typer.Option(help="The whole table as JSON.")] = Path("tuning.json"),
+    pictures: Annotated[int, typer.Option(help="Held-out captions rendered by the last candidates.")] = 48,
+    split: Annotated[str, typer.Option(help="The split that is held out.")] = "test",
+    figure: Annotated[str, typer.Option(help="kid, or unlikeness to the caption's own picture.")] = "kid",
+    samplers: Annotated[
+        str | None, typer.Option(help="Samplers to try, commas between.", show_default="seven of them")
+    ] = None,
+    guidances: Annotated[str | None, typer.Option(help="Guidance scales to try.", show_default="1,2,3,4,6")] = None,
+    seed: Annotated[int, typer.Option(help="Of renderings and of what is drawn.")] = 0,
+    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP or DINOv2.")] = "default",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Search and say; leave the weights as they are.")] = False,
+) -> None:
+    """Find the best sampler, steps, guidance and average at a price, and make them the weights' defaults.
+
+    A stopped search goes on from OUT.cache.
+    """
+    if out.suffix != ".json":
+        raise InputError(f"{out} is no .json; the table is one, name it so")
+    import json
+    from dataclasses import replace
+
+    from latentgen.diffusion.sampling import SAMPLERS
+    from latentgen.durable import write_file
+    from latentgen.evaluation.sweep import read_values
+    from latentgen.request import nearest_sampler
+    from latentgen.tuning.report import lines
+    from latentgen.tuning.run import Order
+    from latentgen.tuning.run import tune as run
+
+    def report(line: str) -> None:
+        print(f"latentgen: {line}", file=sys.stderr, flush=True)
+
+    order = Order(data, evaluations, pictures, split, seed, judge, figure)
+    if samplers is not None:
+        order = replace(order, samplers=tuple(nearest_sampler(name.strip(), SAMPLERS) for name in samplers.split(",")))
+    if guidances is not None:
+        order = replace(order, guidances=read_values(guidances, "--guidances", 1))
+    found = run(weights, order, out.with_suffix(".cache"), report, write=not dry_run)
+    write_file(out, json.dumps(found.as_dict(), indent=2).encode())
+    for line in lines(found):
+        print(line)
+    print(f"{weights} is as it was (--dry-run)" if dry_run else f"{weights} renders so by default now")
     print(out)

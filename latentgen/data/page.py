@@ -8,17 +8,10 @@ from collections.abc import Callable
 from latentgen.data.decode import CannotDecode, Opener
 from latentgen.data.ledger import REMARKS, STATUSES, Entry, Ledger
 from latentgen.data.picture import Picture
+from latentgen.page import document, sheet, table
 
 SIDE = 96  # of the small pictures, in pixels: about 3 KB each
 SHOWN = 48  # of each kind; the ledger's JSON holds all
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; margin: 0 auto; max-width: 72rem; padding: 1.5rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top }
-td.number { font-variant-numeric: tabular-nums; text-align: right } p, figcaption, td.what { color: #555 }
-figure { display: inline-block; width: 10rem; margin: 0 1rem 1rem 0; vertical-align: top; font-size: .8em;
-  overflow-wrap: anywhere } figcaption b { color: #1d1d1f; font-weight: 600 } img { border: 1px solid #ddd }
-"""
 
 
 def write_page(ledger: Ledger) -> str:
@@ -44,10 +37,8 @@ def write_page(ledger: Ledger) -> str:
         if entries:
             more = f"; {SHOWN} of them are shown" if len(entries) > SHOWN else ""
             body.append(f"<h2>{kind}: {len(entries)}{more}</h2><p>{html.escape(words[kind])}</p>")
-            body += [_figure(ledger, entry, small) for entry in entries[:SHOWN]]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    page = f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
-    return page + "\n"
+            body.append(sheet(_figure(ledger, entry, small) for entry in entries[:SHOWN]))
+    return document(str(ledger.root), body)
 
 
 def _counts(of: str, counts: dict[str, int]) -> str:
@@ -56,7 +47,7 @@ def _counts(of: str, counts: dict[str, int]) -> str:
         f"<tr><td>{name}</td><td class=number>{count}</td><td class=what>{html.escape(words[name])}</td></tr>"
         for name, count in counts.items()
     )
-    return f"<h2>{of}</h2><table>{''.join(rows)}</table>"
+    return f"<h2>{of}</h2>{table(rows)}"
 
 
 def _words(ledger: Ledger) -> str:
@@ -67,12 +58,13 @@ def _words(ledger: Ledger) -> str:
         for word, parts, times in ledger.split_words
     )
     head = "<tr><th>word</th><th>tokens</th><th>times</th></tr>"
-    return f"<h2>words that the tokenizer splits most</h2><table>{head}{''.join(rows)}</table>"
+    return f"<h2>words that the tokenizer splits most</h2>{table([head, *rows])}"
 
 
 def _figure(ledger: Ledger, entry: Entry, small: Callable[[Entry], str]) -> str:
     caption = html.escape(entry.captions[0]) if entry.captions else ""
-    lines = [f"<b>{html.escape(entry.file)}</b>", caption, html.escape(entry.words())]
+    file = html.escape(entry.file).replace("/", "/<wbr>")
+    lines = [f"<b>{file}</b>", caption, html.escape(entry.words())]
     return f"<figure>{small(entry)}<figcaption>{'<br>'.join(line for line in lines if line)}</figcaption></figure>"
 
 

@@ -1,98 +1,188 @@
 """An evaluation as one HTML page that needs nothing beside it: figures, curves, pictures."""
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image
 
+from latentgen.evaluation.metrics import Figure
 from latentgen.evaluation.run import Evaluation
+from latentgen.evaluation.sweep import Sweep
+from latentgen.page import curve_plot, document, image, number, sheet, table
 
 SHOWN = 24  # pictures of each sheet
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; margin: 0 auto; max-width: 72rem; padding: 1.5rem }
-table { border-collapse: collapse } td, th { padding: .15rem 1rem .15rem 0; text-align: left }
-td.number { font-variant-numeric: tabular-nums; text-align: right } figcaption, p { color: #555 }
-figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; font-size: .8em; max-width: 20rem }
-img { width: 96px; border: 1px solid #ddd; margin-right: 2px }
-"""
-COLOURS = ("#0b6bcb", "#c2410c")
+REFERENCES = (" (training pictures)", " (held-out pictures)", " (real pictures)", ", real")
+BETTER = {  # what the best value is; figures that are not here have none
+    "Fréchet distance": "low",
+    "KID": "about 0",
+    "CMMD": "low",
+    "precision": "high",
+    "recall": "high",
+    "density": "about 1",
+    "coverage": "high",
+    "own picture at 1": "high",
+    "CLIP score": "high",
+    "own caption at 1": "high",
+    "memorised": "0",
+    "held-out pairs: concept": "high",
+    "held-out pairs: concept, share": "about 1",
+    "held-out pairs: style": "high",
+    "held-out pairs: style, share": "about 1",
+    "seen pairs: concept": "high",
+    "seen pairs: concept, share": "about 1",
+    "seen pairs: style": "high",
+    "seen pairs: style, share": "about 1",
+    "style by the probe": "high",
+    "style by the probe, share": "about 1",
+    "validation loss": "low",
+    "bits per latent dimension, bound": "low",
+    "bits per pixel dimension, bound": "low",
+    "reconstruction: PSNR, dB": "high",
+    "reconstruction: SSIM": "high",
+    "reconstruction: Fréchet distance": "low",
+    "reconstruction: feature distance": "low",
+}
+ABOUT = (
+    "Each figure has a 95% bootstrap interval and the number of pictures behind it. In brackets: the same figure of "
+    "real pictures put in the renderings' place, which says how far this judge and this number of pictures can reach. "
+    "Distances over different numbers of pictures cannot be compared."
+)
 
 
 def write_report(one: Evaluation, other: Evaluation | None = None) -> str:
     """The page of one evaluation, or of two of the same data next to each other."""
     both = [one] if other is None else [one, other]
-    names = " and ".join(html.escape(each.name) for each in both)
-    body = [f"<h1>{names}</h1>", *(f"<p>{html.escape(settings(each))}</p>" for each in both), figures(both)]
-    body += ["<h2>loss by noise level</h2>", curve(both)]
-    order = np.argsort(one.likeness)
-    some = np.random.default_rng(0).permutation(len(order))
-    sheets = (("random", some), ("best", order[::-1]), ("worst", order))
-    what = "; ".join(["the real held-out picture", *(f"by {html.escape(each.name)}" for each in both)])
-    for name, rows in sheets:
-        body.append(f"<h2>{name}</h2><p>Left to right: {what}. Best and worst are by likeness of features.</p>")
-        body += [figure(one.captions[k], [one.real[k], *(each.renderings[k] for each in both)]) for k in rows[:SHOWN]]
+    title = " and ".join(each.name for each in both)
+    body = [f"<h1>{html.escape(title)}</h1>", settings(both), f"<h2>figures</h2><p>{ABOUT}</p>", figures(both)]
+    body += ["<h2>loss by noise level</h2>", levels(both)]
     for each in both:
-        body.append(f"<h2>{html.escape(each.name)}: nearest training pictures</h2>")
-        body.append(
-            f"<p>The rendering, then what it is nearest to; nearer than {each.copies.limit:.3g} is flagged.</p>"
-        )
-        for k in np.argsort(each.copies.distance)[:SHOWN]:
-            flag = " — flagged" if each.copies.flagged[k] else ""
-            said = f"{each.copies.distance[k]:.3g}{flag}: {each.captions[k]}"
-            body.append(figure(said, [each.renderings[k], np.asarray(each.training[each.copies.nearest[k]])]))
-    head = f'<meta charset="utf-8"><title>{names}</title>'
-    return (
-        f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
+        body += [sweep_section(each, found) for found in each.sweeps]
+    body += [*sheets(both), *(neighbours(each) for each in both)]
+    return document(title, body)
 
 
-def settings(of: Evaluation) -> str:
-    """One line of what was asked."""
-    told = {key: "its own" if value is None else value for key, value in of.settings.items()}
-    return f"{of.name}: " + ", ".join(f"{key} {value}" for key, value in told.items())
+def settings(both: Sequence[Evaluation]) -> str:
+    """What was asked, a line each."""
+    names = dict.fromkeys(name for each in both for name in each.settings)
+    rows = []
+    for name in names:
+        cells = "".join(f"<td>{html.escape(_told(each.settings.get(name)))}</td>" for each in both)
+        rows.append(f"<tr><td class=soft>{html.escape(name.replace('_', ' '))}</td>{cells}</tr>")
+    return table(rows)
+
+
+def _told(value: object) -> str:
+    if isinstance(value, float):
+        return number(value)
+    text = "" if value is None else str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text  # of a hash its beginning
 
 
 def figures(both: Sequence[Evaluation]) -> str:
-    """The table."""
-    head = "".join(f"<th>{html.escape(each.name)}</th><th>95%</th><th>pictures</th>" for each in both)
+    """The table; a figure of real pictures stands in brackets behind the renderings' own."""
+    head = "".join(
+        f"<th class=number>{html.escape(each.name)}</th><th class=number>95%</th><th class=number>real</th>"
+        "<th class=number>95%</th><th class=number>pictures</th>"
+        for each in both
+    )
     rows = []
-    for name in dict.fromkeys(name for each in both for name in each.figures):
-        cells = ""
-        for each in both:
-            found = each.figures.get(name)
-            told = ("", "", "")
-            if found is not None:
-                told = (f"{found.value:.4g}", f"{found.low:.4g} to {found.high:.4g}", str(found.count))
-            cells += "".join(f"<td class=number>{cell}</td>" for cell in told)
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return f"<h2>figures</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    for name in dict.fromkeys(name for each in both for name in each.figures if not _reference(name)):
+        cells = "".join(_cells(each.figures, name) for each in both)
+        rows.append(f"<tr><td>{html.escape(name)}</td><td class=soft>{BETTER.get(name, '')}</td>{cells}</tr>")
+    return table([f"<tr><th></th><th>best</th>{head}</tr>", *rows])
 
 
-def curve(both: Sequence[Evaluation]) -> str:
-    """Loss over the schedule's time, clean to noise, as inline SVG."""
-    top = max(level.loss.high for each in both for level in each.levels) or 1.0
-    lines = []
-    for each, colour in zip(both, COLOURS, strict=False):
-        places = [(40 + 540 * level.time, 180 - 160 * level.loss.value / top) for level in each.levels]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
-    axis = '<path d="M40 20V180H580" fill="none" stroke="#999"/>'
-    words = f'<text x="2" y="26" font-size="11">{top:.3g}</text><text x="40" y="196" font-size="11">clean</text>'
-    words += '<text x="548" y="196" font-size="11">noise</text>'
-    return f'<svg viewBox="0 0 600 200" width="600" role="img">{axis}{"".join(lines)}{words}</svg>'
+def _reference(name: str) -> bool:
+    return name.endswith(REFERENCES)
 
 
-def figure(caption: str, pictures: Iterable[np.ndarray]) -> str:
+def _cells(found: dict[str, Figure], name: str) -> str:
+    figure = found.get(name)
+    real = next((found[name + end] for end in REFERENCES if name + end in found), None)
+    told = ["", ""] if figure is None else [number(figure.value), _interval(figure)]
+    told += ["", ""] if real is None else [f"({number(real.value)})", _interval(real)]
+    told.append("" if figure is None else str(figure.count))
+    soft = ("", " soft", "", " soft", " soft")
+    return "".join(f'<td class="number{kind}">{cell}</td>' for cell, kind in zip(told, soft, strict=True))
+
+
+def _interval(figure: Figure) -> str:
+    return f"{number(figure.low, 3)} to {number(figure.high, 3)}"
+
+
+def levels(both: Sequence[Evaluation]) -> str:
+    """Loss over the schedule's time, clean to noise."""
+    found = {}
+    for turn, each in enumerate(both):
+        name = each.name if each.name not in found else f"{each.name} ({turn + 1})"
+        found[name] = [(lv.time, lv.loss.value, lv.loss.low, lv.loss.high) for lv in each.levels]
+    said = "mean squared error of the network's output, held-out pictures, over the schedule's time"
+    return curve_plot(found, said, ends=("clean", "noise"))
+
+
+def sweep_section(of: Evaluation, found: Sweep) -> str:
+    """A curve for each figure of a sweep, and the same renderings at each value."""
+    plots = []
+    for name in found.points[0].figures:
+        points = [
+            (p.value, *(getattr(p.figures[name], part) for part in ("value", "low", "high"))) for p in found.points
+        ]
+        plots.append(curve_plot({name: points}, f"{name}, over {found.name}"))
+    count = next(iter(found.points[0].figures.values())).count
+    said = f"{count} captions at each point, with the same noise; all else as above. Lines are 95% intervals."
+    rows = ["<tr><th></th>" + "".join(f"<th>{number(p.value)}</th>" for p in found.points) + "</tr>"]
+    for k, caption in enumerate(found.captions):
+        cells = "".join(f"<td class=tile>{image(p.renderings[k])}</td>" for p in found.points)
+        rows.append(f"<tr><td class=soft>{html.escape(caption)}</td>{cells}</tr>")
+    head = f"<h2>{html.escape(of.name)}: over {found.name}</h2><p>{said}</p>"
+    return f'{head}<div class="plots">{"".join(plots)}</div>{table(rows)}'
+
+
+def sheets(both: Sequence[Evaluation]) -> list[str]:
+    """Random, best and worst renderings beside their real pictures."""
+    one, body = both[0], []
+    order = np.argsort(one.likeness)
+    some = np.random.default_rng(0).permutation(len(order))
+    what = "; ".join(["the real held-out picture", *(f"by {html.escape(each.name)}" for each in both)])
+    measure = f"likeness of features to the real picture, of {html.escape(one.name)}'s renderings"
+    chosen = {
+        "random": (some, "Drawn by lot."),
+        "best": (order[::-1], f"Highest {measure}."),
+        "worst": (order, f"Lowest {measure}."),
+    }
+    for name, (rows, why) in chosen.items():
+        body.append(f"<h2>{name}</h2><p>Left to right: {what}. {why}</p>")
+        body.append(
+            sheet(
+                (
+                    figure(
+                        one.captions[k], [one.real[k], *(each.renderings[k] for each in both)], f"{one.likeness[k]:.2f}"
+                    )
+                    for k in rows[:SHOWN]
+                ),
+                "pairs",
+            )
+        )
+    return body
+
+
+def neighbours(of: Evaluation) -> str:
+    """The renderings nearest to training pictures, flagged ones first."""
+    said = (
+        f"Left to right: the rendering, and the training picture it is nearest to; nearest pairs first. "
+        f"Nearer than {of.copies.limit:.3g}, as a hundredth of the training pictures are to one another, is flagged: "
+        f"{int(of.copies.flagged.sum())} of {len(of.copies.flagged)}."
+    )
+    shown = []
+    for k in np.argsort(of.copies.distance)[:SHOWN]:
+        flag = ", flagged" if of.copies.flagged[k] else ""
+        pair = [of.renderings[k], np.asarray(of.training[of.copies.nearest[k]])]
+        shown.append(figure(of.captions[k], pair, f"{of.copies.distance[k]:.3g}{flag}"))
+    return f"<h2>{html.escape(of.name)}: nearest training pictures</h2><p>{said}</p>{sheet(shown, 'pairs')}"
+
+
+def figure(caption: str, pictures: Iterable[np.ndarray], measure: str = "") -> str:
     """Pictures side by side over their caption."""
-    shown = "".join(f'<img src="data:image/png;base64,{encoded(pixels)}" alt="">' for pixels in pictures)
-    return f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def encoded(pixels: np.ndarray) -> str:
-    """(H, W, 3) uint8 as a PNG in base64."""
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    shown = "".join(image(pixels) for pixels in pictures)
+    bold = f"<b>{measure}</b> " if measure else ""
+    return f'<figure><div class="side">{shown}</div><figcaption>{bold}{html.escape(caption)}</figcaption></figure>'

@@ -6,7 +6,7 @@ Renderings and features are kept beside the report and found again by their cont
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from latentgen.evaluation.metrics import (
     manifold_figures,
     mean_figure,
     psnr_rows,
+    ratio_figure,
     retrieval_rows,
     score_rows,
     ssim_rows,
     unit,
 )
 from latentgen.evaluation.neighbours import Copies, Labels, find_copies, pair_figures
+from latentgen.evaluation.style import LEARNT_FROM, StyleProbe, style_encoder
+from latentgen.evaluation.sweep import Sweep, sweep
 from latentgen.image import to_bytes
 from latentgen.pipeline import Pipeline, terms_of
 
@@ -45,7 +48,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for. pictures: held-out ones rendered, at most; half as many of seen pairs. None: the default."""
+    """What is asked for. pictures: held-out ones rendered, at most; half as many of seen pairs. None: the default.
+
+    guidances, step_counts: values of curves, each rendered with `curve_pictures` of the held-out captions.
+    """
 
     data: Path
     pictures: int = 400
@@ -58,6 +64,9 @@ class Order:
     clip: str | None = None
     concept: str | None = None
     style: str | None = None
+    guidances: tuple[float, ...] = ()
+    step_counts: tuple[int, ...] = ()
+    curve_pictures: int = 24
 
 
 @dataclass(frozen=True)
@@ -77,18 +86,22 @@ class Evaluation:
     likeness: np.ndarray = field(repr=False)
     training: np.ndarray = field(repr=False)
     copies: Copies = field(repr=False)
+    sweeps: list[Sweep] = field(default_factory=list, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """What the JSON file holds."""
         figures = {name: asdict(figure) for name, figure in self.figures.items()}
         levels = [asdict(level) for level in self.levels]
-        return {"weights": self.name, "settings": self.settings, "figures": figures, "levels": levels}
+        told = {"weights": self.name, "settings": self.settings, "figures": figures, "levels": levels}
+        return {**told, "sweeps": [each.as_dict() for each in self.sweeps]}
 
 
 def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Report = lambda _: None) -> Evaluation:
     """Render and judge. cache: a folder for renderings and features. Raises InputError with one line."""
     if order.pictures < 3:
         raise InputError(f"--pictures is {order.pictures}; an evaluation needs 3 or more")
+    if order.curve_pictures < 2:
+        raise InputError(f"--curve-pictures is {order.curve_pictures}; a curve needs 2 or more")
     checkpoint = open_checkpoint(find(weights))
     size = terms_of(checkpoint).size
     judge = open_judge(order.judge)
@@ -106,7 +119,7 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     captions = [picture.captions[0] for picture in real.pictures]
 
     pipe = Pipeline.from_pretrained(weights)
-    settings = {"num_inference_steps": order.steps, "guidance_scale": order.guidance, "sampler": order.sampler}
+    settings = settled(pipe, order)
     artist = Artist(pipe, checkpoint.fingerprint, settings, order.seed, cache / "renderings", report)
     drawn = artist.draw(captions)
     many = list(dict.fromkeys(captions))[:DIVERSE]
@@ -127,8 +140,11 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     figures["memorised"] = mean_figure(copies.flagged, order.seed)
     figures["memorised (held-out pictures)"] = mean_figure(find_copies(theirs, all_known).flagged, order.seed)
     figures |= pairs(order, real.pictures, known.pictures, (ours, theirs, all_known), artist, see)
+    shown = drawn, np.asarray(real.array), known.array
+    figures |= style_figures(order, real.pictures, known.pictures, shown, cache / "features")
     if clip is not None:
         figures |= with_clip(clip, drawn, np.asarray(real.array), captions, cache / "features", order.seed)
+    sweeps = curves(order, artist, captions, see, theirs)
     report("losses and reconstructions")
     inside = look_inside(checkpoint, np.asarray(real.array), captions, order.seed)
     figures |= inner_figures(inside, np.asarray(real.array), see, theirs, order.seed)
@@ -146,7 +162,37 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
         likeness,
         known.array,
         copies,
+        sweeps,
     )
+
+
+def settled(pipe: Pipeline, order: Order) -> dict[str, Any]:
+    """Steps, guidance and sampler: what is asked, else the weights' own. Renderings are kept under these."""
+    own = {
+        "num_inference_steps": pipe.terms.steps,
+        "guidance_scale": pipe.terms.guidance,
+        "sampler": pipe.terms.sampler,
+    }
+    if pipe.terms.interval is not None:
+        own["guidance_interval"] = pipe.terms.interval
+    asked = {"num_inference_steps": order.steps, "guidance_scale": order.guidance, "sampler": order.sampler}
+    return own | {key: value for key, value in asked.items() if value is not None}
+
+
+def curves(
+    order: Order, artist: "Artist", captions: list[str], see: Callable[[Any], np.ndarray], real: np.ndarray
+) -> list[Sweep]:
+    """A curve for each setting of which values were asked for; the other settings are the evaluation's."""
+    asked = (("guidance_scale", order.guidances), ("num_inference_steps", order.step_counts))
+
+    def draw(settings: dict[str, Any], some: Sequence[str]) -> np.ndarray:
+        told = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+        artist.report(f"curves: {told}")
+        return replace(artist, settings=artist.settings | settings).draw(some)
+
+    mixed = np.random.default_rng(order.seed).permutation(len(captions))  # folders are sorted; the first are alike
+    some = [captions[k] for k in mixed[: order.curve_pictures]]
+    return [sweep(name, values, some, draw, see, real[mixed], order.seed) for name, values in asked if values]
 
 
 def choose(pictures: Sequence[Picture], count: int, seed: int) -> tuple[Picture, ...]:
@@ -203,10 +249,40 @@ def pairs(
     new = [k for k, pair in enumerate(zip(asked.concepts, asked.styles, strict=True)) if pair not in seen_pairs]
     found = pair_figures(ours[new], theirs[new], asked.rows(new), known, all_labels, order.seed) if new else {}
     figures = {f"held-out pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
-    some = np.sort(np.random.default_rng(order.seed + 1).permutation(len(training))[: max(1, len(held) // 2)])
+    some = seen_rows(len(training), len(held), order.seed)
     drawn = see(artist.draw([training[k].captions[0] for k in some]))
     found = pair_figures(drawn, known[some], all_labels.rows(some), known, all_labels, order.seed)
     return figures | {f"seen pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
+
+
+def seen_rows(training: int, held: int, seed: int) -> np.ndarray:
+    """The training pictures whose captions are rendered too: half as many as are held out."""
+    return np.sort(np.random.default_rng(seed + 1).permutation(training)[: max(1, held // 2)])
+
+
+def style_figures(
+    order: Order,
+    held: Sequence[Picture],
+    training: Sequence[Picture],
+    pixels: tuple[np.ndarray, np.ndarray, np.ndarray],
+    cache: Path,
+) -> dict[str, Figure]:
+    """How often a probe of style (`evaluation.style`) finds the style asked for; pixels: ours, theirs, known."""
+    name = column([*held, *training], order.style, STYLES)
+    if name is None:
+        return {}
+    styles = np.array([str(picture.attributes[name]) for picture in training])
+    rows = np.sort(np.random.default_rng(order.seed + 2).permutation(len(training))[:LEARNT_FROM])
+    if len(np.unique(styles[rows])) < 2:
+        return {}
+    encoder = style_encoder()
+    ours, theirs = (encoder.features(part, cache) for part in pixels[:2])
+    probe = StyleProbe.fit(encoder.features(np.asarray(pixels[2])[rows], cache), styles[rows])
+    asked = np.array([str(picture.attributes[name]) for picture in held])
+    one, other = ((probe(part) == asked).astype(float) for part in (ours, theirs))
+    figures = {"style by the probe": mean_figure(one, order.seed)}
+    figures["style by the probe (real pictures)"] = mean_figure(other, order.seed)
+    return figures | {"style by the probe, share": ratio_figure(one, other, order.seed)}
 
 
 def with_clip(
@@ -241,7 +317,10 @@ def inner_figures(
 
 @dataclass
 class Artist:
-    """Renders captions in batches through the pipeline; what was rendered before is read from the cache."""
+    """Renders captions in batches through the pipeline; what was rendered before is read from the cache.
+
+    settings: all that decide a rendering beside weights, caption and seed, with nothing left to defaults.
+    """
 
     pipe: Pipeline
     fingerprint: str

@@ -29,6 +29,7 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
 ) -> None:
     out = tmp_path / "report.html"
     arguments = (folder, "--data", ICONS, "--out", out, "--pictures", 6, "--steps", 2, "--compare", folder)
+    arguments += ("--guidances", "1,3", "--step-counts", "2,3", "--curve-pictures", 4)
     code, said = run(*arguments)
     assert code == 0, said
     page = out.read_text()
@@ -36,10 +37,22 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
     assert "http" not in page.replace("http-equiv", "")
     (found, again) = json.loads(out.with_suffix(".json").read_text())
     assert found["figures"] == again["figures"]
-    names = {"Fréchet distance", "KID", "recall", "memorised", "validation loss", "reconstruction: PSNR, dB"}
+    assert found["figures"]["style by the probe (real pictures)"]["count"] == 6
+    names = {
+        "style by the probe",
+        "Fréchet distance",
+        "KID",
+        "recall",
+        "memorised",
+        "validation loss",
+        "reconstruction: PSNR, dB",
+    }
     assert names <= set(found["figures"])
     assert all(figure["count"] > 0 for figure in found["figures"].values())
     assert len(found["levels"]) == 10
+    assert [[p["value"] for p in curve["points"]] for curve in found["sweeps"]] == [[1, 3], [2, 3]]
+    assert found["settings"]["num_inference_steps"] == 2 and found["settings"]["sampler"] == "ddim"
+    assert said.count("curves: guidance_scale") == 4 and "over steps" in page
     assert "rendering" in said
     code, said = run(*arguments)
     assert "rendering" not in said
@@ -50,6 +63,9 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
     [
         (["--pictures", 1], "an evaluation needs 3 or more"),
         (["--out", "report.pdf"], "is no .html"),
+        (["--guidances", "1,b"], "--guidances is '1,b'"),
+        (["--step-counts", "0"], "whole numbers of 1 or more"),
+        (["--curve-pictures", 1], "a curve needs 2 or more"),
         (["--judge", "nowhere"], "no judge at nowhere"),
         (["--data", "nowhere"], "nowhere does not exist"),
     ],
