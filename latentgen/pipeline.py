@@ -166,8 +166,9 @@ class Pipeline(TakesLoras):
         it; 1 or less is off. guidance_rescale: phi of Lin et al. 2023. guidance_interval: the part of the steps, from
         0 (noise) to 1 (clean), in which guidance acts (Kynkäänniemi et al. 2024). guidance_projection: eta and norm of
         adaptive projected guidance (Sadat et al. 2025). pag_scale: perturbed-attention guidance in the middle block
-        (Ahn et al. 2024); 0 is off. height, width: pixels, multiples of the latent
-        factor. seed: s gives picture k the seed s + k, a list names each, None draws fresh ones, reported in `seeds`;
+        (Ahn et al. 2024); 0 is off. negative_prompt: None is none, which for Stable Diffusion XL is all zeros, and ""
+        the empty text, encoded. height, width: pixels, multiples of the latent factor. seed: s gives picture k the
+        seed s + k, a list names each, None draws fresh ones, reported in `seeds`;
         picture k is the picture of its own seed rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`.
         generator: torch generators instead of a seed, drawn from as diffusers does. latents: unit noise (B, C, h, w) to
         start from. prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts; for Stable Diffusion XL
@@ -278,8 +279,8 @@ class Pipeline(TakesLoras):
         if given_negative[0] is not None and any(request.negatives):
             raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
         negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
-        if given_negative[0] is None and hasattr(self.text, "empty"):
-            negative = replace(self.text.empty(negative, request.negatives), sizes=negative.sizes)
+        if given_negative[0] is None and not request.said and hasattr(self.text, "empty"):
+            negative = replace(self.text.empty(negative), sizes=negative.sizes)
         one, other = condition.states, negative.states
         if one is None or other is None or one.shape[1] == other.shape[1]:
             return condition, negative
@@ -361,6 +362,7 @@ class Pipeline(TakesLoras):
             "width": request.width,
             "prompt_weights": request.prompt_weights,
             "max_embeddings_multiples": request.max_embeddings_multiples,
+            **({"negative_said": True} if request.said and not all(request.negatives) else {}),
             "weights": self.weights,
             "latentgen": __version__,
             "pillow": PIL.__version__,

@@ -64,7 +64,7 @@ def render(
         terms_of(checkpoint),
         SAMPLERS,
         list(order.prompts),
-        order.negative,
+        order.negative or None,
         steps=order.steps,
         guidance=order.guidance,
         height=height,
@@ -140,6 +140,8 @@ def pictures(
 
     wanted = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "sampler")
     arguments = {key: settings[key] for key in (*wanted, "height", "width", "seed")}
+    if not any(settings["negative_prompt"]) and not settings.get("negative_said"):
+        arguments["negative_prompt"] = None
     arguments |= {key: settings[key] for key in GUIDING if key in settings}  # which older pictures do not say
     # pictures of before there were weights and chunks say neither: their prompts were text, cut to the context
     arguments |= {

@@ -56,7 +56,10 @@ class Terms:
 
 @dataclass(frozen=True)
 class Request:
-    """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture."""
+    """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture.
+
+    said: whether a negative prompt was given at all, be it the empty text.
+    """
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
@@ -72,6 +75,7 @@ class Request:
     interval: tuple[float, float] | None = None
     projection: tuple[float, float | None] | None = None
     pag: float = 0.0
+    said: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -125,6 +129,7 @@ def read_request(
         interval=None if interval is None else _interval(interval),
         projection=None if projection is None else _projection(projection),
         pag=_finite("pag_scale", pag, 0.0, math.inf),
+        said=negative_prompt is not None,
     )
 
 

@@ -94,7 +94,7 @@ class TextEncoder(ReadsPrompts):
 class TwoTextEncoders:
     """Stable Diffusion XL's pair (Podell et al. 2023, section 2.1): states side by side, pooled from the second.
 
-    zeros: an empty negative prompt is all zeros, as the base model was trained.
+    zeros: no negative prompt is all zeros, as the base model was trained; an empty one that was given is encoded.
     """
 
     first: TextEncoder
@@ -132,12 +132,11 @@ class TwoTextEncoders:
         assert one.states is not None and other.states is not None
         return Condition(states=torch.cat([one.states, other.states], dim=-1), pooled=other.pooled)
 
-    def empty(self, condition: Condition, prompts: Sequence[str]) -> Condition:
-        """The condition with the rows of empty negative prompts all zeros, where the model wants that."""
+    def empty(self, condition: Condition) -> Condition:
+        """What stands for no negative prompt: all zeros of the condition's shapes, where the model wants that."""
         if not self.zeros or condition.states is None or condition.pooled is None:
             return condition
-        said = torch.tensor([bool(prompt) for prompt in prompts], device=condition.states.device)
-        return Condition(condition.states * said[:, None, None], condition.pooled * said[:, None])
+        return Condition(torch.zeros_like(condition.states), torch.zeros_like(condition.pooled))
 
     def given(self, states: Any, pooled: Any = None) -> Condition:
         """Prompt embeddings somebody brought, (B, L, D1 + D2), and pooled ones (B, P)."""

@@ -22,6 +22,7 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
+Of = Literal["eps", "v"]  # which of a network's outputs a method extrapolates
 QUADRATURE = np.polynomial.legendre.leggauss(16)  # exact for LMS, to rounding for DEIS
 
 
@@ -90,29 +91,56 @@ def _lagrange(nodes: np.ndarray, i: int, points: np.ndarray) -> np.ndarray:
     return np.prod((points[:, None] - others) / (nodes[i] - others), axis=1)
 
 
-def transfer(x: Array, eps: Array, leg: Leg) -> Array:
-    """x carried along one eps to the next knot: PNDM's phi (Liu et al. 2022, eq. 11), which is DDIM's step."""
-    ratio = leg.next_alpha / leg.alpha
-    return ratio * x + (leg.next_sigma - ratio * leg.sigma) * eps
+def carry(leg: Leg, of: Of) -> tuple[float, float]:
+    """(kept, share) of PNDM's phi, x' = kept·x + share·out (Liu et al. 2022, eq. 11): DDIM's step along one output.
+
+    For eps, (alpha'/alpha, sigma' − sigma·alpha'/alpha); for v, with x0 and eps solved for (Salimans & Ho 2022,
+    appendix D), (alpha·alpha' + sigma·sigma', alpha·sigma' − sigma·alpha') over alpha² + sigma².
+    """
+    alpha, sigma, to_alpha, to_sigma = leg.alpha, leg.sigma, leg.next_alpha, leg.next_sigma
+    if of == "eps":
+        return to_alpha / alpha, to_sigma - sigma * to_alpha / alpha
+    size = alpha**2 + sigma**2
+    return (alpha * to_alpha + sigma * to_sigma) / size, (alpha * to_sigma - sigma * to_alpha) / size
+
+
+def output_of(x: Array, x0: Array, alpha: float, sigma: float, of: Of) -> Array:
+    """eps = (x − alpha·x0)/sigma, or v = alpha·eps − sigma·x0."""
+    if of == "eps":
+        return (1 / sigma) * x - (alpha / sigma) * x0
+    return (alpha / sigma) * x - ((alpha**2 + sigma**2) / sigma) * x0
+
+
+def transfer(x: Array, out: Array, leg: Leg, of: Of) -> Array:
+    """x carried along one output to the next knot."""
+    kept, share = carry(leg, of)
+    return kept * x + share * out
 
 
 def plms(
-    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    of: Of = "eps",
 ) -> Iterator[Step]:
     """Pseudo linear multistep (Liu et al. 2022, algorithm 2, as latent diffusion runs it).
 
     The first step is a pseudo improved Euler step of two evaluations; then one evaluation a step, order up to 4.
+    of: what is extrapolated, the paper's eps or, as diffusers does for networks that predict it, v.
     """
     past: list[Array] = []
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
-        past = [(x - leg.alpha * x0) / leg.sigma, *past[:3]]
+        past = [output_of(x, x0, leg.alpha, leg.sigma, of), *past[:3]]
         if leg.first and not leg.to_clean:
-            guess = transfer(x, past[0], leg)
-            end = denoise(guess, leg.next_logsnr)
-            x = transfer(x, 0.5 * (past[0] + (guess - leg.next_alpha * end) / leg.next_sigma), leg)
+            guess = transfer(x, past[0], leg, of)
+            end = output_of(guess, denoise(guess, leg.next_logsnr), leg.next_alpha, leg.next_sigma, of)
+            x = transfer(x, 0.5 * (past[0] + end), leg, of)
         else:
-            x = combined(x, past, leg)
+            x = combined(x, past, leg, of)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -129,40 +157,41 @@ def pndm(
     noise: Noise | None = None,
     *,
     midpoint: Callable[[float, float], float] = halfway,
+    of: Of = "eps",
 ) -> Iterator[Step]:
     """Pseudo numerical methods (Liu et al. 2022, algorithm 1): three pseudo Runge–Kutta steps, then PLMS.
 
-    The first three steps cost four evaluations each. `midpoint` gives the level between two knots.
+    The first three steps cost four evaluations each. `midpoint` gives the level between two knots. of: as in `plms`.
     """
     past: list[Array] = []
 
-    def eps_at(y: Array, logsnr: float) -> Array:
-        alpha, sigma = marginal(logsnr)
-        return (y - alpha * denoise(y, logsnr)) / sigma
+    def output_at(y: Array, logsnr: float) -> Array:
+        alpha, sigma = (float(value) for value in marginal(logsnr))
+        return output_of(y, denoise(y, logsnr), alpha, sigma, of)
 
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
-        eps = (x - leg.alpha * x0) / leg.sigma
-        past = [eps, *past[:3]]
+        first = output_of(x, x0, leg.alpha, leg.sigma, of)
+        past = [first, *past[:3]]
         if leg.index < 3 and not leg.to_clean:
             middle = midpoint(leg.logsnr, leg.next_logsnr)
             alpha, sigma = marginal(middle)
             half = leg._replace(next_logsnr=middle, next_alpha=float(alpha), next_sigma=float(sigma))
-            second = eps_at(transfer(x, eps, half), middle)
-            third = eps_at(transfer(x, second, half), middle)
-            fourth = eps_at(transfer(x, third, leg), leg.next_logsnr)
-            x = transfer(x, (eps + 2 * second + 2 * third + fourth) / 6, leg)
+            second = output_at(transfer(x, first, half, of), middle)
+            third = output_at(transfer(x, second, half, of), middle)
+            fourth = output_at(transfer(x, third, leg, of), leg.next_logsnr)
+            x = transfer(x, (first + 2 * second + 2 * third + fourth) / 6, leg, of)
         else:
-            x = combined(x, past, leg)
+            x = combined(x, past, leg, of)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
-def combined(x: Array, past: list[Array], leg: Leg) -> Array:
-    """`transfer` along the Adams–Bashforth combination of the eps of equal steps, newest first."""
-    ratio = leg.next_alpha / leg.alpha
-    carried, x = leg.next_sigma - ratio * leg.sigma, ratio * x
-    for weight, eps in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True):
-        x = x + (carried * weight) * eps
+def combined(x: Array, past: list[Array], leg: Leg, of: Of) -> Array:
+    """`transfer` along the Adams–Bashforth combination of the outputs of equal steps, newest first."""
+    kept, share = carry(leg, of)
+    x = kept * x
+    for weight, out in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True):
+        x += (share * weight) * out  # x is this function's own
     return x
 
 
