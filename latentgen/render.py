@@ -19,11 +19,12 @@ from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.image import read_settings
 from latentgen.models.lora import read_lora
+from latentgen.models.memory import pictures_at_a_time
 from latentgen.pipeline import Pipeline, terms_of
 from latentgen.request import Request, read_request
 
 EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
-GUIDING = ("guidance_interval", "guidance_projection", "pag_scale")
+GUIDING = ("guidance_interval", "guidance_projection", "pag_scale", "vae_tiling", "feature_cache")
 Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures
 
 
@@ -31,7 +32,8 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pi
 class Order:
     """What `latentgen render` was asked for; None is the weights' own default.
 
-    size: (width, height) in pixels. loras: (file or folder, weight) of each.
+    size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
+    folder, weight) of each.
     """
 
     prompts: Sequence[str]
@@ -42,7 +44,7 @@ class Order:
     size: tuple[int, int] | None = None
     n: int = 1
     sampler: str | None = None
-    batch: int = 1
+    batch: int | str = 1
     prompt_weights: bool = True
     max_embeddings_multiples: int | None = None
     loras: Sequence[tuple[str, float]] = ()
@@ -75,16 +77,16 @@ def render(
         prompt_weights=order.prompt_weights,
         max_embeddings_multiples=order.max_embeddings_multiples,
     )
-    if order.batch < 1:
-        raise InputError(f"the batch is {order.batch}; it must be 1 or more")
+    pictures_at_a_time(order.batch, 1, 1)  # that it is a number or "auto"
     targets = places(out, request)
     for path, _ in order.loras:
         read_lora(path)
     pipe = Pipeline.from_pretrained(weights, engine=engine_for(order.engine, order.loras))
     for path, weight in order.loras:
         pipe.load_lora(path, weight)
-    for start in range(0, len(request), order.batch):
-        rows = slice(start, start + order.batch)
+    batch = pipe.at_a_time(request, order.batch)
+    for start in range(0, len(request), batch):
+        rows = slice(start, start + batch)
         settings = {
             "prompt": request.prompts[rows],
             "negative_prompt": request.negatives[rows],
@@ -147,6 +149,7 @@ def pictures(
     arguments |= {
         key: settings.get(key, old) for key, old in (("prompt_weights", False), ("max_embeddings_multiples", 1))
     }
+    arguments["batch"] = settings.get("at_a_time", count)  # sums round as they did then
     rendered: list[Any] = pipe(settings["prompt"], **arguments, callback_on_step_end=step).images
     return rendered
 

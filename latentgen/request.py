@@ -4,7 +4,7 @@ import difflib
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from latentgen.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ class Terms:
     """What a set of weights allows, and what it takes where nothing is said.
 
     factor: pixels to a latent along each side. channels: latent channels. size: pixels along each side of the pictures
-    it was trained on. steps, guidance, sampler: its own defaults.
+    it was trained on. steps, guidance, sampler: its own defaults. configs: the U-Net's and the autoencoder's.
     """
 
     factor: int
@@ -28,6 +28,7 @@ class Terms:
     sampler: str
     steps: int = 20
     guidance: float = 5.0
+    configs: tuple[Mapping[str, Any], Mapping[str, Any]] = field(default=({}, {}), repr=False, compare=False)
 
     @classmethod
     def read(
@@ -46,6 +47,7 @@ class Terms:
             sampler=str(defaults.get("sampler") or sampler),
             steps=int(defaults.get("num_inference_steps") or cls.steps),
             guidance=float(defaults.get("guidance_scale", cls.guidance)),
+            configs=(unet, vae),
         )
 
     @classmethod
@@ -76,6 +78,7 @@ class Request:
     projection: tuple[float, float | None] | None = None
     pag: float = 0.0
     said: bool = False
+    feature_cache: int = 1
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -101,6 +104,7 @@ def read_request(
     interval: Sequence[float] | None = None,
     projection: Sequence[float | None] | None = None,
     pag: float = 0.0,
+    feature_cache: int = 1,
 ) -> Request:
     """Check an order against what the weights allow, and fill in what was not said.
 
@@ -130,7 +134,14 @@ def read_request(
         projection=None if projection is None else _projection(projection),
         pag=_finite("pag_scale", pag, 0.0, math.inf),
         said=negative_prompt is not None,
+        feature_cache=_whole("feature_cache", feature_cache, 1),
     )
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises InputError for what pictures cannot be given as."""
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
 
 
 def _interval(parts: Sequence[float]) -> tuple[float, float]:

@@ -6,8 +6,9 @@ An engine is opened from a checkpoint and gives what a pipeline holds: the text 
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ class EngineNote(UserWarning):
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs a checkpoint. machine: what the settings say of it. loras, perturbed: None where it cannot."""
+    """What runs a checkpoint. machine: what the settings say of it. loras, perturbed, cached: None where it cannot.
+
+    cached: every -> the network of one walk, with its deep features taken over between every so many steps.
+    """
 
     text: Any
     network: Network
@@ -34,6 +38,7 @@ class Engine:
     machine: dict[str, Any]
     loras: Loras | None = None
     perturbed: Network | None = None
+    cached: Callable[[int], Network] | None = None
 
 
 def open_engine(
@@ -41,8 +46,8 @@ def open_engine(
 ) -> Engine:
     """Open a checkpoint with an engine of `ENGINES`.
 
-    "auto" is ONNX Runtime on a CPU in float32 for Stable Diffusion 1 and 2 folders, else torch; where graphs are
-    neither in the folder nor in the cache they are exported once, which takes torch. Raises InputError where "onnx" is
+    "auto" is ONNX Runtime on a CPU in float32, else torch; where graphs are neither in the folder nor in the cache they
+    are exported once, which takes torch. Raises InputError where "onnx" is
     asked for and cannot be.
     """
     if engine not in ENGINES:
@@ -64,6 +69,7 @@ def open_engine(
 def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, threads: int | None = None) -> Engine:
     """The checkpoint's own modules, of diffusers and transformers."""
     from latentgen.models import loading
+    from latentgen.models.feature_cache import FeatureCache
     from latentgen.models.latent import Latent
     from latentgen.models.lora.layers import module_loras
     from latentgen.models.network import load_unet, perturbed_network, unet_network
@@ -73,13 +79,15 @@ def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, th
     place = loading.choose_device(device)
     kind = loading.choose_dtype(dtype, place)
     text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
+    network = unet_network(unet)
     return Engine(
         text=text,
-        network=unet_network(unet),
+        network=network,
         latent=Latent.load(checkpoint, place, kind),
         machine=loading.machine(place, kind),
         loras=module_loras(unet=unet, text_encoder=text.model),
         perturbed=perturbed_network(unet),
+        cached=partial(FeatureCache, unet, network) if len(unet.up_blocks) > 1 else None,
     )
 
 
@@ -87,7 +95,8 @@ def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
     """The checkpoint's graphs; where it has none, or they are of other weights, the cache's, exported first."""
     from latentgen.models.onnx.session import GraphUnfit
 
-    own, kept = (find_graphs(folder) for folder in (checkpoint.folder, cache_folder(checkpoint)))
+    places = (checkpoint.folder, cache_folder(checkpoint))
+    own, kept = (find_graphs(folder, checkpoint.has_second) for folder in places)
     if own is None:
         return _run(checkpoint, kept or _exported(checkpoint, "has no ONNX graphs"), threads)
     try:
@@ -100,14 +109,18 @@ def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
 
 
 def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None) -> Engine:
-    """Three graphs as an engine."""
+    """A checkpoint's graphs as an engine."""
     from latentgen.models.onnx import session
-    from latentgen.models.onnx.text import OnnxText
+    from latentgen.models.onnx.text import OnnxText, TwoOnnxTexts
 
     count = session.cores(threads)
     unet = session.open_session(checkpoint, "unet", graphs["unet"], count)
+    if checkpoint.has_second:
+        text: OnnxText | TwoOnnxTexts = TwoOnnxTexts.load(checkpoint, graphs, count)
+    else:
+        text = OnnxText.load(checkpoint, graphs["text_encoder"], count)
     return Engine(
-        text=OnnxText.load(checkpoint, graphs["text_encoder"], count),
+        text=text,
         network=session.onnx_network(unet),
         latent=session.OnnxLatent.load(checkpoint, graphs["vae"], count),
         machine=session.machine(count),

@@ -23,7 +23,9 @@ ADAMS_BASHFORTH = (
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
 Of = Literal["eps", "v"]  # which of a network's outputs a method extrapolates
-QUADRATURE = np.polynomial.legendre.leggauss(16)  # exact for LMS, to rounding for DEIS
+QUADRATURE = [
+    *zip(*(ends.tolist() for ends in np.polynomial.legendre.leggauss(16)), strict=True)
+]  # exact for LMS, to rounding for DEIS
 
 
 def lms(
@@ -63,7 +65,7 @@ def _adams(
     past: list[tuple[float, Array]] = []  # (log rho, eps), newest first
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
-        past = [(-0.5 * leg.logsnr, (x - leg.alpha * x0) / leg.sigma), *past[: order - 1]]
+        past = [(-0.5 * leg.logsnr, output_of(x, x0, leg.alpha, leg.sigma, "eps")), *past[: order - 1]]
         left = len(knots) - 1 - leg.index
         usable = min(len(past), left) if few else len(past)
         if in_log and leg.to_clean:
@@ -71,24 +73,28 @@ def _adams(
         weights = adams_weights([level for level, _ in past[:usable]], -0.5 * leg.next_logsnr, in_log)
         x = (leg.next_alpha / leg.alpha) * x
         for weight, (_, eps) in zip(weights, past, strict=False):
-            x = x + (leg.next_alpha * weight) * eps
+            x += (leg.next_alpha * weight) * eps  # x is this loop's own
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
 def adams_weights(levels: list[float], end: float, in_log: bool) -> list[float]:
     """∫ L_i drho from levels[0] to end, for each Lagrange polynomial L_i through `levels` (all are log rho)."""
-    nodes = np.array(levels if in_log else np.exp(levels))
-    start, stop = nodes[0], end if in_log else math.exp(end)
-    points = 0.5 * (stop - start) * QUADRATURE[0] + 0.5 * (stop + start)
-    measure = 0.5 * (stop - start) * QUADRATURE[1] * (np.exp(points) if in_log else 1.0)
-    if len(nodes) == 1:
+    if len(levels) == 1:
         return [math.exp(end) - math.exp(levels[0])]
-    return [float(np.sum(measure * _lagrange(nodes, i, points))) for i in range(len(nodes))]
-
-
-def _lagrange(nodes: np.ndarray, i: int, points: np.ndarray) -> np.ndarray:
-    others = np.delete(nodes, i)
-    return np.prod((points[:, None] - others) / (nodes[i] - others), axis=1)
+    nodes = levels if in_log else [math.exp(level) for level in levels]
+    stop = end if in_log else math.exp(end)
+    half, middle = 0.5 * (stop - nodes[0]), 0.5 * (stop + nodes[0])
+    weights = [0.0] * len(nodes)
+    for place, share in QUADRATURE:  # Python's own floats: the lists are too short for NumPy to pay
+        point = half * place + middle
+        measure = half * share * (math.exp(point) if in_log else 1.0)
+        for i, node in enumerate(nodes):
+            value = measure
+            for j, other in enumerate(nodes):
+                if j != i:
+                    value *= (point - other) / (node - other)
+            weights[i] += value
+    return weights
 
 
 def carry(leg: Leg, of: Of) -> tuple[float, float]:
@@ -107,8 +113,12 @@ def carry(leg: Leg, of: Of) -> tuple[float, float]:
 def output_of(x: Array, x0: Array, alpha: float, sigma: float, of: Of) -> Array:
     """eps = (x − alpha·x0)/sigma, or v = alpha·eps − sigma·x0."""
     if of == "eps":
-        return (1 / sigma) * x - (alpha / sigma) * x0
-    return (alpha / sigma) * x - ((alpha**2 + sigma**2) / sigma) * x0
+        share, other = 1 / sigma, alpha / sigma
+    else:
+        share, other = alpha / sigma, (alpha**2 + sigma**2) / sigma
+    out = share * x
+    out -= other * x0
+    return out
 
 
 def transfer(x: Array, out: Array, leg: Leg, of: Of) -> Array:
@@ -232,14 +242,15 @@ def _unified_step(x: Array, leg: Leg, past: list[tuple[float, Array]], solver: s
     order = len(past)
     (level, x0), earlier = past[0], past[1:]
     ratios = [(other - level) / leg.h for other, _ in earlier]  # r_k, negative
-    differences = [(value - x0) / ratio for ratio, (_, value) in zip(ratios, earlier, strict=True)]
     scale = math.expm1(-leg.h) if solver == "bh2" else -leg.h
     weights = _unified_weights(ratios, -leg.h, scale, order, corrected=ahead is not None)
-    if ahead is not None:
-        differences.append(ahead - x0)
-    x = (leg.next_sigma / leg.sigma) * x - leg.next_alpha * math.expm1(-leg.h) * x0
-    for weight, difference in zip(weights, differences, strict=True):
-        x = x - (leg.next_alpha * scale * weight) * difference
+    # the differences D_k = (value − x0)/r_k, and ahead − x0 with r = 1, each times its weight
+    others = [*earlier, *([] if ahead is None else [(level + leg.h, ahead)])]
+    shares = [leg.next_alpha * scale * weight / ratio for weight, ratio in zip(weights, [*ratios, 1.0], strict=False)]
+    x = (leg.next_sigma / leg.sigma) * x
+    x += (sum(shares) - leg.next_alpha * math.expm1(-leg.h)) * x0
+    for share, (_, value) in zip(shares, others, strict=True):
+        x -= share * value
     return x
 
 
@@ -250,10 +261,14 @@ def _unified_weights(ratios: list[float], h: float, scale: float, order: int, *,
     count = order if corrected else order - 1
     if count == 0:
         return []
-    points = np.array([*ratios, 1.0])[:count]
+    points = [*ratios, 1.0][:count]
     phi, factorial, b = math.expm1(h) / h - 1, 1.0, []
     for i in range(1, count + 1):
         b.append(phi * factorial / scale)
         factorial *= i + 1
         phi = phi / h - 1 / factorial
-    return [float(weight) for weight in np.linalg.solve(np.vander(points, count, increasing=True).T, np.array(b))]
+    if count == 2:
+        second = (b[1] - points[0] * b[0]) / (points[1] - points[0])
+        return [b[0] - second, second]
+    matrix = np.vander(np.array(points), count, increasing=True).T
+    return [float(weight) for weight in np.linalg.solve(matrix, np.array(b))]

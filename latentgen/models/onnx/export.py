@@ -22,7 +22,7 @@ from torch import nn
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
-from latentgen.models.onnx.places import GRAPHS, LAYOUT, cache_folder, graph_paths, layout
+from latentgen.models.onnx.places import GRAPHS, LAYOUT, SECOND, cache_folder, graph_paths, layout
 
 OPSET = 18
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -50,6 +50,23 @@ class TextStates(nn.Module):
         return states
 
 
+class RawStates(nn.Module):
+    """ids (N, L) int64 -> the states before the last layer (N, L, D), and (N, P) where the tower projects.
+
+    As Stable Diffusion XL takes them: without the final norm.
+    """
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(N, L) -> (N, L, D)[, (N, P)]."""
+        out = self.tower(input_ids=ids, output_hidden_states=True)
+        pooled = getattr(out, "text_embeds", None)
+        return (out.hidden_states[-2],) if pooled is None else (out.hidden_states[-2], pooled)
+
+
 class RawOutput(nn.Module):
     """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, L, D) -> the U-Net's raw output (B, C', h, w)."""
 
@@ -57,9 +74,12 @@ class RawOutput(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C', h, w)."""
-        out: torch.Tensor = self.unet(sample, timestep, states, return_dict=False)[0]
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor, *added: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C', h, w); added: Stable Diffusion XL's text_embeds (B, P) and time_ids (B, 6)."""
+        told = {"added_cond_kwargs": dict(zip(("text_embeds", "time_ids"), added, strict=True))} if added else {}
+        out: torch.Tensor = self.unet(sample, timestep, states, return_dict=False, **told)[0]
         return out
 
 
@@ -78,15 +98,15 @@ class Pixels(nn.Module):
 
 
 def write_graphs(folder: Path) -> None:
-    """Write the graph of each network of a weights folder (Stable Diffusion 1 or 2) beside its weights."""
+    """Write the graph of each network of a weights folder beside its weights."""
     checkpoint = open_folder(folder, verify=False)
-    for part, path in graph_paths(folder).items():
+    for part, path in graph_paths(folder, checkpoint.has_second).items():
         write_file(path, graph(checkpoint, part).SerializeToString())
 
 
 def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
-    """The graphs of a folder that has none, exported into the user's cache; each is written aside and renamed."""
-    paths = graph_paths(cache_folder(checkpoint))
+    """The graphs of a checkpoint that has none, exported into the user's cache; each is written aside and renamed."""
+    paths = graph_paths(cache_folder(checkpoint), checkpoint.has_second)
     for part, path in paths.items():
         if not path.is_file():
             write_file(path, graph(checkpoint, part).SerializeToString())
@@ -94,9 +114,10 @@ def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
-    """The graph of one network, a key of `GRAPHS`; batch, tokens and size are free."""
-    assert part in GRAPHS
+    """The graph of one network, a key of `GRAPHS` or `SECOND`; batch, tokens and size are free."""
+    assert part in GRAPHS | SECOND
     module, inputs, axes = _traced(checkpoint, part)
+    outputs = ["out", "pooled"] if part in SECOND else ["out"]
     with torch.no_grad(), _silent(), io.BytesIO() as buffer:
         torch.onnx.export(
             module,
@@ -107,7 +128,7 @@ def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
             do_constant_folding=False,  # so that each weight stays as it is stored; ONNX Runtime folds at load
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=["out"],
+            output_names=outputs,
             dynamic_axes=axes,
         )
         made = onnx.load_from_string(buffer.getvalue())
@@ -126,11 +147,14 @@ def _traced(checkpoint: Checkpoint, part: str) -> tuple[nn.Module, dict[str, tor
     with quiet():
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from diffusers.models.attention_processor import AttnProcessor
-        from transformers import CLIPTextModel
-    if part == "text_encoder":
-        tower = load_module(CLIPTextModel, checkpoint, part, host, kind)
-        length = int(tower.config.max_position_embeddings)
-        return TextStates(tower), {"ids": torch.zeros(2, length, dtype=torch.int64)}, {"ids": {0: "batch", 1: "tokens"}}
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    if part.startswith("text_encoder"):
+        tower = load_module(
+            CLIPTextModelWithProjection if part in SECOND else CLIPTextModel, checkpoint, part, host, kind
+        )
+        ids = torch.zeros(2, int(tower.config.max_position_embeddings), dtype=torch.int64)
+        states = RawStates(tower) if checkpoint.has_second else TextStates(tower)
+        return states, {"ids": ids}, {"ids": {0: "batch", 1: "tokens"}}
     if part == "unet":
         unet = load_module(UNet2DConditionModel, checkpoint, part, host, kind)
         unet.set_attn_processor(AttnProcessor())
@@ -141,7 +165,11 @@ def _traced(checkpoint: Checkpoint, part: str) -> tuple[nn.Module, dict[str, tor
             "timestep": torch.tensor([3.0, 500.0]),
             "encoder_hidden_states": torch.randn(2, 7, width),
         }
-        free = {"timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+        if unet.config.addition_embed_type == "text_time":
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            inputs |= {"text_embeds": torch.randn(2, pooled), "time_ids": torch.full((2, 6), 64.0)}
+        free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in ("text_embeds", "time_ids") if name in inputs}
+        free |= {"timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
         return RawOutput(unet), inputs, {"sample": square, **free}
     vae = load_module(AutoencoderKL, checkpoint, part, host, kind)
     vae.set_attn_processor(AttnProcessor())
@@ -173,7 +201,11 @@ def _stored(files: tuple[Path, ...]) -> dict[bytes, Stored]:
             if kind is None:
                 continue
             first, last = (start + offset for offset in entry["data_offsets"])
-            places.setdefault(_digest(_widened(raw[first:last], kind)), Stored(file.name, first, last - first, kind))
+            parts = 3 if ".in_proj_" in name else 1  # OpenCLIP stacks queries, keys and values
+            size = (last - first) // parts
+            for start_of in range(first, last, size or 1):
+                stored = Stored(file.name, start_of, size, kind)
+                places.setdefault(_digest(_widened(raw[start_of : start_of + size], kind)), stored)
     return places
 
 
