@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 
 from latentgen import __version__
-from latentgen.checkpoint import Checkpoint, find, open_checkpoint, refuse_other_kinds
+from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
 from latentgen.diffusion.guidance import Projection, guided
@@ -32,6 +32,7 @@ from latentgen.models.memory import caching, decoded, in_groups, need_of, pictur
 from latentgen.models.prompt import alike
 from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
 from latentgen.request import Request, Terms, check_output_type, read_request
+from latentgen.request import terms_of as terms_of
 
 if TYPE_CHECKING:
     from latentgen.models.latent import Latent
@@ -83,6 +84,7 @@ class Pipeline(TakesLoras):
         prediction_type: str | None = None,
         engine: str = "auto",
         threads: int | None = None,
+        loras: Sequence[Mapping[str, Any]] = (),
     ) -> "Pipeline":
         """Open a Stable Diffusion 1, 2 or XL checkpoint, or (None) the embedded default.
 
@@ -93,11 +95,13 @@ class Pipeline(TakesLoras):
         config says; of single files of Stable Diffusion 2 nothing tells, and v is assumed. engine: "onnx" (ONNX
         Runtime, on a CPU, arrays are NumPy's), "torch", or "auto", which is onnx where it can run this and torch where
         it cannot, or once a LoRA or perturbed attention is asked for. threads: of a CPU; None is one for each core.
+        loras: to open it with, each the arguments of `load_lora`; so "onnx" can run them too, fused into graphs of
+        their own, whose export is kept in the cache.
         Raises InputError with one line.
         """
         checkpoint = open_checkpoint(find(path), tokenizer=tokenizer)
         terms = terms_of(checkpoint)
-        opened = open_engine(checkpoint, engine, device=device, dtype=dtype, threads=threads)
+        opened = open_engine(checkpoint, engine, device=device, dtype=dtype, threads=threads, loras=loras)
         pipe = cls(
             **vars(opened),
             scheduler=checkpoint.config("scheduler")
@@ -106,7 +110,8 @@ class Pipeline(TakesLoras):
             weights=identity(checkpoint, path),
         )
         if engine == "auto" and opened.machine["engine"] == "onnx":
-            pipe._torch = partial(open_engine, checkpoint, "torch", device="cpu", dtype=dtype, threads=threads)
+            on_host = partial(open_engine, device="cpu", dtype=dtype, threads=threads, loras=loras)
+            pipe._torch = partial(on_host, checkpoint, "torch")
         return pipe
 
     @classmethod
@@ -404,16 +409,3 @@ class Pipeline(TakesLoras):
         if laid.lost:
             counted = f"the prompt has {laid.count} tokens, of which {laid.used} are used"
             warnings.warn(f"{counted}; not seen: {laid.lost!r}", PromptCut, stacklevel=4)
-
-
-def terms_of(checkpoint: Checkpoint) -> Terms:
-    """What a checkpoint allows, from its small files; an InputError where its parts do not fit one another."""
-    unet = checkpoint.config("unet")
-    terms = Terms.of(checkpoint, from_config(checkpoint.config("scheduler")).sampler)
-    refuse_other_kinds(checkpoint.folder, unet, terms.channels)
-    towers = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
-    width = sum(int(checkpoint.config(tower).get("hidden_size", 0)) for tower in towers)
-    if unet.get("cross_attention_dim") != width:
-        widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
-        raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
-    return terms

@@ -81,9 +81,8 @@ def render(
     targets = places(out, request)
     for path, _ in order.loras:
         read_lora(path)
-    pipe = Pipeline.from_pretrained(weights, engine=engine_for(order.engine, order.loras))
-    for path, weight in order.loras:
-        pipe.load_lora(path, weight)
+    loras = [{"path": path, "weight": weight} for path, weight in order.loras]
+    pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras)
     batch = pipe.at_a_time(request, order.batch)
     for start in range(0, len(request), batch):
         rows = slice(start, start + batch)
@@ -152,13 +151,6 @@ def pictures(
     arguments["batch"] = settings.get("at_a_time", count)  # sums round as they did then
     rendered: list[Any] = pipe(settings["prompt"], **arguments, callback_on_step_end=step).images
     return rendered
-
-
-def engine_for(engine: str, loras: Sequence[Any]) -> str:
-    """The engine to open: LoRAs are torch's. Raises InputError where onnx was asked for beside them."""
-    if loras and engine == "onnx":
-        raise InputError("engine 'onnx' takes no LoRA; leave out --engine, and torch renders")
-    return "torch" if loras else engine
 
 
 def places(out: Path | None, request: Request) -> list[Path]:
@@ -265,10 +257,14 @@ def _again(
     placed = _loras_again(settings.get("loras") or (), picture, loras)
     company = settings.get("batch") or {"row": 0, **{key: [settings[key]] for key in EACH}}
     engine = str(settings.get("engine", "torch"))  # older pictures do not say, and are torch's
-    pipe = Pipeline.from_pretrained(folder, dtype=settings.get("dtype"), engine=engine, threads=settings.get("threads"))
+    loras_again = [
+        {"path": place, "weight": lora["weight"], "name": lora["name"], "known_as": lora["path"]}
+        for lora, place in zip(settings.get("loras") or (), placed, strict=True)
+    ]
+    pipe = Pipeline.from_pretrained(
+        folder, dtype=settings.get("dtype"), engine=engine, threads=settings.get("threads"), loras=loras_again
+    )
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
-    for lora, place in zip(settings.get("loras") or (), placed, strict=True):
-        pipe.load_lora(place, lora["weight"], lora["name"], known_as=lora["path"])
     row = int(company["row"])
     together = {**settings, **{key: company[key] for key in EACH}}
     again = pictures(pipe, together, progress)[row]

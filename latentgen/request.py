@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentgen.checkpoint import Checkpoint
+from latentgen.checkpoint import Checkpoint, refuse_other_kinds
+from latentgen.diffusion.schedule.plan import from_config
 from latentgen.errors import InputError
 
 LARGEST_SEED = 2**64 - 1
@@ -54,6 +55,19 @@ class Terms:
     def of(cls, checkpoint: Checkpoint, sampler: str) -> "Terms":
         """The terms of a weights folder, from its small files alone."""
         return cls.read(checkpoint.config("unet"), checkpoint.config("vae"), sampler, checkpoint.extras)
+
+
+def terms_of(checkpoint: Checkpoint) -> Terms:
+    """What a checkpoint allows, from its small files; an InputError where its parts do not fit one another."""
+    unet = checkpoint.config("unet")
+    terms = Terms.of(checkpoint, from_config(checkpoint.config("scheduler")).sampler)
+    refuse_other_kinds(checkpoint.folder, unet, terms.channels)
+    towers = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
+    width = sum(int(checkpoint.config(tower).get("hidden_size", 0)) for tower in towers)
+    if unet.get("cross_attention_dim") != width:
+        widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
+        raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
+    return terms
 
 
 @dataclass(frozen=True)

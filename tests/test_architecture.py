@@ -19,7 +19,7 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "durable": set(),
     "image": set(),
     "checkpoint": set(),
-    "request": {"checkpoint"},
+    "request": {"checkpoint", "diffusion"},
     "diffusion": set(),
     "data": set(),
     "models": {"diffusion", "checkpoint"},

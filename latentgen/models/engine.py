@@ -6,8 +6,8 @@ An engine is opened from a checkpoint and gives what a pipeline holds: the text 
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Network
 from latentgen.errors import InputError
 from latentgen.models.lora import Loras
-from latentgen.models.onnx.places import cache_folder, find_graphs, why_not
+from latentgen.models.onnx.places import cache_folder, find_graphs, fused_folder, why_not
 
 ENGINES = ("auto", "onnx", "torch")
 
@@ -42,13 +42,20 @@ class Engine:
 
 
 def open_engine(
-    checkpoint: Checkpoint, engine: str = "auto", *, device: Any = None, dtype: Any = None, threads: int | None = None
+    checkpoint: Checkpoint,
+    engine: str = "auto",
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+    loras: Sequence[Mapping[str, Any]] = (),
 ) -> Engine:
     """Open a checkpoint with an engine of `ENGINES`.
 
     "auto" is ONNX Runtime on a CPU in float32, else torch; where graphs are neither in the folder nor in the cache they
-    are exported once, which takes torch. Raises InputError where "onnx" is
-    asked for and cannot be.
+    are exported once, which takes torch. loras: what `Loras.load` takes of each. With LoRAs "auto" is torch, unless
+    graphs with the same ones fused are in the cache, where "onnx" puts them. Raises InputError where "onnx" is asked
+    for and cannot be.
     """
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is not known; it can be one of: {', '.join(ENGINES)}")
@@ -56,18 +63,26 @@ def open_engine(
     if engine == "onnx" and reason is not None:
         raise InputError(f"engine 'onnx' cannot run {checkpoint.folder}: {reason}; leave the engine to be chosen")
     if engine == "torch" or reason is not None or (engine == "auto" and _has_gpu(device)):
-        return open_torch(checkpoint, device, dtype, threads)
+        return open_torch(checkpoint, device, dtype, threads, loras)
+    if loras and engine == "auto" and not find_graphs(fused_folder(checkpoint, loras), checkpoint.has_second):
+        return open_torch(checkpoint, device, dtype, threads, loras)
     try:
-        return open_onnx(checkpoint, threads)
+        return open_fused(checkpoint, loras, threads) if loras else open_onnx(checkpoint, threads)
     except InputError as error:
         if engine == "onnx":
             raise
         warnings.warn(f"{error}; torch runs it instead", EngineNote, stacklevel=3)
-        return open_torch(checkpoint, device, dtype, threads)
+        return open_torch(checkpoint, device, dtype, threads, loras)
 
 
-def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, threads: int | None = None) -> Engine:
-    """The checkpoint's own modules, of diffusers and transformers."""
+def open_torch(
+    checkpoint: Checkpoint,
+    device: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+    loras: Sequence[Mapping[str, Any]] = (),
+) -> Engine:
+    """The checkpoint's own modules, of diffusers and transformers, computing with the LoRAs given."""
     from latentgen.models import loading
     from latentgen.models.feature_cache import FeatureCache
     from latentgen.models.latent import Latent
@@ -79,13 +94,15 @@ def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, th
     place = loading.choose_device(device)
     kind = loading.choose_dtype(dtype, place)
     text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
-    network = unet_network(unet)
+    network, adapters = unet_network(unet), module_loras(unet=unet, text_encoder=text.model)
+    for one in loras:
+        adapters.load(**one)
     return Engine(
         text=text,
         network=network,
         latent=Latent.load(checkpoint, place, kind),
         machine=loading.machine(place, kind),
-        loras=module_loras(unet=unet, text_encoder=text.model),
+        loras=adapters,
         perturbed=perturbed_network(unet),
         cached=partial(FeatureCache, unet, network) if len(unet.up_blocks) > 1 else None,
     )
@@ -108,6 +125,16 @@ def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
             raise error from None
 
 
+def open_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]], threads: int | None = None) -> Engine:
+    """The checkpoint's graphs with LoRAs fused into their weights; from the cache, else exported into it first."""
+    place = fused_folder(checkpoint, loras)
+    graphs = find_graphs(place, checkpoint.has_second)
+    if graphs is None:
+        graphs = _exported(checkpoint, "has no ONNX graphs with these LoRAs", place, loras)
+    engine = _run(checkpoint, graphs, threads)
+    return replace(engine, machine={**engine.machine, "loras": Loras.told(loras)})
+
+
 def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None) -> Engine:
     """A checkpoint's graphs as an engine."""
     from latentgen.models.onnx import session
@@ -127,15 +154,17 @@ def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None
     )
 
 
-def _exported(checkpoint: Checkpoint, why: str) -> dict[str, Path]:
+def _exported(
+    checkpoint: Checkpoint, why: str, place: Path | None = None, loras: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Path]:
     """The graphs, exported into the user's cache; an InputError where that cannot be."""
-    place = cache_folder(checkpoint)
+    place = cache_folder(checkpoint) if place is None else place
     said = f"{checkpoint.folder} {why}: they are exported once into {place}"
     warnings.warn(said, EngineNote, stacklevel=2)
     try:
-        from latentgen.models.onnx.export import export_to_cache
+        from latentgen.models.onnx.export import export_fused, export_to_cache
 
-        return export_to_cache(checkpoint)
+        return export_fused(checkpoint, loras) if loras else export_to_cache(checkpoint)
     except InputError:
         raise
     except Exception as error:  # the exporter raises whatever its passes raise; torch can still run the model

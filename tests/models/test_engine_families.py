@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from latentgen import Pipeline
 from latentgen.checkpoint import check_safetensors, open_checkpoint
 from latentgen.convert import convert
+from latentgen.image import read_settings
+from latentgen.models.engine import EngineNote
 from latentgen.models.onnx.places import cache_folder, find_graphs
+from latentgen.render import Order, render, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exported once")
 PROMPTS = ["a red apple", "a (blue:1.3) bird BREAK noto"]
@@ -78,3 +83,50 @@ def test_a_converted_folder_has_its_graphs(xl: Path, tmp_path: Path) -> None:
         warnings.simplefilter("error")
         pipe = Pipeline.from_pretrained(back, engine="onnx")
     assert pipe("a bird", **CALL).settings["engine"] == "onnx"
+
+
+def lora(file: Path, seed: int) -> Path:
+    """A LoRA of one layer of the U-Net."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"down": torch.randn(2, 16, generator=generator), "up": torch.randn(16, 2, generator=generator)}
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    save_file({f"{layer}.lora.{name}.weight": 2 * tensor for name, tensor in tensors.items()}, file)
+    return file
+
+
+def test_loras_are_fused_into_graphs_of_their_own_and_give_the_picture_of_torch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, two = lora(tmp_path / "one.safetensors", 1), lora(tmp_path / "two.safetensors", 2)
+    loras = [{"path": one, "weight": 0.7}, {"path": two, "weight": -0.5}]
+    assert Pipeline.from_pretrained(folder, loras=loras)("a", **CALL).settings["engine"] == "torch"
+    with pytest.warns(EngineNote, match="has no ONNX graphs with these LoRAs: they are exported once into"):
+        fused = Pipeline.from_pretrained(folder, engine="onnx", loras=loras)
+    other = Pipeline.from_pretrained(folder, engine="torch")
+    for each in loras:
+        other.load_lora(**each)  # type: ignore[arg-type]
+    found, expected = (pipe(PROMPTS, **CALL, **CALLS[0]) for pipe in (fused, other))
+    np.testing.assert_allclose(found.images, expected.images, atol=1e-3)
+    assert found.settings["loras"] == expected.settings["loras"] and found.settings["engine"] == "onnx"
+    plain = Pipeline.from_pretrained(folder, engine="onnx")(PROMPTS, **CALL, **CALLS[0]).images
+    assert np.abs(plain - found.images).max() > 1e-2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = Pipeline.from_pretrained(folder, device="cpu", loras=loras)  # the cache's, without being asked for
+    assert again("a", **CALL).settings["engine"] == "onnx"
+    graph = onnx.load(next((tmp_path / "cache").rglob("unet/model.onnx")), load_external_data=False)
+    held = [each for each in graph.graph.initializer if not each.external_data and len(each.raw_data) > 512]
+    assert [tuple(each.dims) for each in held] == [(16, 16)]  # the one weight that is changed
+    again.load_lora(one, 0.1)  # goes on with torch, and with those it was opened with
+    said = again("a", **CALL).settings
+    assert said["engine"] == "torch" and [each["weight"] for each in said["loras"]] == [0.7, -0.5, 0.1]
+
+
+def test_a_picture_with_loras_on_onnx_replays_to_the_byte(folder: Path, tmp_path: Path) -> None:
+    file = lora(tmp_path / "one.safetensors", 3)
+    order = Order(["a red apple"], steps=2, seed=1, loras=[(str(file), 0.5)], engine="onnx")
+    (picture,) = render(order, tmp_path / "a.png", str(folder))
+    assert read_settings(picture)["engine"] == "onnx"
+    _, remarks = replay(picture)
+    assert remarks == ["the same file, byte for byte"]

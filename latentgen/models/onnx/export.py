@@ -8,7 +8,7 @@ when it loads the graph. What stands in no file (few small constants) is held by
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from torch import nn
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
-from latentgen.models.onnx.places import GRAPHS, LAYOUT, SECOND, cache_folder, graph_paths, layout
+from latentgen.models.lora.layers import module_loras
+from latentgen.models.onnx.places import GRAPHS, LAYOUT, SECOND, cache_folder, fused_folder, graph_paths, layout
 
 OPSET = 18
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -113,10 +114,31 @@ def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
     return paths
 
 
-def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
-    """The graph of one network, a key of `GRAPHS` or `SECOND`; batch, tokens and size are free."""
+def export_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+    """The graphs of a checkpoint with LoRAs fused, exported into the user's cache.
+
+    loras: what `Loras.load` takes of each. Weights that they change are held by the graphs; all others lie where they
+    did. Raises InputError for a LoRA that cannot be used.
+    """
+    modules = {part: _module(checkpoint, part) for part in ("unet", "text_encoder")}
+    adapters = module_loras(**modules)
+    for one in loras:
+        adapters.load(**one)
+    adapters.fuse()
+    paths = graph_paths(fused_folder(checkpoint, loras), checkpoint.has_second)
+    for part, path in paths.items():
+        if not path.is_file():
+            write_file(path, graph(checkpoint, part, modules.get(part)).SerializeToString())
+    return paths
+
+
+def graph(checkpoint: Checkpoint, part: str, network: Any = None) -> onnx.ModelProto:
+    """The graph of one network, a key of `GRAPHS` or `SECOND`; batch, tokens and size are free.
+
+    network: the module itself, where it computes with other weights than those stored.
+    """
     assert part in GRAPHS | SECOND
-    module, inputs, axes = _traced(checkpoint, part)
+    module, inputs, axes = _traced(part, network or _module(checkpoint, part), raw=checkpoint.has_second)
     outputs = ["out", "pooled"] if part in SECOND else ["out"]
     with torch.no_grad(), _silent(), io.BytesIO() as buffer:
         torch.onnx.export(
@@ -137,43 +159,45 @@ def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
     return made
 
 
-def _traced(checkpoint: Checkpoint, part: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
-    """A network, inputs to trace it with, and their free axes.
-
-    The sides are odd, so that the U-Net is traced on the way on which each upsampling goes to the size of what it
-    joins, which is right for every size.
-    """
-    host, kind, square = torch.device("cpu"), torch.float32, {0: "batch", 2: "height", 3: "width"}
+def _module(checkpoint: Checkpoint, part: str) -> Any:
+    """One network as torch's module, float32 on the host."""
     with quiet():
         from diffusers import AutoencoderKL, UNet2DConditionModel
-        from diffusers.models.attention_processor import AttnProcessor
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    kind = kinds.get(part, CLIPTextModelWithProjection)
+    return load_module(kind, checkpoint, part, torch.device("cpu"), torch.float32)
+
+
+def _traced(
+    part: str, network: Any, *, raw: bool
+) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
+    """A network as it is traced, inputs to trace it with, and their free axes.
+
+    raw: whether text is encoded as Stable Diffusion XL takes it. The sides are odd, so that the U-Net is traced on the
+    way on which each upsampling goes to the size of what it joins, which is right for every size.
+    """
+    square = {0: "batch", 2: "height", 3: "width"}
     if part.startswith("text_encoder"):
-        tower = load_module(
-            CLIPTextModelWithProjection if part in SECOND else CLIPTextModel, checkpoint, part, host, kind
-        )
-        ids = torch.zeros(2, int(tower.config.max_position_embeddings), dtype=torch.int64)
-        states = RawStates(tower) if checkpoint.has_second else TextStates(tower)
+        ids = torch.zeros(2, int(network.config.max_position_embeddings), dtype=torch.int64)
+        states = RawStates(network) if raw else TextStates(network)
         return states, {"ids": ids}, {"ids": {0: "batch", 1: "tokens"}}
-    if part == "unet":
-        unet = load_module(UNet2DConditionModel, checkpoint, part, host, kind)
-        unet.set_attn_processor(AttnProcessor())
-        depth = 2 ** len(unet.config.block_out_channels)
-        width = int(unet.config.cross_attention_dim)
-        inputs = {
-            "sample": torch.randn(2, unet.config.in_channels, depth + 1, depth + 3),
-            "timestep": torch.tensor([3.0, 500.0]),
-            "encoder_hidden_states": torch.randn(2, 7, width),
-        }
-        if unet.config.addition_embed_type == "text_time":
-            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-            inputs |= {"text_embeds": torch.randn(2, pooled), "time_ids": torch.full((2, 6), 64.0)}
-        free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in ("text_embeds", "time_ids") if name in inputs}
-        free |= {"timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
-        return RawOutput(unet), inputs, {"sample": square, **free}
-    vae = load_module(AutoencoderKL, checkpoint, part, host, kind)
-    vae.set_attn_processor(AttnProcessor())
-    return Pixels(vae), {"latents": torch.randn(2, vae.config.latent_channels, 5, 7)}, {"latents": square}
+    with quiet():
+        from diffusers.models.attention_processor import AttnProcessor
+    network.set_attn_processor(AttnProcessor())
+    if part == "vae":
+        return Pixels(network), {"latents": torch.randn(2, network.config.latent_channels, 5, 7)}, {"latents": square}
+    depth = 2 ** len(network.config.block_out_channels)
+    inputs = {
+        "sample": torch.randn(2, network.config.in_channels, depth + 1, depth + 3),
+        "timestep": torch.tensor([3.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 7, int(network.config.cross_attention_dim)),
+    }
+    if network.config.addition_embed_type == "text_time":
+        pooled = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
+        inputs |= {"text_embeds": torch.randn(2, pooled), "time_ids": torch.full((2, 6), 64.0)}
+    free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in inputs}
+    return RawOutput(network), inputs, free | {"sample": square, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
 
 
 @contextmanager

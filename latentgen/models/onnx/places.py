@@ -4,9 +4,12 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from latentgen.checkpoint import Checkpoint, SingleFile
+from latentgen.models.lora import read_lora
 
 GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.onnx"}  # each beside its weights
 SECOND = {"text_encoder_2": "model.onnx"}  # what Stable Diffusion XL has besides
@@ -28,6 +31,13 @@ def cache_folder(checkpoint: Checkpoint) -> Path:
     """Where the graphs of a folder that has none are kept: below $XDG_CACHE_HOME, named by what the folder holds."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "latentgen" / "onnx" / f"{checkpoint.fingerprint[:32]}-{FORM}"
+
+
+def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> Path:
+    """Where the graphs of a checkpoint with LoRAs fused are kept: named by what all of them hold and their weights."""
+    uses = [[read_lora(one["path"]).sha256, float(one.get("weight", 1.0))] for one in loras]
+    digest = hashlib.sha256(json.dumps([checkpoint.fingerprint, uses]).encode()).hexdigest()
+    return cache_folder(checkpoint).with_name(f"{digest[:32]}-{FORM}-fused")
 
 
 def find_graphs(folder: Path, second: bool = False) -> dict[str, Path] | None:
