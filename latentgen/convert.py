@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from latentgen.checkpoint import SingleFile, find, open_checkpoint, write_folder, write_pipeline
+from latentgen.checkpoint import SingleFile, find, open_checkpoint, open_folder, write_folder, write_pipeline
 from latentgen.checkpoint.write_single import write_single
 from latentgen.errors import InputError
+from latentgen.models.onnx.places import why_not
 from latentgen.pipeline import Pipeline
 
 STEPS, LARGEST = 2, 1e-5  # of the rendering that compares; the largest difference of a latent that is rounding
@@ -29,7 +30,7 @@ def convert(source: str | Path, target: Path, *, tokenizer: str | Path | None = 
         form, other = ("a single file", "a folder") if into_file else ("a folder", "a .safetensors file")
         raise InputError(f"{source} is {form} already; name {other} to convert it into")
     if isinstance(known, SingleFile):
-        write_folder(target, lambda aside: _fill(known, aside))
+        write_folder(target, lambda aside: _fill(known, aside))  # the ONNX graphs, too, where they can be
     else:
         write_single(known, target)
     difference = _difference(source, target, tokenizer)
@@ -50,6 +51,10 @@ def _fill(known: SingleFile, aside: Path) -> None:
     )
     for part, place in known.tokenizers.items():
         shutil.copytree(place, aside / part)
+    if why_not(open_folder(aside, verify=False)) is None:
+        from latentgen.models.onnx.export import write_graphs  # imports torch
+
+        write_graphs(aside)
 
 
 def _difference(source: str | Path, target: Path, tokenizer: str | Path | None) -> float:

@@ -1,11 +1,14 @@
 """What a call of the pipeline gives: pictures, their seeds, and the settings that make each of them again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latentgen.checkpoint import Checkpoint
+from latentgen.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,27 @@ class Output:
     def of(self, k: int) -> dict[str, Any]:
         """The settings of picture k alone, and beside whom it was rendered where it was not alone."""
         return picture_settings(self.settings, k)
+
+
+def as_tensor(groups: Iterable[Any]) -> Any:
+    """Pixels (B', 3, H, W) of either engine, one group after the other, as one torch tensor."""
+    import torch
+
+    return torch.cat([torch.as_tensor(pixels) for pixels in groups])
+
+
+def on_host(pixels: Any) -> np.ndarray:
+    """Pixels (B, 3, H, W) of either engine as a NumPy array (B, H, W, 3)."""
+    return np.asarray(pixels.cpu() if hasattr(pixels, "cpu") else pixels).transpose(0, 2, 3, 1)
+
+
+def put_in_place(x: Any, other: Any) -> None:
+    """Make `x` hold what a callback returned: the sampler goes on from the array it yielded."""
+    if other is x:
+        return
+    if tuple(other.shape) != tuple(x.shape):
+        raise InputError(f"the callback returned latents of shape {tuple(other.shape)}; it must be {tuple(x.shape)}")
+    x[...] = other
 
 
 def identity(checkpoint: Checkpoint, path: str | Path | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 
 from latentgen import __version__
-from latentgen.checkpoint import Checkpoint, find, open_checkpoint, refuse_other_kinds
+from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
 from latentgen.diffusion.guidance import Projection, guided
@@ -28,15 +28,17 @@ from latentgen.errors import InputError
 from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
 from latentgen.models.lora import Loras, TakesLoras
+from latentgen.models.memory import caching, decoded, in_groups, need_of, pictures_at_a_time, tile_of
 from latentgen.models.prompt import alike
 from latentgen.models.words import TakesWords
-from latentgen.output import Output, identity, picture_settings
-from latentgen.request import OUTPUT_TYPES, Request, Terms, read_request
+from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
+from latentgen.request import Request, Terms, check_output_type, read_request
+from latentgen.request import terms_of as terms_of
 
 if TYPE_CHECKING:
     from latentgen.models.latent import Latent
     from latentgen.models.onnx.session import OnnxLatent
-    from latentgen.models.onnx.text import OnnxText
+    from latentgen.models.onnx.text import OnnxText, TwoOnnxTexts
     from latentgen.models.text import TextEncoder, TwoTextEncoders
 
 Given = tuple[Any, Any]  # states and pooled states that somebody brought, or None
@@ -58,7 +60,7 @@ class Pipeline(TakesLoras, TakesWords):
     is said of them in the settings. `interrupt = True`, set from a callback, ends the run after that step.
     """
 
-    text: "TextEncoder | TwoTextEncoders | OnnxText"
+    text: "TextEncoder | TwoTextEncoders | OnnxText | TwoOnnxTexts"
     network: Network
     latent: "Latent | OnnxLatent"
     scheduler: Mapping[str, Any]
@@ -67,6 +69,7 @@ class Pipeline(TakesLoras, TakesWords):
     machine: Mapping[str, Any] | None = None
     loras: Loras | None = None
     perturbed: Network | None = None
+    cached: Callable[[int], Network] | None = None
     interrupt: bool = False
     words: list[dict[str, Any]] = field(default_factory=list)  # the new words it was taught, as the settings say them
     _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
@@ -83,6 +86,7 @@ class Pipeline(TakesLoras, TakesWords):
         prediction_type: str | None = None,
         engine: str = "auto",
         threads: int | None = None,
+        loras: Sequence[Mapping[str, Any]] = (),
     ) -> "Pipeline":
         """Open a Stable Diffusion 1, 2 or XL checkpoint, or (None) the embedded default.
 
@@ -93,12 +97,13 @@ class Pipeline(TakesLoras, TakesWords):
         config says; of single files of Stable Diffusion 2 nothing tells, and v is assumed. engine: "onnx" (ONNX
         Runtime, on a CPU, arrays are NumPy's), "torch", or "auto", which is onnx where it can run this and torch where
         it cannot, or once a LoRA or perturbed attention is asked for. threads: of a CPU; None is one for each core.
+        loras: to open it with, each the arguments of `load_lora`; so "onnx" can run them too, fused into graphs of
+        their own, whose export is kept in the cache.
         Raises InputError with one line.
         """
         checkpoint = open_checkpoint(find(path), tokenizer=tokenizer)
         terms = terms_of(checkpoint)
-
-        opened = open_engine(checkpoint, engine, device=device, dtype=dtype, threads=threads)
+        opened = open_engine(checkpoint, engine, device=device, dtype=dtype, threads=threads, loras=loras)
         pipe = cls(
             **vars(opened),
             scheduler=checkpoint.config("scheduler")
@@ -107,7 +112,8 @@ class Pipeline(TakesLoras, TakesWords):
             weights=identity(checkpoint, path),
         )
         if engine == "auto" and opened.machine["engine"] == "onnx":
-            pipe._torch = partial(open_engine, checkpoint, "torch", device="cpu", dtype=dtype, threads=threads)
+            on_host = partial(open_engine, device="cpu", dtype=dtype, threads=threads, loras=loras)
+            pipe._torch = partial(on_host, checkpoint, "torch")
         return pipe
 
     @classmethod
@@ -159,25 +165,31 @@ class Pipeline(TakesLoras, TakesWords):
         negative_pooled_prompt_embeds: Array | None = None,
         prompt_weights: bool = True,
         max_embeddings_multiples: int | None = None,
+        batch: int | str = "auto",
+        vae_tiling: bool | None = None,
+        feature_cache: int = 1,
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
     ) -> Output:
         """Render one picture for each prompt, times num_images_per_prompt.
 
         What is not said is taken from the weights' own defaults. guidance_scale: w of Ho & Salimans as diffusers counts
-        it; 1 or less is off. guidance_rescale: phi of Lin et al. 2023. guidance_interval: the part of the steps, from
-        0 (noise) to 1 (clean), in which guidance acts (Kynkäänniemi et al. 2024). guidance_projection: eta and norm of
+        it; 1 or less is off. guidance_rescale: phi of Lin et al. 2023. guidance_interval: the part of the steps, from 0
+        (noise) to 1 (clean), in which guidance acts (Kynkäänniemi et al. 2024). guidance_projection: eta and norm of
         adaptive projected guidance (Sadat et al. 2025). pag_scale: perturbed-attention guidance in the middle block
-        (Ahn et al. 2024); 0 is off. height, width: pixels, multiples of the latent
-        factor. seed: s gives picture k the seed s + k, a list names each, None draws fresh ones, reported in `seeds`;
-        picture k is the picture of its own seed rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`.
-        generator: torch generators instead of a seed, drawn from as diffusers does. latents: unit noise (B, C, h, w) to
-        start from. prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts; for Stable Diffusion XL
-        with pooled_prompt_embeds, negative_pooled_prompt_embeds (P, D). prompt_weights: read
-        `(word:1.3)`, `[word]` and BREAK as the web UI does (models/prompt.py); False takes brackets as text, as
-        diffusers does. max_embeddings_multiples: how many contexts long a prompt may be (1 cuts it as diffusers does);
-        None is as long as it is, each chunk of a context encoded on its own. output_type: "pil",
-        "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w).
+        (Ahn et al. 2024); 0 is off. negative_prompt: None is none, which for Stable Diffusion XL is all zeros, and ""
+        the empty text, encoded. height, width: pixels, multiples of the latent factor. seed: s gives picture k the seed
+        s + k, a list names each, None draws fresh ones, reported in `seeds`; picture k is the picture of its own seed
+        rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`. generator: torch generators instead of a seed,
+        drawn from as diffusers does. latents: unit noise (B, C, h, w) to start from. prompt_embeds,
+        negative_prompt_embeds: states (P, L, D) instead of texts; for Stable Diffusion XL with pooled_prompt_embeds,
+        negative_pooled_prompt_embeds (P, D). prompt_weights: read `(word:1.3)`, `[word]` and BREAK as the web UI does
+        (models/prompt.py); False takes brackets as text, as diffusers does. max_embeddings_multiples: how many contexts
+        long a prompt may be (1 cuts it as diffusers does); None is as long as it is, each chunk of a context encoded on
+        its own. batch: pictures the networks compute at a time, or "auto", as many as the free memory holds; the last
+        bits of a picture can depend on it. vae_tiling: decode in tiles with blended seams; None does so above 1536·1024
+        pixels. feature_cache: n computes the deep layers at every n-th step only (Ma et al. 2024); 1 is off.
+        output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w).
         callback_on_step_end(pipe, index, time, {"latents": x}) is called after each step and may return other latents.
         Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words that are cut.
         """
@@ -202,11 +214,13 @@ class Pipeline(TakesLoras, TakesWords):
             interval=guidance_interval,
             projection=guidance_projection,
             pag=pag_scale,
+            feature_cache=feature_cache,
         )
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
-        if request.pag and self.perturbed is None:
+        check_output_type(output_type)
+        cached = request.feature_cache > 1
+        if (request.pag and self.perturbed is None) or (cached and self.cached is None):
             self._use_torch()
+        at_a_time = self.at_a_time(request, batch)
         plan = plan_for(self.scheduler, request.sampler)
         knots = plan.knots(request.steps)
         noise = self._noise(request, generator, seed)
@@ -215,12 +229,24 @@ class Pipeline(TakesLoras, TakesWords):
         given = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
         condition, negative = self._encode(request, *given)
         x = self._draw(request, noise, latents) * float(plan.initial_scale(knots[0]))
-        denoiser = Denoiser(self.network, plan.schedule, plan.prediction)
-        denoise = self._guided(request, plan, knots, denoiser, condition, negative)
+        rows = at_a_time * (1 if negative is None else 2)
+        network = caching(self.cached, request.feature_cache) if cached else self.network
+        denoiser = Denoiser(in_groups(network, rows), plan.schedule, plan.prediction)
+        denoise = self._guided(request, plan, knots, denoiser, condition, negative, rows)
         x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
         brought = {"generator": generator, "latents": latents, "callback_on_step_end": self._steered or None}
         brought |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        return self._decode(x, request, output_type, sorted(key for key, value in brought.items() if value is not None))
+        settings = self._settings(request, sorted(key for key, value in brought.items() if value is not None))
+        settings |= {"at_a_time": at_a_time} if at_a_time < len(request) else {}
+        settings |= {} if vae_tiling is None else {"vae_tiling": vae_tiling}
+        settings |= {"feature_cache": feature_cache} if cached else {}
+        return self._decode(x, request, output_type, settings, at_a_time)
+
+    def at_a_time(self, request: Request, batch: int | str = "auto") -> int:
+        """How many pictures the networks compute at a time: a number, or "auto", as the free memory allows."""
+        height, width = request.height // self.terms.factor, request.width // self.terms.factor
+        need = need_of(*self.terms.configs, height, width, request.guidance > 1)
+        return pictures_at_a_time(batch, need, len(request), self.latent.device)
 
     def _guided(
         self,
@@ -230,11 +256,12 @@ class Pipeline(TakesLoras, TakesWords):
         denoiser: Denoiser,
         condition: Condition,
         negative: Condition | None,
+        rows: int,
     ) -> Denoise:
-        """The denoiser with its conditions and every kind of guidance that was asked for."""
+        """The denoiser with its conditions and every kind of guidance that was asked for; rows: of an evaluation."""
         if request.pag and self.perturbed is None:
             raise InputError("pag_scale needs a network whose attention can be perturbed, which this engine's cannot")
-        other = None if self.perturbed is None else replace(denoiser, network=self.perturbed)
+        other = None if self.perturbed is None else replace(denoiser, network=in_groups(self.perturbed, rows))
         interval = None
         if request.interval is not None:
             first, last = (round(part * request.steps) for part in request.interval)
@@ -261,14 +288,9 @@ class Pipeline(TakesLoras, TakesWords):
             return Noise(request.seeds)
         if seed is not None:
             raise InputError("a seed and a generator were both given; give one of them")
-        generators = tuple(generator) if isinstance(generator, Sequence) else (generator,)
-        if isinstance(generator, Sequence) and len(generators) != len(request):
-            raise InputError(
-                f"{len(generators)} generators for {len(request)} pictures; give one for all, or one for each"
-            )
         from latentgen.models.latent import GeneratorNoise
 
-        return GeneratorNoise(generators, len(request))
+        return GeneratorNoise.of(generator, len(request))
 
     def _encode(self, request: Request, given: Given, given_negative: Given) -> tuple[Condition, Condition | None]:
         """The condition (B, L, D) and, where guidance is on, the one to be guided away from."""
@@ -280,8 +302,8 @@ class Pipeline(TakesLoras, TakesWords):
         if given_negative[0] is not None and any(request.negatives):
             raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
         negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
-        if given_negative[0] is None and hasattr(self.text, "empty"):
-            negative = replace(self.text.empty(negative, request.negatives), sizes=negative.sizes)
+        if given_negative[0] is None and not request.said and hasattr(self.text, "empty"):
+            negative = replace(self.text.empty(negative), sizes=negative.sizes)
         one, other = condition.states, negative.states
         if one is None or other is None or one.shape[1] == other.shape[1]:
             return condition, negative
@@ -333,19 +355,19 @@ class Pipeline(TakesLoras, TakesWords):
                 break
         return x
 
-    def _decode(self, x: Array, request: Request, output_type: str, brought: list[str]) -> Output:
+    def _decode(self, x: Array, request: Request, output_type: str, settings: dict[str, Any], at_a_time: int) -> Output:
         """Latents as the kind of picture that was asked for, with the settings that make it again."""
-        settings = self._settings(request, brought)
         if output_type == "latent":
             return Output(x, request.seeds, settings)
-        pixels = self.latent.decode(x)  # (B, 3, H, W) in [0, 1]
+        tiling, sides = settings.get("vae_tiling"), (request.height, request.width)
+        tile = tile_of(self.terms.configs[1], self.terms.factor, *sides, tiling)
+        groups = decoded(self.latent.decode, x, at_a_time, tile)  # (B', 3, H, W) in [0, 1]
         if output_type == "pt":
-            return Output(as_tensor(pixels), request.seeds, settings)
-        host = np.asarray(pixels.cpu() if hasattr(pixels, "cpu") else pixels).transpose(0, 2, 3, 1)  # (B, H, W, 3)
+            return Output(as_tensor(groups), request.seeds, settings)
         if output_type == "np":
-            return Output(host, request.seeds, settings)
-        pictures = [Picture.of(rows, picture_settings(settings, k)) for k, rows in enumerate(to_bytes(host))]
-        return Output(pictures, request.seeds, settings)
+            return Output(np.concatenate([on_host(pixels) for pixels in groups]), request.seeds, settings)
+        rows = enumerate(row for pixels in groups for row in to_bytes(on_host(pixels)))
+        return Output([Picture.of(row, picture_settings(settings, k)) for k, row in rows], request.seeds, settings)
 
     def _settings(self, request: Request, brought: list[str]) -> dict[str, Any]:
         return {
@@ -363,6 +385,7 @@ class Pipeline(TakesLoras, TakesWords):
             "width": request.width,
             "prompt_weights": request.prompt_weights,
             "max_embeddings_multiples": request.max_embeddings_multiples,
+            **({"negative_said": True} if request.said and not all(request.negatives) else {}),
             "weights": self.weights,
             "latentgen": __version__,
             "pillow": PIL.__version__,
@@ -389,32 +412,3 @@ class Pipeline(TakesLoras, TakesWords):
         if laid.lost:
             counted = f"the prompt has {laid.count} tokens, of which {laid.used} are used"
             warnings.warn(f"{counted}; not seen: {laid.lost!r}", PromptCut, stacklevel=4)
-
-
-def terms_of(checkpoint: Checkpoint) -> Terms:
-    """What a checkpoint allows, from its small files; an InputError where its parts do not fit one another."""
-    unet = checkpoint.config("unet")
-    terms = Terms.of(checkpoint, from_config(checkpoint.config("scheduler")).sampler)
-    refuse_other_kinds(checkpoint.folder, unet, terms.channels)
-    towers = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
-    width = sum(int(checkpoint.config(tower).get("hidden_size", 0)) for tower in towers)
-    if unet.get("cross_attention_dim") != width:
-        widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
-        raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
-    return terms
-
-
-def as_tensor(pixels: Array) -> Any:
-    """An array of either engine as a torch tensor."""
-    import torch
-
-    return torch.as_tensor(pixels)
-
-
-def put_in_place(x: Array, other: Array) -> None:
-    """Make `x` hold what a callback returned: the sampler goes on from the array it yielded."""
-    if other is x:
-        return
-    if tuple(other.shape) != tuple(x.shape):
-        raise InputError(f"the callback returned latents of shape {tuple(other.shape)}; it must be {tuple(x.shape)}")
-    x[...] = other

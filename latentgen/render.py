@@ -19,12 +19,13 @@ from latentgen.durable import sha256, write_file
 from latentgen.errors import InputError
 from latentgen.image import read_settings
 from latentgen.models.lora import read_lora
+from latentgen.models.memory import pictures_at_a_time
 from latentgen.models.prompt import embedding_file
 from latentgen.pipeline import Pipeline, terms_of
 from latentgen.request import Request, read_request
 
 EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
-GUIDING = ("guidance_interval", "guidance_projection", "pag_scale")
+GUIDING = ("guidance_interval", "guidance_projection", "pag_scale", "vae_tiling", "feature_cache")
 WHOLE = (0.0, 1.0)  # of the way: no interval
 Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures
 
@@ -33,7 +34,8 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pi
 class Order:
     """What `latentgen render` was asked for; None is the weights' own default.
 
-    size: (width, height) in pixels. loras: (file or folder, weight) of each. words: files of new words' embeddings.
+    size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
+    folder, weight) of each. words: files of new words' embeddings.
     """
 
     prompts: Sequence[str]
@@ -44,7 +46,7 @@ class Order:
     size: tuple[int, int] | None = None
     n: int = 1
     sampler: str | None = None
-    batch: int = 1
+    batch: int | str = 1
     prompt_weights: bool = True
     max_embeddings_multiples: int | None = None
     loras: Sequence[tuple[str, float]] = ()
@@ -67,7 +69,7 @@ def render(
         terms_of(checkpoint),
         SAMPLERS,
         list(order.prompts),
-        order.negative,
+        order.negative or None,
         steps=order.steps,
         guidance=order.guidance,
         height=height,
@@ -78,18 +80,17 @@ def render(
         prompt_weights=order.prompt_weights,
         max_embeddings_multiples=order.max_embeddings_multiples,
     )
-    if order.batch < 1:
-        raise InputError(f"the batch is {order.batch}; it must be 1 or more")
+    pictures_at_a_time(order.batch, 1, 1)  # that it is a number or "auto"
     targets = places(out, request)
     for path, _ in order.loras:
         read_lora(path)
-    pipe = Pipeline.from_pretrained(weights, engine=engine_for(order.engine, (*order.loras, *order.words)))
-    for path, weight in order.loras:
-        pipe.load_lora(path, weight)
+    loras = [{"path": path, "weight": weight} for path, weight in order.loras]
+    pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras)
     for path in order.words:
         pipe.load_textual_inversion(path)
-    for start in range(0, len(request), order.batch):
-        rows = slice(start, start + order.batch)
+    batch = pipe.at_a_time(request, order.batch)
+    for start in range(0, len(request), batch):
+        rows = slice(start, start + batch)
         settings = {
             "prompt": request.prompts[rows],
             "negative_prompt": request.negatives[rows],
@@ -147,21 +148,17 @@ def pictures(
 
     wanted = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "sampler")
     arguments = {key: settings[key] for key in (*wanted, "height", "width", "seed")}
+    if not any(settings["negative_prompt"]) and not settings.get("negative_said"):
+        arguments["negative_prompt"] = None
     arguments |= {key: settings[key] for key in GUIDING if key in settings}  # which older pictures do not say
     arguments["guidance_interval"] = settings.get("guidance_interval") or WHOLE  # and not what the weights say by now
     # pictures of before there were weights and chunks say neither: their prompts were text, cut to the context
     arguments |= {
         key: settings.get(key, old) for key, old in (("prompt_weights", False), ("max_embeddings_multiples", 1))
     }
+    arguments["batch"] = settings.get("at_a_time", count)  # sums round as they did then
     rendered: list[Any] = pipe(settings["prompt"], **arguments, callback_on_step_end=step).images
     return rendered
-
-
-def engine_for(engine: str, loras: Sequence[Any]) -> str:
-    """The engine to open: LoRAs and new words are torch's. Raises InputError where onnx was asked for beside them."""
-    if loras and engine == "onnx":
-        raise InputError("engine 'onnx' takes no LoRA and no new word; leave out --engine, and torch renders")
-    return "torch" if loras else engine
 
 
 def places(out: Path | None, request: Request) -> list[Path]:
@@ -282,10 +279,14 @@ def _again(
     placed = _loras_again(settings.get("loras") or (), picture, loras)
     company = settings.get("batch") or {"row": 0, **{key: [settings[key]] for key in EACH}}
     engine = str(settings.get("engine", "torch"))  # older pictures do not say, and are torch's
-    pipe = Pipeline.from_pretrained(folder, dtype=settings.get("dtype"), engine=engine, threads=settings.get("threads"))
+    loras_again = [
+        {"path": place, "weight": lora["weight"], "name": lora["name"], "known_as": lora["path"]}
+        for lora, place in zip(settings.get("loras") or (), placed, strict=True)
+    ]
+    pipe = Pipeline.from_pretrained(
+        folder, dtype=settings.get("dtype"), engine=engine, threads=settings.get("threads"), loras=loras_again
+    )
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
-    for lora, place in zip(settings.get("loras") or (), placed, strict=True):
-        pipe.load_lora(place, lora["weight"], lora["name"], known_as=lora["path"])
     for known, file in zip(settings.get("words") or (), _words_again(settings, picture, words), strict=True):
         pipe.load_textual_inversion(file, known["word"], known_as=known["path"])
     row = int(company["row"])

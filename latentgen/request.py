@@ -4,10 +4,11 @@ import difflib
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from latentgen.checkpoint import Checkpoint
+from latentgen.checkpoint import Checkpoint, refuse_other_kinds
+from latentgen.diffusion.schedule.plan import from_config
 from latentgen.errors import InputError
 
 LARGEST_SEED = 2**64 - 1
@@ -19,7 +20,7 @@ class Terms:
     """What a set of weights allows, and what it takes where nothing is said.
 
     factor: pixels to a latent along each side. channels: latent channels. size: pixels along each side of the pictures
-    it was trained on. steps, guidance, sampler, interval: its own defaults.
+    it was trained on. steps, guidance, sampler, interval: its own defaults. configs: the U-Net's and the autoencoder's.
     """
 
     factor: int
@@ -29,6 +30,7 @@ class Terms:
     steps: int = 20
     guidance: float = 5.0
     interval: tuple[float, float] | None = None
+    configs: tuple[Mapping[str, Any], Mapping[str, Any]] = field(default=({}, {}), repr=False, compare=False)
 
     @classmethod
     def read(
@@ -48,6 +50,7 @@ class Terms:
             steps=int(defaults.get("num_inference_steps") or cls.steps),
             guidance=float(defaults.get("guidance_scale", cls.guidance)),
             interval=_interval(defaults["guidance_interval"]) if defaults.get("guidance_interval") else None,
+            configs=(unet, vae),
         )
 
     @classmethod
@@ -56,9 +59,25 @@ class Terms:
         return cls.read(checkpoint.config("unet"), checkpoint.config("vae"), sampler, checkpoint.extras)
 
 
+def terms_of(checkpoint: Checkpoint) -> Terms:
+    """What a checkpoint allows, from its small files; an InputError where its parts do not fit one another."""
+    unet = checkpoint.config("unet")
+    terms = Terms.of(checkpoint, from_config(checkpoint.config("scheduler")).sampler)
+    refuse_other_kinds(checkpoint.folder, unet, terms.channels)
+    towers = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
+    width = sum(int(checkpoint.config(tower).get("hidden_size", 0)) for tower in towers)
+    if unet.get("cross_attention_dim") != width:
+        widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
+        raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
+    return terms
+
+
 @dataclass(frozen=True)
 class Request:
-    """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture."""
+    """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture.
+
+    said: whether a negative prompt was given at all, be it the empty text.
+    """
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
@@ -74,6 +93,8 @@ class Request:
     interval: tuple[float, float] | None = None
     projection: tuple[float, float | None] | None = None
     pag: float = 0.0
+    said: bool = False
+    feature_cache: int = 1
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -99,6 +120,7 @@ def read_request(
     interval: Sequence[float] | None = None,
     projection: Sequence[float | None] | None = None,
     pag: float = 0.0,
+    feature_cache: int = 1,
 ) -> Request:
     """Check an order against what the weights allow, and fill in what was not said.
 
@@ -127,7 +149,15 @@ def read_request(
         interval=terms.interval if interval is None else _interval(interval),
         projection=None if projection is None else _projection(projection),
         pag=_finite("pag_scale", pag, 0.0, math.inf),
+        said=negative_prompt is not None,
+        feature_cache=_whole("feature_cache", feature_cache, 1),
     )
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises InputError for what pictures cannot be given as."""
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
 
 
 def _interval(parts: Sequence[float]) -> tuple[float, float] | None:

@@ -1,6 +1,7 @@
 """Rendering against plain diffusers: the same weights, sampler, steps, guidance and latents; time, memory, pictures.
 
     python scripts/benchmark_render.py [--weights FOLDER] [--steps 25] [--batch 1] [--rounds 5] [--json FILE]
+    python scripts/benchmark_render.py --feature-cache 2     what the torch engine's feature cache gains, and its price
 
 A warm picture is one call of the pipeline, pixels on the host, divided by the batch; the first call is not counted.
 Shell to picture is one PNG from a fresh process: `latentgen render`, and the shortest script with diffusers.
@@ -151,6 +152,32 @@ def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> No
     show(title, rows, ratio, result, asked.json)
 
 
+def price_of_cache(asked: argparse.Namespace, folder: Path) -> None:
+    """The torch engine with its deep features kept over `--feature-cache` steps, and without: gain and PSNR."""
+    from latentgen.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(folder, engine="torch")
+    prompts = [PROMPTS[k % len(PROMPTS)] for k in range(asked.batch)]
+    call: dict[str, Any] = {"num_inference_steps": asked.steps, "guidance_scale": asked.guidance, "output_type": "np"}
+    seconds: dict[int, list[float]] = {1: [], asked.feature_cache: []}
+    errors = []
+    for turn in range(asked.rounds + 1):
+        pictures = {}
+        for every, taken in seconds.items():
+            start = time.perf_counter()
+            pictures[every] = pipe(prompts, seed=turn * asked.batch, feature_cache=every, **call).images
+            if turn:  # the first is to warm up
+                taken.append(time.perf_counter() - start)
+        errors += [float(np.mean((a - b) ** 2)) for a, b in zip(*pictures.values(), strict=True)]
+    ratio = statistics.median(whole / kept for whole, kept in zip(*seconds.values(), strict=True))
+    psnr = [-10 * np.log10(max(error, 1e-12)) for error in errors]
+    print(
+        f"feature cache, deep layers every {asked.feature_cache} of {asked.steps} steps: {ratio:.2f} times as fast; "
+        f"PSNR to the pictures without it {np.mean(psnr):.1f} dB on average, {min(psnr):.1f} dB at worst "
+        f"({len(psnr)} pictures)"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="a weights folder; default: the embedded one")
@@ -160,6 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="pairs of processes")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls in each process")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--feature-cache", type=int, metavar="N", help="instead: the torch engine with it and without")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -168,6 +196,11 @@ def main() -> None:
     folder = find(asked.weights).resolve()
     if asked.worker:
         print(json.dumps(work(asked, folder)))
+        return
+    if asked.feature_cache is not None:
+        if asked.feature_cache < 2:
+            raise InputError("--feature-cache must be 2 or more; 1 is off")
+        price_of_cache(asked, folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
         asked.scratch = Path(scratch)

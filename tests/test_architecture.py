@@ -20,7 +20,7 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "image": set(),
     "page": set(),
     "checkpoint": set(),
-    "request": {"checkpoint"},
+    "request": {"checkpoint", "diffusion"},
     "diffusion": set(),
     "data": set(),
     "models": {"diffusion", "checkpoint"},
@@ -34,7 +34,7 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
 MAY_USE["build"] = {*MAY_USE["evaluation"], "evaluation", "training", "recipe"}
 MAY_USE["finetuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
 MAY_USE["tuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
-MAY_USE["convert"] = {"checkpoint", "pipeline"}
+MAY_USE["convert"] = {"checkpoint", "models", "pipeline"}
 MAY_USE["rehearsal"] = {*MAY_USE["build"], "build"}
 MAY_USE["continuation"] = {*MAY_USE["build"], "build"}
 MAY_USE["cli"] = {name for name in MAY_USE if name != "__init__"}

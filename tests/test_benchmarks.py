@@ -53,3 +53,9 @@ def test_a_folder_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("latentgen: no weights folder at")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_feature_cache_is_said_with_its_price(folder: Path) -> None:
+    done = ran("benchmark_render.py", "--weights", folder, "--steps", 3, "--rounds", 1, "--feature-cache", 2)
+    assert done.returncode == 0, done.stderr
+    assert "times as fast; PSNR to the pictures without it" in done.stdout and "(2 pictures)" in done.stdout

@@ -62,8 +62,12 @@ def render(
     ] = None,
     weights: Weights = None,
     batch: Annotated[
-        int, typer.Option(help="Pictures rendered at a time; more is faster, and a replay repeats the whole batch.")
-    ] = 1,
+        str,
+        typer.Option(
+            help="Pictures rendered at a time, or auto: as many as the free memory holds. A replay repeats the batch.",
+            metavar="N|auto",
+        ),
+    ] = "1",
     prompt_weights: Annotated[
         bool, typer.Option(help="Read (word:1.3), [word] and BREAK in prompts; off, brackets are plain text.")
     ] = True,
@@ -109,7 +113,7 @@ def render(
         read_size(size),
         n,
         sampler,
-        batch,
+        read_batch(batch),
         prompt_weights,
         max_chunks,
         loras,
@@ -170,6 +174,11 @@ def read_size(size: str | None) -> tuple[int, int] | None:
         raise InputError(f"--size is {size!r}; it must be pixels as 64, or WIDTHxHEIGHT as 96x64")
     width, height = int(sides[0]), int(sides[-1])
     return width, height
+
+
+def read_batch(text: str) -> int | str:
+    """ "4" or "auto" as it stands; what is neither is for the renderer to refuse."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def read_lora_option(text: str) -> tuple[str, float]:

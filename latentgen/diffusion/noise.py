@@ -124,9 +124,9 @@ class Brownian(Noise):
         now = round(span[0] * unit)
         after = max(round(span[1] * unit), now + 1)
         (first, start), (last, end) = divmod(now, unit), divmod(after, unit)
-        total = self._within(last, end, shape) - self._within(first, start, shape)
+        total = _within(self.seeds, last, end, shape) - _within(self.seeds, first, start, shape)
         for cell in range(first, last):
-            total = total + self._node(cell, 0, shape)
+            total = total + _node(self.seeds, cell, 0, shape)
         total *= np.float32(math.sqrt(unit / (after - now)))
         return like(total, like_)
 
@@ -134,25 +134,29 @@ class Brownian(Noise):
         """Itself."""
         return self
 
-    def _within(self, cell: int, place: int, shape: tuple[int, ...]) -> Any:
-        """W(cell + place/2**DEPTH) − W(cell), for place in [0, 2**DEPTH)."""
-        if place == 0:
-            return np.float32(0)
-        low, width, node = 0, 1 << self.DEPTH, 1
-        left: Any = np.float32(0)
-        right: Any = self._node(cell, 0, shape)
-        while place != low:
-            width //= 2
-            spread = np.float32(math.sqrt(width / (2 << self.DEPTH)))  # of the middle of a bridge over 2·width
-            middle = spread * self._node(cell, node, shape)
-            middle += np.float32(0.5) * (left + right)
-            upper = place >= low + width
-            low, left, right = (low + width, middle, right) if upper else (low, left, middle)
-            node = 2 * node + upper
-        return left
 
-    def _node(self, cell: int, node: int, shape: tuple[int, ...]) -> np.ndarray:
-        return _tree_normal(self.seeds, BROWNIAN + ((cell + (1 << 20)) << 16) + node, shape)
+@lru_cache(maxsize=4)
+def _within(seeds: tuple[int, ...], cell: int, place: int, shape: tuple[int, ...]) -> Any:
+    """W(cell + place/2**DEPTH) − W(cell), for place in [0, 2**DEPTH); one step's end, kept, is the next one's start."""
+    if place == 0:
+        return np.float32(0)
+    low, width, node = 0, 1 << Brownian.DEPTH, 1
+    left: Any = np.float32(0)
+    right: Any = _node(seeds, cell, 0, shape)
+    while place != low:
+        width //= 2
+        spread = np.float32(math.sqrt(width / (2 << Brownian.DEPTH)))  # of the middle of a bridge over 2·width
+        middle = left + right
+        middle *= np.float32(0.5)
+        middle += spread * _node(seeds, cell, node, shape)
+        upper = place >= low + width
+        low, left, right = (low + width, middle, right) if upper else (low, left, middle)
+        node = 2 * node + upper
+    return left
+
+
+def _node(seeds: tuple[int, ...], cell: int, node: int, shape: tuple[int, ...]) -> np.ndarray:
+    return _tree_normal(seeds, BROWNIAN + ((cell + (1 << 20)) << 16) + node, shape)
 
 
 @lru_cache(maxsize=32)

@@ -6,8 +6,9 @@ An engine is opened from a checkpoint and gives what a pipeline holds: the text 
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Network
 from latentgen.errors import InputError
 from latentgen.models.lora import Loras
-from latentgen.models.onnx.places import cache_folder, find_graphs, why_not
+from latentgen.models.onnx.places import cache_folder, find_graphs, fused_folder, why_not
 
 ENGINES = ("auto", "onnx", "torch")
 
@@ -26,7 +27,10 @@ class EngineNote(UserWarning):
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs a checkpoint. machine: what the settings say of it. loras, perturbed: None where it cannot."""
+    """What runs a checkpoint. machine: what the settings say of it. loras, perturbed, cached: None where it cannot.
+
+    cached: every -> the network of one walk, with its deep features taken over between every so many steps.
+    """
 
     text: Any
     network: Network
@@ -34,16 +38,24 @@ class Engine:
     machine: dict[str, Any]
     loras: Loras | None = None
     perturbed: Network | None = None
+    cached: Callable[[int], Network] | None = None
 
 
 def open_engine(
-    checkpoint: Checkpoint, engine: str = "auto", *, device: Any = None, dtype: Any = None, threads: int | None = None
+    checkpoint: Checkpoint,
+    engine: str = "auto",
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+    loras: Sequence[Mapping[str, Any]] = (),
 ) -> Engine:
     """Open a checkpoint with an engine of `ENGINES`.
 
-    "auto" is ONNX Runtime on a CPU in float32 for Stable Diffusion 1 and 2 folders, else torch; where graphs are
-    neither in the folder nor in the cache they are exported once, which takes torch. Raises InputError where "onnx" is
-    asked for and cannot be.
+    "auto" is ONNX Runtime on a CPU in float32, else torch; where graphs are neither in the folder nor in the cache they
+    are exported once, which takes torch. loras: what `Loras.load` takes of each. With LoRAs "auto" is torch, unless
+    graphs with the same ones fused are in the cache, where "onnx" puts them. Raises InputError where "onnx" is asked
+    for and cannot be.
     """
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is not known; it can be one of: {', '.join(ENGINES)}")
@@ -51,19 +63,28 @@ def open_engine(
     if engine == "onnx" and reason is not None:
         raise InputError(f"engine 'onnx' cannot run {checkpoint.folder}: {reason}; leave the engine to be chosen")
     if engine == "torch" or reason is not None or (engine == "auto" and _has_gpu(device)):
-        return open_torch(checkpoint, device, dtype, threads)
+        return open_torch(checkpoint, device, dtype, threads, loras)
+    if loras and engine == "auto" and not find_graphs(fused_folder(checkpoint, loras), checkpoint.has_second):
+        return open_torch(checkpoint, device, dtype, threads, loras)
     try:
-        return open_onnx(checkpoint, threads)
+        return open_fused(checkpoint, loras, threads) if loras else open_onnx(checkpoint, threads)
     except InputError as error:
         if engine == "onnx":
             raise
         warnings.warn(f"{error}; torch runs it instead", EngineNote, stacklevel=3)
-        return open_torch(checkpoint, device, dtype, threads)
+        return open_torch(checkpoint, device, dtype, threads, loras)
 
 
-def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, threads: int | None = None) -> Engine:
-    """The checkpoint's own modules, of diffusers and transformers."""
+def open_torch(
+    checkpoint: Checkpoint,
+    device: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+    loras: Sequence[Mapping[str, Any]] = (),
+) -> Engine:
+    """The checkpoint's own modules, of diffusers and transformers, computing with the LoRAs given."""
     from latentgen.models import loading
+    from latentgen.models.feature_cache import FeatureCache
     from latentgen.models.latent import Latent
     from latentgen.models.lora.layers import module_loras
     from latentgen.models.network import load_unet, perturbed_network, unet_network
@@ -73,13 +94,17 @@ def open_torch(checkpoint: Checkpoint, device: Any = None, dtype: Any = None, th
     place = loading.choose_device(device)
     kind = loading.choose_dtype(dtype, place)
     text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
+    network, adapters = unet_network(unet), module_loras(unet=unet, text_encoder=text.model)
+    for one in loras:
+        adapters.load(**one)
     return Engine(
         text=text,
-        network=unet_network(unet),
+        network=network,
         latent=Latent.load(checkpoint, place, kind),
         machine=loading.machine(place, kind),
-        loras=module_loras(unet=unet, text_encoder=text.model),
+        loras=adapters,
         perturbed=perturbed_network(unet),
+        cached=partial(FeatureCache, unet, network) if len(unet.up_blocks) > 1 else None,
     )
 
 
@@ -87,7 +112,8 @@ def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
     """The checkpoint's graphs; where it has none, or they are of other weights, the cache's, exported first."""
     from latentgen.models.onnx.session import GraphUnfit
 
-    own, kept = (find_graphs(folder) for folder in (checkpoint.folder, cache_folder(checkpoint)))
+    places = (checkpoint.folder, cache_folder(checkpoint))
+    own, kept = (find_graphs(folder, checkpoint.has_second) for folder in places)
     if own is None:
         return _run(checkpoint, kept or _exported(checkpoint, "has no ONNX graphs"), threads)
     try:
@@ -99,30 +125,46 @@ def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
             raise error from None
 
 
+def open_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]], threads: int | None = None) -> Engine:
+    """The checkpoint's graphs with LoRAs fused into their weights; from the cache, else exported into it first."""
+    place = fused_folder(checkpoint, loras)
+    graphs = find_graphs(place, checkpoint.has_second)
+    if graphs is None:
+        graphs = _exported(checkpoint, "has no ONNX graphs with these LoRAs", place, loras)
+    engine = _run(checkpoint, graphs, threads)
+    return replace(engine, machine={**engine.machine, "loras": Loras.told(loras)})
+
+
 def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None) -> Engine:
-    """Three graphs as an engine."""
+    """A checkpoint's graphs as an engine."""
     from latentgen.models.onnx import session
-    from latentgen.models.onnx.text import OnnxText
+    from latentgen.models.onnx.text import OnnxText, TwoOnnxTexts
 
     count = session.cores(threads)
     unet = session.open_session(checkpoint, "unet", graphs["unet"], count)
+    if checkpoint.has_second:
+        text: OnnxText | TwoOnnxTexts = TwoOnnxTexts.load(checkpoint, graphs, count)
+    else:
+        text = OnnxText.load(checkpoint, graphs["text_encoder"], count)
     return Engine(
-        text=OnnxText.load(checkpoint, graphs["text_encoder"], count),
+        text=text,
         network=session.onnx_network(unet),
         latent=session.OnnxLatent.load(checkpoint, graphs["vae"], count),
         machine=session.machine(count),
     )
 
 
-def _exported(checkpoint: Checkpoint, why: str) -> dict[str, Path]:
+def _exported(
+    checkpoint: Checkpoint, why: str, place: Path | None = None, loras: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Path]:
     """The graphs, exported into the user's cache; an InputError where that cannot be."""
-    place = cache_folder(checkpoint)
+    place = cache_folder(checkpoint) if place is None else place
     said = f"{checkpoint.folder} {why}: they are exported once into {place}"
     warnings.warn(said, EngineNote, stacklevel=2)
     try:
-        from latentgen.models.onnx.export import export_to_cache
+        from latentgen.models.onnx.export import export_fused, export_to_cache
 
-        return export_to_cache(checkpoint)
+        return export_fused(checkpoint, loras) if loras else export_to_cache(checkpoint)
     except InputError:
         raise
     except Exception as error:  # the exporter raises whatever its passes raise; torch can still run the model

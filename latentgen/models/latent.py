@@ -1,5 +1,6 @@
 """Pixels to moments to latents to pixels: the autoencoder, with its latents in the unit the U-Net was trained in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from latentgen.checkpoint import Checkpoint
+from latentgen.errors import InputError
 from latentgen.models.loading import load_module, quiet
 
 
@@ -34,6 +36,11 @@ class Latent:
         with quiet():
             from diffusers import AutoencoderKL
         return cls(load_module(AutoencoderKL, checkpoint, "vae", device, dtype))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device(self.vae.device)
 
     @property
     def factor(self) -> int:
@@ -83,6 +90,14 @@ class GeneratorNoise:
 
     generators: tuple[torch.Generator, ...]
     batch: int
+
+    @classmethod
+    def of(cls, generator: Any, batch: int) -> "GeneratorNoise":
+        """From one generator, or a list with one for each picture. Raises InputError where their number is another."""
+        several = isinstance(generator, Sequence)
+        if several and len(generator) != batch:
+            raise InputError(f"{len(generator)} generators for {batch} pictures; give one for all, or one for each")
+        return cls(tuple(generator) if several else (generator,), batch)
 
     def __len__(self) -> int:
         return self.batch

@@ -10,6 +10,7 @@ from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
 from latentgen.models.loading import load_module, quiet
+from latentgen.models.memory import encoded
 from latentgen.models.prompt import Laid, ReadsPrompts, Token, Window, sheet
 
 
@@ -76,15 +77,19 @@ class TextEncoder(ReadsPrompts):
         """
         laid = {prompt: self.lay(prompt, weights=weights, limit=limit) for prompt in dict.fromkeys(prompts)}
         chunks = sheet([laid[prompt] for prompt in prompts], self.window)
-        ids = torch.from_numpy(chunks.ids).to(self.model.device)
+        told = torch.stack([torch.from_numpy(chunks.ids), torch.from_numpy(chunks.mask).to(torch.int64)], dim=1)
+        states, *embedded = encoded(self._states, told.to(self.model.device))
+        pooled = chunks.pooled(embedded[0]) if embedded else None
+        return Condition(states=chunks.states(states), pooled=pooled)  # (chunks, L, D) -> (B, K·L, D)
+
+    def _states(self, told: torch.Tensor) -> list[torch.Tensor]:
+        """States (N, L, D) and, where the tower has them, embeddings (N, P) of ids and mask (N, 2, L)."""
         masked = getattr(self.model.config, "use_attention_mask", False)
-        mask = torch.from_numpy(chunks.mask).to(self.model.device) if masked else None
         with torch.set_grad_enabled(self.model.training and torch.is_grad_enabled()):
-            out = self.model(ids, attention_mask=mask, output_hidden_states=self.raw)
+            out = self.model(told[:, 0], attention_mask=told[:, 1] if masked else None, output_hidden_states=self.raw)
         states = out.hidden_states[-2] if self.raw else out.last_hidden_state
         embedded = getattr(out, "text_embeds", None)
-        pooled = None if embedded is None else chunks.pooled(embedded.float())
-        return Condition(states=chunks.states(states.float()), pooled=pooled)  # (chunks, L, D) -> (B, K·L, D)
+        return [states.float()] if embedded is None else [states.float(), embedded.float()]
 
     def given(self, states: Any, pooled: Any = None) -> Condition:
         """Prompt embeddings somebody brought (an array (B, L, D)) as a condition on this encoder's device."""
@@ -97,7 +102,7 @@ class TextEncoder(ReadsPrompts):
 class TwoTextEncoders:
     """Stable Diffusion XL's pair (Podell et al. 2023, section 2.1): states side by side, pooled from the second.
 
-    zeros: an empty negative prompt is all zeros, as the base model was trained.
+    zeros: no negative prompt is all zeros, as the base model was trained; an empty one that was given is encoded.
     """
 
     first: TextEncoder
@@ -135,12 +140,11 @@ class TwoTextEncoders:
         assert one.states is not None and other.states is not None
         return Condition(states=torch.cat([one.states, other.states], dim=-1), pooled=other.pooled)
 
-    def empty(self, condition: Condition, prompts: Sequence[str]) -> Condition:
-        """The condition with the rows of empty negative prompts all zeros, where the model wants that."""
+    def empty(self, condition: Condition) -> Condition:
+        """What stands for no negative prompt: all zeros of the condition's shapes, where the model wants that."""
         if not self.zeros or condition.states is None or condition.pooled is None:
             return condition
-        said = torch.tensor([bool(prompt) for prompt in prompts], device=condition.states.device)
-        return Condition(condition.states * said[:, None, None], condition.pooled * said[:, None])
+        return Condition(torch.zeros_like(condition.states), torch.zeros_like(condition.pooled))
 
     def given(self, states: Any, pooled: Any = None) -> Condition:
         """Prompt embeddings somebody brought, (B, L, D1 + D2), and pooled ones (B, P)."""

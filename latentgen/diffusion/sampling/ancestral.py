@@ -25,7 +25,9 @@ Variance = Literal["fixed-small", "fixed-large", "learned-range"]
 def move(x: Array, x0: Array, leg: Leg, kept: float) -> Array:
     """alpha_s·x0 + kept·eps with eps = (x − alpha·x0)/sigma, as one combination of x and x0."""
     share = kept / leg.sigma
-    return share * x + (leg.next_alpha - share * leg.alpha) * x0
+    moved = share * x
+    moved += (leg.next_alpha - share * leg.alpha) * x0
+    return moved
 
 
 def ddim(
@@ -37,7 +39,7 @@ def ddim(
         std = eta * leg.next_sigma * math.sqrt(leg.ratio)  # eq. 16, in terms of SNR
         x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
         if std > 0 and not leg.simple:
-            x = x + std * drawn(noise, leg, x)
+            x += std * drawn(noise, leg, x)  # x is this loop's own
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 

@@ -22,7 +22,10 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-QUADRATURE = np.polynomial.legendre.leggauss(16)  # exact for LMS, to rounding for DEIS
+Of = Literal["eps", "v"]  # which of a network's outputs a method extrapolates
+QUADRATURE = [
+    *zip(*(ends.tolist() for ends in np.polynomial.legendre.leggauss(16)), strict=True)
+]  # exact for LMS, to rounding for DEIS
 
 
 def lms(
@@ -62,7 +65,7 @@ def _adams(
     past: list[tuple[float, Array]] = []  # (log rho, eps), newest first
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
-        past = [(-0.5 * leg.logsnr, (x - leg.alpha * x0) / leg.sigma), *past[: order - 1]]
+        past = [(-0.5 * leg.logsnr, output_of(x, x0, leg.alpha, leg.sigma, "eps")), *past[: order - 1]]
         left = len(knots) - 1 - leg.index
         usable = min(len(past), left) if few else len(past)
         if in_log and leg.to_clean:
@@ -70,49 +73,84 @@ def _adams(
         weights = adams_weights([level for level, _ in past[:usable]], -0.5 * leg.next_logsnr, in_log)
         x = (leg.next_alpha / leg.alpha) * x
         for weight, (_, eps) in zip(weights, past, strict=False):
-            x = x + (leg.next_alpha * weight) * eps
+            x += (leg.next_alpha * weight) * eps  # x is this loop's own
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
 def adams_weights(levels: list[float], end: float, in_log: bool) -> list[float]:
     """∫ L_i drho from levels[0] to end, for each Lagrange polynomial L_i through `levels` (all are log rho)."""
-    nodes = np.array(levels if in_log else np.exp(levels))
-    start, stop = nodes[0], end if in_log else math.exp(end)
-    points = 0.5 * (stop - start) * QUADRATURE[0] + 0.5 * (stop + start)
-    measure = 0.5 * (stop - start) * QUADRATURE[1] * (np.exp(points) if in_log else 1.0)
-    if len(nodes) == 1:
+    if len(levels) == 1:
         return [math.exp(end) - math.exp(levels[0])]
-    return [float(np.sum(measure * _lagrange(nodes, i, points))) for i in range(len(nodes))]
+    nodes = levels if in_log else [math.exp(level) for level in levels]
+    stop = end if in_log else math.exp(end)
+    half, middle = 0.5 * (stop - nodes[0]), 0.5 * (stop + nodes[0])
+    weights = [0.0] * len(nodes)
+    for place, share in QUADRATURE:  # Python's own floats: the lists are too short for NumPy to pay
+        point = half * place + middle
+        measure = half * share * (math.exp(point) if in_log else 1.0)
+        for i, node in enumerate(nodes):
+            value = measure
+            for j, other in enumerate(nodes):
+                if j != i:
+                    value *= (point - other) / (node - other)
+            weights[i] += value
+    return weights
 
 
-def _lagrange(nodes: np.ndarray, i: int, points: np.ndarray) -> np.ndarray:
-    others = np.delete(nodes, i)
-    return np.prod((points[:, None] - others) / (nodes[i] - others), axis=1)
+def carry(leg: Leg, of: Of) -> tuple[float, float]:
+    """(kept, share) of PNDM's phi, x' = kept·x + share·out (Liu et al. 2022, eq. 11): DDIM's step along one output.
+
+    For eps, (alpha'/alpha, sigma' − sigma·alpha'/alpha); for v, with x0 and eps solved for (Salimans & Ho 2022,
+    appendix D), (alpha·alpha' + sigma·sigma', alpha·sigma' − sigma·alpha') over alpha² + sigma².
+    """
+    alpha, sigma, to_alpha, to_sigma = leg.alpha, leg.sigma, leg.next_alpha, leg.next_sigma
+    if of == "eps":
+        return to_alpha / alpha, to_sigma - sigma * to_alpha / alpha
+    size = alpha**2 + sigma**2
+    return (alpha * to_alpha + sigma * to_sigma) / size, (alpha * to_sigma - sigma * to_alpha) / size
 
 
-def transfer(x: Array, eps: Array, leg: Leg) -> Array:
-    """x carried along one eps to the next knot: PNDM's phi (Liu et al. 2022, eq. 11), which is DDIM's step."""
-    ratio = leg.next_alpha / leg.alpha
-    return ratio * x + (leg.next_sigma - ratio * leg.sigma) * eps
+def output_of(x: Array, x0: Array, alpha: float, sigma: float, of: Of) -> Array:
+    """eps = (x − alpha·x0)/sigma, or v = alpha·eps − sigma·x0."""
+    if of == "eps":
+        share, other = 1 / sigma, alpha / sigma
+    else:
+        share, other = alpha / sigma, (alpha**2 + sigma**2) / sigma
+    out = share * x
+    out -= other * x0
+    return out
+
+
+def transfer(x: Array, out: Array, leg: Leg, of: Of) -> Array:
+    """x carried along one output to the next knot."""
+    kept, share = carry(leg, of)
+    return kept * x + share * out
 
 
 def plms(
-    denoise: Denoise, x: Array, knots: np.ndarray, marginal: Marginal, noise: Noise | None = None
+    denoise: Denoise,
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise | None = None,
+    *,
+    of: Of = "eps",
 ) -> Iterator[Step]:
     """Pseudo linear multistep (Liu et al. 2022, algorithm 2, as latent diffusion runs it).
 
     The first step is a pseudo improved Euler step of two evaluations; then one evaluation a step, order up to 4.
+    of: what is extrapolated, the paper's eps or, as diffusers does for networks that predict it, v.
     """
     past: list[Array] = []
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
-        past = [(x - leg.alpha * x0) / leg.sigma, *past[:3]]
+        past = [output_of(x, x0, leg.alpha, leg.sigma, of), *past[:3]]
         if leg.first and not leg.to_clean:
-            guess = transfer(x, past[0], leg)
-            end = denoise(guess, leg.next_logsnr)
-            x = transfer(x, 0.5 * (past[0] + (guess - leg.next_alpha * end) / leg.next_sigma), leg)
+            guess = transfer(x, past[0], leg, of)
+            end = output_of(guess, denoise(guess, leg.next_logsnr), leg.next_alpha, leg.next_sigma, of)
+            x = transfer(x, 0.5 * (past[0] + end), leg, of)
         else:
-            x = combined(x, past, leg)
+            x = combined(x, past, leg, of)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -129,40 +167,41 @@ def pndm(
     noise: Noise | None = None,
     *,
     midpoint: Callable[[float, float], float] = halfway,
+    of: Of = "eps",
 ) -> Iterator[Step]:
     """Pseudo numerical methods (Liu et al. 2022, algorithm 1): three pseudo Runge–Kutta steps, then PLMS.
 
-    The first three steps cost four evaluations each. `midpoint` gives the level between two knots.
+    The first three steps cost four evaluations each. `midpoint` gives the level between two knots. of: as in `plms`.
     """
     past: list[Array] = []
 
-    def eps_at(y: Array, logsnr: float) -> Array:
-        alpha, sigma = marginal(logsnr)
-        return (y - alpha * denoise(y, logsnr)) / sigma
+    def output_at(y: Array, logsnr: float) -> Array:
+        alpha, sigma = (float(value) for value in marginal(logsnr))
+        return output_of(y, denoise(y, logsnr), alpha, sigma, of)
 
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
-        eps = (x - leg.alpha * x0) / leg.sigma
-        past = [eps, *past[:3]]
+        first = output_of(x, x0, leg.alpha, leg.sigma, of)
+        past = [first, *past[:3]]
         if leg.index < 3 and not leg.to_clean:
             middle = midpoint(leg.logsnr, leg.next_logsnr)
             alpha, sigma = marginal(middle)
             half = leg._replace(next_logsnr=middle, next_alpha=float(alpha), next_sigma=float(sigma))
-            second = eps_at(transfer(x, eps, half), middle)
-            third = eps_at(transfer(x, second, half), middle)
-            fourth = eps_at(transfer(x, third, leg), leg.next_logsnr)
-            x = transfer(x, (eps + 2 * second + 2 * third + fourth) / 6, leg)
+            second = output_at(transfer(x, first, half, of), middle)
+            third = output_at(transfer(x, second, half, of), middle)
+            fourth = output_at(transfer(x, third, leg, of), leg.next_logsnr)
+            x = transfer(x, (first + 2 * second + 2 * third + fourth) / 6, leg, of)
         else:
-            x = combined(x, past, leg)
+            x = combined(x, past, leg, of)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
-def combined(x: Array, past: list[Array], leg: Leg) -> Array:
-    """`transfer` along the Adams–Bashforth combination of the eps of equal steps, newest first."""
-    ratio = leg.next_alpha / leg.alpha
-    carried, x = leg.next_sigma - ratio * leg.sigma, ratio * x
-    for weight, eps in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True):
-        x = x + (carried * weight) * eps
+def combined(x: Array, past: list[Array], leg: Leg, of: Of) -> Array:
+    """`transfer` along the Adams–Bashforth combination of the outputs of equal steps, newest first."""
+    kept, share = carry(leg, of)
+    x = kept * x
+    for weight, out in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True):
+        x += (share * weight) * out  # x is this function's own
     return x
 
 
@@ -203,14 +242,15 @@ def _unified_step(x: Array, leg: Leg, past: list[tuple[float, Array]], solver: s
     order = len(past)
     (level, x0), earlier = past[0], past[1:]
     ratios = [(other - level) / leg.h for other, _ in earlier]  # r_k, negative
-    differences = [(value - x0) / ratio for ratio, (_, value) in zip(ratios, earlier, strict=True)]
     scale = math.expm1(-leg.h) if solver == "bh2" else -leg.h
     weights = _unified_weights(ratios, -leg.h, scale, order, corrected=ahead is not None)
-    if ahead is not None:
-        differences.append(ahead - x0)
-    x = (leg.next_sigma / leg.sigma) * x - leg.next_alpha * math.expm1(-leg.h) * x0
-    for weight, difference in zip(weights, differences, strict=True):
-        x = x - (leg.next_alpha * scale * weight) * difference
+    # the differences D_k = (value − x0)/r_k, and ahead − x0 with r = 1, each times its weight
+    others = [*earlier, *([] if ahead is None else [(level + leg.h, ahead)])]
+    shares = [leg.next_alpha * scale * weight / ratio for weight, ratio in zip(weights, [*ratios, 1.0], strict=False)]
+    x = (leg.next_sigma / leg.sigma) * x
+    x += (sum(shares) - leg.next_alpha * math.expm1(-leg.h)) * x0
+    for share, (_, value) in zip(shares, others, strict=True):
+        x -= share * value
     return x
 
 
@@ -221,10 +261,14 @@ def _unified_weights(ratios: list[float], h: float, scale: float, order: int, *,
     count = order if corrected else order - 1
     if count == 0:
         return []
-    points = np.array([*ratios, 1.0])[:count]
+    points = [*ratios, 1.0][:count]
     phi, factorial, b = math.expm1(h) / h - 1, 1.0, []
     for i in range(1, count + 1):
         b.append(phi * factorial / scale)
         factorial *= i + 1
         phi = phi / h - 1 / factorial
-    return [float(weight) for weight in np.linalg.solve(np.vander(points, count, increasing=True).T, np.array(b))]
+    if count == 2:
+        second = (b[1] - points[0] * b[0]) / (points[1] - points[0])
+        return [b[0] - second, second]
+    matrix = np.vander(np.array(points), count, increasing=True).T
+    return [float(weight) for weight in np.linalg.solve(matrix, np.array(b))]

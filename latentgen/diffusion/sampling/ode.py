@@ -44,8 +44,10 @@ def _heun_corrected(x: Array, x0: Array, end: Array, leg: Leg) -> Array:
     """
     s, s_next = leg.sigma / leg.alpha, leg.next_sigma / leg.next_alpha
     slope, bend = (s_next - s) / s, (s_next - s) / (2 * s_next)
-    x = (leg.next_alpha / leg.alpha * (1 + slope)) * x + (leg.next_alpha * (bend - slope)) * x0
-    return x - (leg.next_alpha * bend) * end
+    x = (leg.next_alpha / leg.alpha * (1 + slope)) * x
+    x += (leg.next_alpha * (bend - slope)) * x0
+    x -= (leg.next_alpha * bend) * end
+    return x
 
 
 def dpmpp_2m(
@@ -81,7 +83,7 @@ def dpmpp_2m(
         slopes = differences(past[:usable], leg.h)
         x = exponential_step(x, x0, slopes, leg, solver, eta)
         if eta and not leg.simple:
-            x = x + leg.next_sigma * math.sqrt(-math.expm1(-2 * eta * leg.h)) * drawn(noise, leg, x)
+            x += (leg.next_sigma * math.sqrt(-math.expm1(-2 * eta * leg.h))) * drawn(noise, leg, x)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -112,13 +114,14 @@ def exponential_step(
     """
     h = (1 + eta) * leg.h
     drop = math.expm1(-h)  # e^−H − 1
-    x = (leg.next_sigma / leg.sigma * math.exp(-eta * leg.h)) * x - (leg.next_alpha * drop) * x0
+    x = (leg.next_sigma / leg.sigma * math.exp(-eta * leg.h)) * x
+    x -= (leg.next_alpha * drop) * x0
     if len(slopes) == 1 and solver == "midpoint":
-        x = x - (0.5 * leg.next_alpha * drop) * slopes[0]
+        x -= (0.5 * leg.next_alpha * drop) * slopes[0]
     elif slopes:
-        x = x + leg.next_alpha * (drop / h + 1) * slopes[0]
+        x += (leg.next_alpha * (drop / h + 1)) * slopes[0]
     if len(slopes) == 2:
-        x = x - leg.next_alpha * ((drop + h) / h**2 - 0.5) * slopes[1]
+        x -= (leg.next_alpha * ((drop + h) / h**2 - 0.5)) * slopes[1]
     return x
 
 

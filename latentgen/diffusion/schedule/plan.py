@@ -120,6 +120,11 @@ def _shared(config: Mapping[str, Any], spacing: str) -> dict[str, Any]:
     }
 
 
+def _unbounded(shared: dict[str, Any]) -> dict[str, Any]:
+    """The same for the families whose diffusers schedulers know no thresholding, and pass its keys over."""
+    return {key: value for key, value in shared.items() if not key.startswith("threshold")}
+
+
 def _clip(config: Mapping[str, Any], default: bool) -> float | None:
     return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", default) else None
 
@@ -152,6 +157,8 @@ def _ddpm(config: Mapping[str, Any]) -> Plan:
 
 def _pndm(config: Mapping[str, Any]) -> Plan:
     schedule, plms = _schedule(config, _betas(config)), bool(config.get("skip_prk_steps", False))
+    shared = _shared(config, "leading")
+    of = "v" if shared["prediction"].name == "v" else "eps"  # diffusers combines what the network puts out
 
     def midpoint(logsnr: float, next_logsnr: float) -> float:
         start, end = round(schedule.time(logsnr)), round(schedule.time(next_logsnr))
@@ -161,8 +168,8 @@ def _pndm(config: Mapping[str, Any]) -> Plan:
         schedule=schedule,
         sampler="plms" if plms else "pndm",
         final="zero" if config.get("set_alpha_to_one", False) else "first",
-        options=MappingProxyType({} if plms else {"midpoint": midpoint}),
-        **_shared(config, "leading"),
+        options=MappingProxyType({"of": of} | ({} if plms else {"midpoint": midpoint})),
+        **_unbounded(shared),
     )
 
 
@@ -177,7 +184,7 @@ def _euler_family(
         if config.get("sigma_min") is not None or config.get("sigma_max") is not None:
             raise InputError(f"{sampler}: sigma_min and sigma_max are not supported; remove them from the config")
         shared = _shared(config, "linspace")
-        level = _level_spacing(config)
+        level = None if sampler == "euler-ancestral" else _level_spacing(config)  # diffusers' class has no such keys
         betas = _betas(config, start, end)
         schedule = _schedule(config, betas, finite=True, interpolation="logsnr" if level else interpolation)
         return Plan(
@@ -187,8 +194,8 @@ def _euler_family(
             grid="fractional",
             within=shared["spacing"],
             initial="unit" if shared["spacing"] == "leading" else "sigma",
-            clip=_clip(config, False),
-            **(shared | ({"spacing": level} if level else {})),
+            clip=_clip(config, False) if sampler == "heun" else None,
+            **(_unbounded(shared) | ({"spacing": level} if level else {})),
         )
 
     return build

@@ -103,6 +103,16 @@ class Loras:
             layers.unfuse()
         self.fused = False
 
+    @classmethod
+    def told(cls, loras: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the settings say of adapters that are fused already; of each, what `load` takes."""
+        named = cls({})
+        for one in loras:
+            lora, path = read_lora(one["path"]), Path(one["path"]).as_posix()
+            name = one.get("name") or named._free(lora.name)
+            named.loaded[name] = Loaded(lora, one.get("known_as") or path, _weight(one.get("weight", 1.0)), {})
+        return named.settings()
+
     def settings(self) -> list[dict[str, Any]]:
         """What a picture's settings say of each."""
         return [

@@ -8,7 +8,7 @@ when it loads the graph. What stands in no file (few small constants) is held by
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from torch import nn
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
-from latentgen.models.onnx.places import GRAPHS, LAYOUT, cache_folder, graph_paths, layout
+from latentgen.models.lora.layers import module_loras
+from latentgen.models.onnx.places import GRAPHS, LAYOUT, SECOND, cache_folder, fused_folder, graph_paths, layout
 
 OPSET = 18
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -50,6 +51,23 @@ class TextStates(nn.Module):
         return states
 
 
+class RawStates(nn.Module):
+    """ids (N, L) int64 -> the states before the last layer (N, L, D), and (N, P) where the tower projects.
+
+    As Stable Diffusion XL takes them: without the final norm.
+    """
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(N, L) -> (N, L, D)[, (N, P)]."""
+        out = self.tower(input_ids=ids, output_hidden_states=True)
+        pooled = getattr(out, "text_embeds", None)
+        return (out.hidden_states[-2],) if pooled is None else (out.hidden_states[-2], pooled)
+
+
 class RawOutput(nn.Module):
     """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, L, D) -> the U-Net's raw output (B, C', h, w)."""
 
@@ -57,9 +75,12 @@ class RawOutput(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C', h, w)."""
-        out: torch.Tensor = self.unet(sample, timestep, states, return_dict=False)[0]
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor, *added: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C', h, w); added: Stable Diffusion XL's text_embeds (B, P) and time_ids (B, 6)."""
+        told = {"added_cond_kwargs": dict(zip(("text_embeds", "time_ids"), added, strict=True))} if added else {}
+        out: torch.Tensor = self.unet(sample, timestep, states, return_dict=False, **told)[0]
         return out
 
 
@@ -78,25 +99,47 @@ class Pixels(nn.Module):
 
 
 def write_graphs(folder: Path) -> None:
-    """Write the graph of each network of a weights folder (Stable Diffusion 1 or 2) beside its weights."""
+    """Write the graph of each network of a weights folder beside its weights."""
     checkpoint = open_folder(folder, verify=False)
-    for part, path in graph_paths(folder).items():
+    for part, path in graph_paths(folder, checkpoint.has_second).items():
         write_file(path, graph(checkpoint, part).SerializeToString())
 
 
 def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
-    """The graphs of a folder that has none, exported into the user's cache; each is written aside and renamed."""
-    paths = graph_paths(cache_folder(checkpoint))
+    """The graphs of a checkpoint that has none, exported into the user's cache; each is written aside and renamed."""
+    paths = graph_paths(cache_folder(checkpoint), checkpoint.has_second)
     for part, path in paths.items():
         if not path.is_file():
             write_file(path, graph(checkpoint, part).SerializeToString())
     return paths
 
 
-def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
-    """The graph of one network, a key of `GRAPHS`; batch, tokens and size are free."""
-    assert part in GRAPHS
-    module, inputs, axes = _traced(checkpoint, part)
+def export_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+    """The graphs of a checkpoint with LoRAs fused, exported into the user's cache.
+
+    loras: what `Loras.load` takes of each. Weights that they change are held by the graphs; all others lie where they
+    did. Raises InputError for a LoRA that cannot be used.
+    """
+    modules = {part: _module(checkpoint, part) for part in ("unet", "text_encoder")}
+    adapters = module_loras(**modules)
+    for one in loras:
+        adapters.load(**one)
+    adapters.fuse()
+    paths = graph_paths(fused_folder(checkpoint, loras), checkpoint.has_second)
+    for part, path in paths.items():
+        if not path.is_file():
+            write_file(path, graph(checkpoint, part, modules.get(part)).SerializeToString())
+    return paths
+
+
+def graph(checkpoint: Checkpoint, part: str, network: Any = None) -> onnx.ModelProto:
+    """The graph of one network, a key of `GRAPHS` or `SECOND`; batch, tokens and size are free.
+
+    network: the module itself, where it computes with other weights than those stored.
+    """
+    assert part in GRAPHS | SECOND
+    module, inputs, axes = _traced(part, network or _module(checkpoint, part), raw=checkpoint.has_second)
+    outputs = ["out", "pooled"] if part in SECOND else ["out"]
     with torch.no_grad(), _silent(), io.BytesIO() as buffer:
         torch.onnx.export(
             module,
@@ -107,7 +150,7 @@ def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
             do_constant_folding=False,  # so that each weight stays as it is stored; ONNX Runtime folds at load
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=["out"],
+            output_names=outputs,
             dynamic_axes=axes,
         )
         made = onnx.load_from_string(buffer.getvalue())
@@ -116,36 +159,45 @@ def graph(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
     return made
 
 
-def _traced(checkpoint: Checkpoint, part: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
-    """A network, inputs to trace it with, and their free axes.
-
-    The sides are odd, so that the U-Net is traced on the way on which each upsampling goes to the size of what it
-    joins, which is right for every size.
-    """
-    host, kind, square = torch.device("cpu"), torch.float32, {0: "batch", 2: "height", 3: "width"}
+def _module(checkpoint: Checkpoint, part: str) -> Any:
+    """One network as torch's module, float32 on the host."""
     with quiet():
         from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    kind = kinds.get(part, CLIPTextModelWithProjection)
+    return load_module(kind, checkpoint, part, torch.device("cpu"), torch.float32)
+
+
+def _traced(
+    part: str, network: Any, *, raw: bool
+) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
+    """A network as it is traced, inputs to trace it with, and their free axes.
+
+    raw: whether text is encoded as Stable Diffusion XL takes it. The sides are odd, so that the U-Net is traced on the
+    way on which each upsampling goes to the size of what it joins, which is right for every size.
+    """
+    square = {0: "batch", 2: "height", 3: "width"}
+    if part.startswith("text_encoder"):
+        ids = torch.zeros(2, int(network.config.max_position_embeddings), dtype=torch.int64)
+        states = RawStates(network) if raw else TextStates(network)
+        return states, {"ids": ids}, {"ids": {0: "batch", 1: "tokens"}}
+    with quiet():
         from diffusers.models.attention_processor import AttnProcessor
-        from transformers import CLIPTextModel
-    if part == "text_encoder":
-        tower = load_module(CLIPTextModel, checkpoint, part, host, kind)
-        length = int(tower.config.max_position_embeddings)
-        return TextStates(tower), {"ids": torch.zeros(2, length, dtype=torch.int64)}, {"ids": {0: "batch", 1: "tokens"}}
-    if part == "unet":
-        unet = load_module(UNet2DConditionModel, checkpoint, part, host, kind)
-        unet.set_attn_processor(AttnProcessor())
-        depth = 2 ** len(unet.config.block_out_channels)
-        width = int(unet.config.cross_attention_dim)
-        inputs = {
-            "sample": torch.randn(2, unet.config.in_channels, depth + 1, depth + 3),
-            "timestep": torch.tensor([3.0, 500.0]),
-            "encoder_hidden_states": torch.randn(2, 7, width),
-        }
-        free = {"timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
-        return RawOutput(unet), inputs, {"sample": square, **free}
-    vae = load_module(AutoencoderKL, checkpoint, part, host, kind)
-    vae.set_attn_processor(AttnProcessor())
-    return Pixels(vae), {"latents": torch.randn(2, vae.config.latent_channels, 5, 7)}, {"latents": square}
+    network.set_attn_processor(AttnProcessor())
+    if part == "vae":
+        return Pixels(network), {"latents": torch.randn(2, network.config.latent_channels, 5, 7)}, {"latents": square}
+    depth = 2 ** len(network.config.block_out_channels)
+    inputs = {
+        "sample": torch.randn(2, network.config.in_channels, depth + 1, depth + 3),
+        "timestep": torch.tensor([3.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 7, int(network.config.cross_attention_dim)),
+    }
+    if network.config.addition_embed_type == "text_time":
+        pooled = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
+        inputs |= {"text_embeds": torch.randn(2, pooled), "time_ids": torch.full((2, 6), 64.0)}
+    free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in inputs}
+    return RawOutput(network), inputs, free | {"sample": square, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
 
 
 @contextmanager
@@ -173,7 +225,11 @@ def _stored(files: tuple[Path, ...]) -> dict[bytes, Stored]:
             if kind is None:
                 continue
             first, last = (start + offset for offset in entry["data_offsets"])
-            places.setdefault(_digest(_widened(raw[first:last], kind)), Stored(file.name, first, last - first, kind))
+            parts = 3 if ".in_proj_" in name else 1  # OpenCLIP stacks queries, keys and values
+            size = (last - first) // parts
+            for start_of in range(first, last, size or 1):
+                stored = Stored(file.name, start_of, size, kind)
+                places.setdefault(_digest(_widened(raw[start_of : start_of + size], kind)), stored)
     return places
 
 

@@ -2,19 +2,29 @@
 
 import hashlib
 import importlib.util
+import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from latentgen.checkpoint import Checkpoint, SingleFile
+from latentgen.models.lora import read_lora
 
 GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.onnx"}  # each beside its weights
+SECOND = {"text_encoder_2": "model.onnx"}  # what Stable Diffusion XL has besides
 LAYOUT = "latentgen.layout"  # the key in a graph's metadata under which it says its layout
 FORM = 1  # of the graphs; one more whenever what is exported changes, so that old ones in caches are left alone
 
 
-def graph_paths(folder: Path) -> dict[str, Path]:
-    """Each network's graph inside a folder, whether it is there or not."""
-    return {part: folder / part / name for part, name in GRAPHS.items()}
+def graph_paths(folder: Path, second: bool = False) -> dict[str, Path]:
+    """Each network's graph inside a folder, whether it is there or not. second: whether there are two text encoders."""
+    return {part: folder / part / name for part, name in (GRAPHS | (SECOND if second else {})).items()}
+
+
+def weights_folder(checkpoint: Checkpoint, part: str) -> Path:
+    """The folder of the files in which a network's weights are stored."""
+    return checkpoint.weights[part][0].parent
 
 
 def cache_folder(checkpoint: Checkpoint) -> Path:
@@ -23,9 +33,16 @@ def cache_folder(checkpoint: Checkpoint) -> Path:
     return base / "latentgen" / "onnx" / f"{checkpoint.fingerprint[:32]}-{FORM}"
 
 
-def find_graphs(folder: Path) -> dict[str, Path] | None:
-    """The three graphs inside a weights folder or a cache's; None where not all are there."""
-    paths = graph_paths(folder)
+def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> Path:
+    """Where the graphs of a checkpoint with LoRAs fused are kept: named by what all of them hold and their weights."""
+    uses = [[read_lora(one["path"]).sha256, float(one.get("weight", 1.0))] for one in loras]
+    digest = hashlib.sha256(json.dumps([checkpoint.fingerprint, uses]).encode()).hexdigest()
+    return cache_folder(checkpoint).with_name(f"{digest[:32]}-{FORM}-fused")
+
+
+def find_graphs(folder: Path, second: bool = False) -> dict[str, Path] | None:
+    """The graphs inside a weights folder or a cache's; None where not all are there."""
+    paths = graph_paths(folder, second)
     return paths if all(path.is_file() for path in paths.values()) else None
 
 
@@ -34,7 +51,11 @@ def layout(checkpoint: Checkpoint, part: str) -> str:
 
     The graph says for which layout it was made; it would read other files' bytes as weights that they are not.
     """
-    digest = hashlib.blake2b((checkpoint.folder / part / "config.json").read_bytes(), digest_size=16)
+    if isinstance(checkpoint, SingleFile):
+        config = json.dumps(checkpoint.config(part), sort_keys=True).encode()
+    else:
+        config = (checkpoint.folder / part / "config.json").read_bytes()
+    digest = hashlib.blake2b(config, digest_size=16)
     for file in checkpoint.weights[part]:
         with file.open("rb") as opened:
             head = opened.read(8)
@@ -47,12 +68,9 @@ def why_not(checkpoint: Checkpoint) -> str | None:
     missing = [name for name in ("onnxruntime", "tokenizers") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{missing[0]} is not installed"
-    if isinstance(checkpoint, SingleFile):
-        return "it is a single file, not a weights folder"
-    if checkpoint.has_second:
-        return "Stable Diffusion XL has a second text encoder"
     if checkpoint.config("text_encoder").get("use_attention_mask"):
         return "its text encoder is told of padding"
-    if not (checkpoint.tokenizer() / "tokenizer.json").is_file():
+    tokenizers = ("tokenizer", "tokenizer_2") if checkpoint.has_second else ("tokenizer",)
+    if not all((checkpoint.tokenizer(name) / "tokenizer.json").is_file() for name in tokenizers):
         return "its tokenizer has no tokenizer.json"
     return None

@@ -15,7 +15,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
-from latentgen.models.onnx.places import LAYOUT, layout
+from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
 
@@ -39,7 +39,7 @@ def cores(threads: int | None = None) -> int:
 
 def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> Any:
     """A session of the graph of one network. Raises GraphUnfit where the checkpoint's weights do not fit it."""
-    weights = checkpoint.folder / part
+    weights = weights_folder(checkpoint, part)
     wrong = f"{graph} cannot be run with the weights in {weights}"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -62,6 +62,8 @@ def onnx_network(session: Any) -> Network:
     def network(x: Array, time: Array, condition: Condition) -> Array:
         assert condition.states is not None, "a U-Net with cross-attention needs text states"
         given = {"sample": x, "timestep": time, "encoder_hidden_states": condition.states}
+        if condition.pooled is not None:  # Stable Diffusion XL
+            given |= {"text_embeds": condition.pooled, "time_ids": condition.sizes}
         (out,) = session.run(None, {name: np.asarray(value, dtype=np.float32) for name, value in given.items()})
         return out.astype(x.dtype, copy=False)
 
@@ -84,6 +86,11 @@ class OnnxLatent:
     def load(cls, checkpoint: Checkpoint, graph: Path, threads: int) -> "OnnxLatent":
         """The decoder of a weights folder."""
         return cls(open_session(checkpoint, "vae", graph, threads), checkpoint.config("vae"))
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return "cpu"
 
     @property
     def scale(self) -> float:

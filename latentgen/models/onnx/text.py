@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from latentgen.checkpoint import Checkpoint, read_json
+from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile, read_json
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
+from latentgen.models.memory import encoded
 from latentgen.models.onnx.session import on_host, open_session
-from latentgen.models.prompt import ReadsPrompts, Token, Window, sheet
+from latentgen.models.prompt import Laid, ReadsPrompts, Token, Window, sheet
 
 MARKS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}  # CLIP's own
 
@@ -25,9 +27,10 @@ class OnnxText(ReadsPrompts):
     window: Window
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, graph: Path, threads: int) -> Self:
-        """The tokenizer and text encoder of a weights folder."""
-        folder = checkpoint.tokenizer()
+    def load(cls, checkpoint: Checkpoint, graph: Path, threads: int, second: bool = False) -> Self:
+        """A tokenizer and text encoder of a checkpoint, the first or the second."""
+        suffix = "_2" if second else ""
+        folder = checkpoint.tokenizer(f"tokenizer{suffix}")
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the Rust reader raises bare Exceptions
@@ -35,8 +38,10 @@ class OnnxText(ReadsPrompts):
             raise InputError(f"{folder} cannot be read as a CLIP tokenizer: {line}") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        window = read_window(folder, tokenizer, checkpoint.config("text_encoder"))
-        return cls(tokenizer, open_session(checkpoint, "text_encoder", graph, threads), window)
+        part = f"text_encoder{suffix}"
+        alone = isinstance(checkpoint, SingleFile) and checkpoint.tower(part) == OPENCLIP
+        window = read_window(folder, tokenizer, checkpoint.config(part), "!" if alone else None)
+        return cls(tokenizer, open_session(checkpoint, part, graph, threads), window)
 
     def tokens(self, text: str) -> list[Token]:
         """A text's tokens, without marks."""
@@ -44,11 +49,11 @@ class OnnxText(ReadsPrompts):
         return [Token(id, *span) for id, span in zip(found.ids, found.offsets, strict=True)]
 
     def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
-        """states (B, K·L, D) as `models.text.TextEncoder.encode` gives them, float32 in NumPy."""
+        """states (B, K·L, D), and pooled (B, P), as `models.text.TextEncoder.encode` gives them, float32 in NumPy."""
         laid = {prompt: self.lay(prompt, weights=weights, limit=limit) for prompt in dict.fromkeys(prompts)}
         chunks = sheet([laid[prompt] for prompt in prompts], self.window)
-        (states,) = self.session.run(None, {"ids": chunks.ids})
-        return Condition(states=chunks.states(states))
+        states, *pooled = encoded(lambda ids: self.session.run(None, {"ids": ids}), chunks.ids)
+        return Condition(states=chunks.states(states), pooled=chunks.pooled(pooled[0]) if pooled else None)
 
     def given(self, states: Any, pooled: Any = None) -> Condition:
         """Prompt embeddings somebody brought (an array (B, L, D)) as a condition."""
@@ -57,14 +62,70 @@ class OnnxText(ReadsPrompts):
         return Condition(states=on_host(states))
 
 
-def read_window(folder: Path, tokenizer: Any, tower: Mapping[str, Any]) -> Window:
-    """The context's length and marks, from tokenizer_config.json and (older) special_tokens_map.json."""
+@dataclass(frozen=True)
+class TwoOnnxTexts:
+    """Stable Diffusion XL's pair, as `models.text.TwoTextEncoders`: states side by side, pooled from the second."""
+
+    first: OnnxText
+    second: OnnxText
+    zeros: bool = True
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int) -> Self:
+        """Both tokenizers and towers of a checkpoint."""
+        one, other = (
+            OnnxText.load(checkpoint, graphs[part], threads, second=part.endswith("_2"))
+            for part in ("text_encoder", "text_encoder_2")
+        )
+        return cls(one, other, bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)))
+
+    @property
+    def length(self) -> int:
+        """The context length L in tokens, the start and end marks included."""
+        return min(self.first.length, self.second.length)
+
+    def lay(self, prompt: str, *, weights: bool = False, limit: int | None = 1) -> Laid:
+        """A prompt as the first tower's chunks; the second's are alike, but for padding."""
+        return self.first.lay(prompt, weights=weights, limit=limit)
+
+    def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
+        """states (B, K·L, D1 + D2), pooled (B, P)."""
+        one, other = (each.encode(prompts, weights=weights, limit=limit) for each in (self.first, self.second))
+        return Condition(states=np.concatenate([one.states, other.states], axis=-1), pooled=other.pooled)
+
+    def empty(self, condition: Condition) -> Condition:
+        """What stands for no negative prompt: all zeros of the condition's shapes, where the model wants that."""
+        if not self.zeros or condition.states is None or condition.pooled is None:
+            return condition
+        return Condition(np.zeros_like(condition.states), np.zeros_like(condition.pooled))
+
+    def given(self, states: Any, pooled: Any = None) -> Condition:
+        """Prompt embeddings somebody brought, (B, L, D1 + D2), and pooled ones (B, P)."""
+        if pooled is None:
+            raise InputError("Stable Diffusion XL needs pooled_prompt_embeds beside prompt_embeds; give both")
+        return Condition(on_host(states), on_host(pooled))
+
+    def count(self, prompt: str) -> int:
+        """How many tokens a prompt has, the start and end marks included."""
+        return self.first.count(prompt)
+
+    def cut(self, prompt: str) -> str:
+        """The words of a prompt that lie beyond the context length."""
+        return self.first.cut(prompt)
+
+
+def read_window(folder: Path, tokenizer: Any, tower: Mapping[str, Any], pad: str | None = None) -> Window:
+    """The context's length and marks, from tokenizer_config.json and (older) special_tokens_map.json.
+
+    pad: the padding mark, instead of what those say.
+    """
     named = dict(MARKS)
     settings = [read_json(folder / name) for name in FILES if (folder / name).is_file()]
     for found in settings:
         for mark in MARKS:
             value = found.get(mark)
             named[mark] = str((value.get("content") if isinstance(value, dict) else value) or named[mark])
+    named |= {} if pad is None else {"pad_token": pad}
     ids = {mark: tokenizer.token_to_id(word) for mark, word in named.items()}
     if None in ids.values():
         missing = next(named[mark] for mark, id in ids.items() if id is None)

@@ -1,0 +1,86 @@
+"""DeepCache (Ma, Fang & Wang 2024): a U-Net's deep features change slowly, so some steps take those of an earlier one.
+
+At a step between, only the first level is computed, its way down and its way up; what comes up from below is what came
+at the last whole step. It changes the picture, by how much scripts/benchmark_render.py prints.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentgen.diffusion.denoiser import Condition, Network
+
+
+@dataclass(eq=False)
+class FeatureCache:
+    """One walk's network: whole at every `every`-th time it is told, its first level alone at the times between.
+
+    A step may evaluate several groups of rows at one time; each has its own features. Of other rows than those they
+    were made of (guidance that starts inside its interval, say) nothing is reused.
+    """
+
+    unet: Any
+    network: Network
+    every: int
+    step: int = -1
+    place: int = 0
+    time: float | None = None
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C', h, w)."""
+        self._count(float(time[0]))
+        kept = self.features.get(self.place)
+        if self.step % self.every == 0 or kept is None or len(kept) != len(x):
+            with _remembering(self.unet) as features:
+                out: torch.Tensor = self.network(x, time, condition)
+            self.features[self.place] = features[0]
+            return out
+        with _shallow(self.unet, kept):
+            return self.network(x, time, condition)
+
+    def _count(self, time: float) -> None:
+        if time == self.time:
+            self.place += 1
+        else:
+            self.step, self.place, self.time = self.step + 1, 0, time
+
+
+@contextmanager
+def _remembering(unet: Any) -> Iterator[list[torch.Tensor]]:
+    """Inside, the list gets what the last deep block gives."""
+    found: list[torch.Tensor] = []
+    hook = unet.up_blocks[-2].register_forward_hook(lambda _, __, out: found.append(out))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _shallow(unet: Any, features: torch.Tensor) -> Iterator[None]:
+    """Inside, the blocks below the first level are passed by, and the last of them gives `features`."""
+
+    def down(count: int) -> Any:  # as many skip connections as the way up takes away, unread
+        return lambda hidden_states, *_, **__: (hidden_states, (hidden_states,) * count)
+
+    def pass_by(value: torch.Tensor | None = None) -> Any:
+        return lambda hidden_states=None, *_, **__: hidden_states if value is None else value
+
+    replaced: list[tuple[nn.Module, Any]] = [
+        (block, down(len(block.resnets) + bool(block.downsamplers))) for block in unet.down_blocks[1:]
+    ]
+    deep: Sequence[nn.Module] = [module for module in (unet.mid_block,) if module is not None]
+    replaced += [(block, pass_by()) for block in (*deep, *unet.up_blocks[:-2])]
+    replaced.append((unet.up_blocks[-2], pass_by(features)))
+    for block, forward in replaced:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block, _ in replaced:
+            del block.forward  # the class's own is there again

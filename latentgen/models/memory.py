@@ -1,0 +1,168 @@
+"""How much is computed at a time: rows of a batch, and tiles of a large picture, so that memory stays bounded.
+
+Samplers walk the whole batch: its latents are small. What is large are the activations of the U-Net, of the decoder
+and of the text encoder, and those see a group of rows at a time. NumPy arrays and torch tensors alike; no torch here.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import array_api_compat
+
+from latentgen.diffusion.array import Array
+from latentgen.diffusion.denoiser import Condition, Network
+from latentgen.errors import InputError
+
+MOST = 8  # pictures at a time on a CPU: past a few, more at a time is no faster there
+SHARE = 0.5  # of the memory that is free, for activations
+UNKNOWN = 1 << 30  # bytes taken to be free where nothing says
+TEXTS = 32  # chunks of a context encoded at a time
+WHOLE = 1536 * 1024  # pixels up to which a picture is decoded whole unless tiles are asked for
+OVERLAP = 0.25  # of a tile, blended with its neighbour
+
+
+def in_groups(network: Network, rows: int) -> Network:
+    """The network, evaluated at most `rows` rows of the batch at a time."""
+
+    def grouped(x: Array, time: Array, condition: Condition) -> Array:
+        if len(x) <= rows:
+            return network(x, time, condition)
+        parts = [slice(first, first + rows) for first in range(0, len(x), rows)]
+        outs = [network(x[part], time[part], condition.rows(part)) for part in parts]
+        return array_api_compat.array_namespace(x).concat(outs, axis=0)
+
+    return grouped
+
+
+def caching(cached: Callable[[int], Network] | None, every: int) -> Network:
+    """The network of one walk that keeps deep features. Raises InputError where there is none."""
+    if cached is None:
+        raise InputError("feature_cache needs the torch engine, and a U-Net of two levels or more")
+    return cached(every)
+
+
+def encoded(encode: Callable[[Array], Sequence[Array]], ids: Array) -> list[Array]:
+    """The outputs of a text encoder for ids (N, L), `TEXTS` chunks at a time."""
+    parts = [encode(ids[first : first + TEXTS]) for first in range(0, len(ids), TEXTS)]
+    if len(parts) == 1:
+        return list(parts[0])
+    xp = array_api_compat.array_namespace(parts[0][0])
+    return [xp.concat(column, axis=0) for column in zip(*parts, strict=True)]
+
+
+def decoded(decode: Callable[[Array], Array], latents: Array, rows: int, tile: int | None = None) -> Iterator[Array]:
+    """Pixels (B', 3, H, W) of `rows` latents (B, C, h, w) after the other; tile: the side in latents, None is whole."""
+    for first in range(0, len(latents), rows):
+        group = latents[first : first + rows]
+        yield decode(group) if tile is None or max(group.shape[2:]) <= tile else tiled(decode, group, tile)
+
+
+def tiled(decode: Callable[[Array], Array], latents: Array, tile: int) -> Array:
+    """Pixels (B, 3, H, W) from tiles of `tile` latents a side, a quarter shared with each neighbour and blended.
+
+    The tiles and the linear blend are those of diffusers' `enable_tiling`. What differs from the whole picture is that
+    the decoder's normalisation and attention see a tile only.
+    """
+    xp = array_api_compat.array_namespace(latents)
+    height, width = latents.shape[2:]
+    stride = int(tile * (1 - OVERLAP))
+    above: list[Array] = []
+    bands = []
+    for top in range(0, height, stride):
+        row: list[Array] = []
+        blended: list[Array] = []
+        for place, left in enumerate(range(0, width, stride)):
+            part = latents[:, :, top : top + tile, left : left + tile]
+            pixels = decode(part)
+            factor = pixels.shape[2] // part.shape[2]
+            extent, kept = int(tile * factor * OVERLAP), tile * factor - int(tile * factor * OVERLAP)
+            if above:
+                pixels = _blend(above[place], pixels, extent, axis=2)
+            if row:
+                pixels = _blend(row[-1], pixels, extent, axis=3)
+            row.append(pixels)
+            blended.append(pixels[:, :, :kept, :kept])
+        above = row
+        bands.append(xp.concat(blended, axis=3))
+    return xp.concat(bands, axis=2)
+
+
+def _blend(before: Array, after: Array, extent: int, axis: int) -> Array:
+    """`after`, its first `extent` lines along the axis fading in over the last ones of `before`."""
+    xp = array_api_compat.array_namespace(after)
+    extent = min(before.shape[axis], after.shape[axis], extent)
+    shape = [1] * 4
+    shape[axis] = extent
+    ramp = xp.reshape(xp.arange(extent, dtype=after.dtype, device=array_api_compat.device(after)) / extent, shape)
+    lines = [slice(None)] * 4
+    ends, starts, rest = (
+        (*lines[:axis], part, *lines[axis + 1 :])
+        for part in (slice(before.shape[axis] - extent, None), slice(extent), slice(extent, None))
+    )
+    faded = before[ends] * (1 - ramp) + after[starts] * ramp
+    return xp.concat([faded, after[rest]], axis=axis)
+
+
+def tile_of(vae: Mapping[str, Any], factor: int, height: int, width: int, tiling: bool | None) -> int | None:
+    """The side of a tile in latents, what the autoencoder was trained on; None where the picture is decoded whole.
+
+    tiling: None is tiles for pictures of more than `WHOLE` pixels.
+    """
+    if tiling is False or (tiling is None and height * width <= WHOLE):
+        return None
+    return max(int(vae.get("sample_size") or 512) // factor, 8)
+
+
+def pictures_at_a_time(batch: int | str, need: int, count: int, device: Any = "cpu") -> int:
+    """How many pictures are computed at a time. batch: a number, or "auto", by memory.
+
+    need: bytes of one picture. count: pictures in all. Raises InputError for anything else.
+    """
+    if batch == "auto":
+        on_host = str(device).partition(":")[0] == "cpu"
+        fit = int(SHARE * free_bytes(device)) // max(need, 1)
+        return max(1, min(fit, count, MOST if on_host else count))
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InputError(f"the batch is {batch!r}; it must be 'auto' or a whole number, 1 or more")
+    return min(batch, count)
+
+
+def free_bytes(device: Any = "cpu") -> int:
+    """Memory that can be had: what is free on a GPU, or what Linux says is available, within its control group."""
+    if str(device).startswith("cuda") and "torch" in sys.modules:
+        return int(sys.modules["torch"].cuda.mem_get_info(device)[0])
+    found = []
+    told = Path("/proc/meminfo")
+    if told.is_file():
+        lines = dict(line.split(":", 1) for line in told.read_text().splitlines() if ":" in line)
+        found.append(int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit, used = (group / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
+        found.append(max(int(limit.read_text()) - int(used.read_text()), 0))
+    return min(found, default=UNKNOWN)
+
+
+def need_of(unet: Mapping[str, Any], vae: Mapping[str, Any], height: int, width: int, guided: bool) -> int:
+    """Bytes of activations of one picture of height × width latents, float32: the larger of U-Net and decoder.
+
+    An estimate from the configs: of the U-Net the skip connections and, at the level where it is largest, what one
+    layer holds at a time, attention's scores included; of the decoder its widest level at the full size.
+    """
+    widths = [int(width_) for width_ in unet["block_out_channels"]]
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim") or 8
+    layers = unet.get("layers_per_block") or 2
+    skips = largest = 0
+    for level, channels in enumerate(widths):
+        area = -(-height // 2**level) * -(-width // 2**level)
+        deep = int(layers if isinstance(layers, int) else layers[level])
+        skips += (deep + 1) * channels * area
+        attends = "CrossAttn" in str((unet.get("down_block_types") or ["CrossAttn"] * len(widths))[level])
+        scores = 2 * int(heads if isinstance(heads, int) else heads[level]) * area**2 if attends else 0
+        largest = max(largest, 14 * channels * area + scores)
+    sides = [int(width_) for width_ in vae["block_out_channels"]]
+    scale = 4 ** (len(sides) - 1)
+    pixels = 4 * max(sides[:2]) * height * width * scale + 2 * (height * width) ** 2
+    return 4 * max((2 if guided else 1) * (skips + largest), pixels)

@@ -1,0 +1,89 @@
+"""Deep features taken over from an earlier step: what is computed, and what it does to a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from latentgen import InputError, Pipeline
+from latentgen.diffusion.denoiser import Condition
+from latentgen.models.feature_cache import FeatureCache
+from latentgen.models.network import unet_network
+
+CALL: dict[str, Any] = {"num_inference_steps": 6, "seed": 3, "guidance_scale": 3.0, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    ).eval()
+
+
+def test_the_deep_blocks_run_at_every_nth_time_and_come_back(unet: Any) -> None:
+    ran: list[str] = []
+    for name in ("down_blocks.0", "down_blocks.1.resnets.0", "mid_block.resnets.0", "up_blocks.1.resnets.0"):
+        unet.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    cached = FeatureCache(unet, unet_network(unet), 3)
+    x, states = torch.randn(2, 4, 8, 12), torch.randn(2, 5, 16)
+    counts = []
+    for time in (900.0, 800.0, 700.0, 600.0):
+        ran.clear()
+        out = cached(x, torch.full((2,), time), Condition(states=states))
+        assert out.shape == x.shape
+        counts.append(len(ran))
+    assert counts == [4, 1, 1, 4]
+    plain = unet_network(unet)
+    torch.testing.assert_close(out, plain(x, torch.full((2,), 600.0), Condition(states=states)), rtol=0, atol=0)
+
+
+def test_features_of_the_very_same_input_give_the_very_same_output(unet: Any) -> None:
+    """Only the time differs, and a network deaf to it cannot tell: so what is taken over is the right tensor."""
+    deaf = UNet2DConditionModel.from_config(unet.config).eval()
+    deaf.load_state_dict(unet.state_dict())
+    with torch.no_grad():
+        deaf.time_embedding.linear_2.weight.zero_()
+    cached, plain = FeatureCache(deaf, unet_network(deaf), 2), unet_network(deaf)
+    x, condition = torch.randn(2, 4, 9, 11), Condition(states=torch.randn(2, 5, 16))
+    cached(x, torch.full((2,), 900.0), condition)
+    again = cached(x, torch.full((2,), 500.0), condition)
+    torch.testing.assert_close(again, plain(x, torch.full((2,), 500.0), condition), rtol=0, atol=1e-6)
+
+
+def test_a_step_in_groups_keeps_the_features_of_each_and_other_rows_get_their_own(unet: Any) -> None:
+    cached, plain = FeatureCache(unet, unet_network(unet), 2), unet_network(unet)
+    x, states = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16)
+    for time in (900.0, 800.0):
+        for rows in (slice(0, 2), slice(2, 3)):
+            cached(x[rows], torch.full((len(x[rows]),), time), Condition(states=states[rows]))
+    assert [len(kept) for kept in cached.features.values()] == [2, 1]
+    cached(x, torch.full((3,), 700.0), Condition(states=states))
+    out = cached(x[:1], torch.full((1,), 600.0), Condition(states=states[:1]))  # one row, where three were kept
+    torch.testing.assert_close(out, plain(x[:1], torch.full((1,), 600.0), Condition(states=states[:1])), rtol=0, atol=0)
+
+
+def test_it_is_off_unless_asked_for_and_said_in_the_settings(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    plain = pipe("a red apple", **CALL)
+    assert "feature_cache" not in plain.settings
+    cached = pipe("a red apple", feature_cache=2, **CALL)
+    assert cached.settings["engine"] == "torch" and cached.settings["feature_cache"] == 2
+    assert 0 < np.abs(cached.images - plain.images).mean() < 0.1
+    np.testing.assert_array_equal(pipe("a red apple", feature_cache=2, **CALL).images, cached.images)
+    np.testing.assert_allclose(pipe("a red apple", **CALL).images, plain.images, atol=1e-3)
+
+
+def test_what_cannot_cache_says_so(folder: Path) -> None:
+    with pytest.raises(InputError, match="feature_cache needs the torch engine"):
+        Pipeline.from_pretrained(folder, engine="onnx")("a", feature_cache=2)
+    with pytest.raises(InputError, match="feature_cache is 0; it must be 1 or more"):
+        Pipeline.from_pretrained(folder, engine="onnx")("a", feature_cache=0)

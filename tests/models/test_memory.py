@@ -1,0 +1,155 @@
+"""What is computed at a time: any number of pictures in bounded memory, and tiles of large ones."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from latentgen import InputError, Pipeline
+from latentgen.diffusion.denoiser import Condition
+from latentgen.image import read_settings
+from latentgen.models import memory
+from latentgen.models.latent import Latent
+from latentgen.render import Order, render, replay
+
+PROMPTS = ["a red apple", "a blue bird", "the green frog", "an orange cat", "rain"]
+CALL: dict[str, Any] = {"num_inference_steps": 2, "seed": 3, "guidance_scale": 3.0, "output_type": "np"}
+
+
+class Watched:
+    """A network that remembers the rows of each evaluation."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.rows = network, []  # type: ignore[var-annotated]
+
+    def __call__(self, x: Any, time: Any, condition: Condition) -> Any:
+        assert len(x) == len(time) == len(condition)
+        self.rows.append(len(x))
+        return self.network(x, time, condition)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
+def test_the_networks_see_no_more_than_a_batch_and_pictures_stay_the_same(
+    folder: Path, engine: str, sampler: str
+) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine=engine)
+    together = pipe(PROMPTS, batch=5, sampler=sampler, **CALL)
+    pipe.network = watched = Watched(pipe.network)
+    parted = pipe(PROMPTS, batch=2, sampler=sampler, **CALL)
+    assert watched.rows == [4, 4, 2] * 2  # guided: two rows a picture
+    np.testing.assert_allclose(parted.images, together.images, atol=1e-5)
+    assert parted.settings["at_a_time"] == 2 and "at_a_time" not in together.settings
+
+
+@pytest.mark.parametrize("output_type", ["pt", "pil", "latent"])
+def test_every_kind_of_output_is_whole(folder: Path, output_type: str) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine="torch")
+    call = {**CALL, "output_type": output_type}
+    one, other = (pipe(PROMPTS, batch=batch, **call).images for batch in (2, 5))
+    assert len(one) == len(other) == 5
+    if output_type == "pil":
+        one, other = ([np.asarray(each).astype(int) for each in side] for side in (one, other))
+    assert max(float(abs(a - b).max()) for a, b in zip(one, other, strict=True)) <= (
+        1 if output_type == "pil" else 1e-4
+    )
+
+
+def test_the_batch_is_chosen_by_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device="cpu": 1000)
+    assert memory.pictures_at_a_time("auto", 100, 50) == 5
+    assert memory.pictures_at_a_time("auto", 10_000, 50) == 1
+    assert memory.pictures_at_a_time("auto", 1, 50) == memory.MOST
+    assert memory.pictures_at_a_time("auto", 1, 50, "cuda:0") == 50
+    assert memory.pictures_at_a_time(3, 10_000, 50) == 3
+    for wrong in (0, "many", 1.5, True):
+        with pytest.raises(InputError, match="it must be 'auto' or a whole number"):
+            memory.pictures_at_a_time(wrong, 1, 1)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert memory.free_bytes() > 1 << 20
+
+
+def test_the_need_grows_with_the_picture_and_with_guidance() -> None:
+    unet = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8}
+    vae = {"block_out_channels": [128, 256, 512, 512]}
+    small, large = (memory.need_of(unet, vae, side, side, True) for side in (32, 64))
+    assert small < large / 3 and memory.need_of(unet, vae, 64, 64, False) < large
+    assert 1 << 29 < large < 1 << 33  # Stable Diffusion 1 at 512 px: some GiB
+
+
+def test_many_texts_are_encoded_some_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in ("onnx", "torch"):
+        pipe = Pipeline.from_pretrained(folder, engine=engine)
+        whole = pipe.text.encode(PROMPTS).states
+        monkeypatch.setattr(memory, "TEXTS", 2)
+        np.testing.assert_allclose(pipe.text.encode(PROMPTS).states, whole, atol=1e-5)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (80, 136)])
+def test_tiles_are_those_of_diffusers(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.7,
+    ).eval()
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(0.2)  # pixels inside [−1, 1]: ours are cut to that before the blend
+    latents = torch.randn(2, 4, height // 2, width // 2)
+    latent = Latent(vae)
+    tile = memory.tile_of(vae.config, 2, height, width, True)
+    assert tile == 32 and memory.tile_of(vae.config, 2, height, width, None) is None
+    assert memory.tile_of(vae.config, 2, 2048, 2048, None) == 32
+    (found,) = memory.decoded(latent.decode, latents, 2, tile)
+    vae.enable_tiling()
+    with torch.no_grad():
+        expected = (vae.decode(latents / 0.7).sample * 0.5 + 0.5).clamp(0, 1)
+    assert found.shape == (2, 3, height, width)
+    assert float(expected.min()) > 0 and float(expected.max()) < 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    on_host = memory.tiled(lambda part: latent.decode(torch.from_numpy(part)).numpy(), latents.numpy(), tile)
+    vae.disable_tiling()
+    np.testing.assert_allclose(on_host, found, atol=1e-6)
+
+
+def test_tiles_of_one_number_have_no_seams() -> None:
+    flat = memory.tiled(lambda part: np.repeat(np.repeat(part, 2, 2), 2, 3), np.full((1, 3, 40, 29), 0.25), 16)
+    assert flat.shape == (1, 3, 80, 58)
+    np.testing.assert_allclose(flat, 0.25, rtol=1e-12)
+
+
+def test_both_engines_decode_the_same_tiles_and_a_tiled_picture_replays_to_the_byte(
+    folder: Path, tmp_path: Path
+) -> None:
+    found = []
+    call = {**CALL, "height": 96, "width": 64, "vae_tiling": True}
+    for engine in ("onnx", "torch"):
+        pipe = Pipeline.from_pretrained(folder, engine=engine)
+        tiled = pipe(PROMPTS[:2], **call)
+        assert tiled.settings["vae_tiling"] is True
+        found.append(tiled.images)
+    np.testing.assert_allclose(*found, atol=1e-3)
+    whole = pipe(PROMPTS[:2], **{**call, "vae_tiling": False}).images
+    assert np.abs(whole - found[1]).max() > 1e-2  # a random decoder normalises each tile by itself
+    picture = tmp_path / "a.png"
+    made = pipe(PROMPTS, batch=2, **{**call, "output_type": "pil"}).images[4]
+    picture.write_bytes(made.png())
+    settings = read_settings(picture)
+    assert (settings["at_a_time"], settings["vae_tiling"]) == (2, True)
+    _, remarks = replay(picture, tmp_path / "b.png", str(folder))
+    assert remarks[0] == "the same file, byte for byte"
+
+
+def test_an_order_takes_a_batch_by_memory(folder: Path, tmp_path: Path) -> None:
+    order = Order(PROMPTS[:3], steps=2, seed=1, batch="auto", engine="torch")
+    first, *_ = render(order, tmp_path, str(folder))
+    assert read_settings(first)["batch"]["prompt"] == PROMPTS[:3]
+    with pytest.raises(InputError, match="batch is 'most'"):
+        list(render(Order(["a"], batch="most"), tmp_path, str(folder)))
