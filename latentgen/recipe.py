@@ -2,8 +2,10 @@
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,13 +14,16 @@ from latentgen.errors import InputError
 Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0)]
+KINDS = ("latent", "pixels")  # of recipes: a text-to-image model in latents; `latentgen.pixels.recipe`
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a recipe: strict, frozen, no key that is not known."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class Train(_Section):
+class Train(Section):
     """The loop of a stage. `batch` counts all processes; `rate` is the optimiser's, `decay` the part of the run in
     which it falls. `accumulate`: parts of a batch computed one after the other, to save memory. `averages`: relative
     widths of power-function averages to keep, from which any other is made after training (Karras et al. 2024).
@@ -40,7 +45,7 @@ class Train(_Section):
     kept_averages: Positive = 16
 
 
-class Data(_Section):
+class Data(Section):
     """The captioned folder, the side in pixels, and which split is kept for testing.
 
     `hold_out`: where no picture is marked so, this part of them is, by a hash of the file names. `captions`: from
@@ -57,14 +62,14 @@ class Data(_Section):
     weights: dict[str, dict[str, Amount]] = {}
 
 
-class Tokenizer(_Section):
+class Tokenizer(Section):
     """A byte-level BPE; `context` in tokens, start and end included."""
 
     vocabulary: Positive
     context: Annotated[int, Field(ge=4)] = 77
 
 
-class Clip(_Section):
+class Clip(Section):
     """Both towers have one width."""
 
     width: Positive
@@ -76,7 +81,7 @@ class Clip(_Section):
     train: Train
 
 
-class VaeLoss(_Section):
+class VaeLoss(Section):
     """Weights of the VAE's terms beside L1, each a mean over elements; `equivariance` is a part of the steps."""
 
     kl: Amount = 5e-4
@@ -86,7 +91,7 @@ class VaeLoss(_Section):
     equivariance: Part = 0.0
 
 
-class Vae(_Section):
+class Vae(Section):
     """An AutoencoderKL; one level more halves the side once more."""
 
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -98,7 +103,7 @@ class Vae(_Section):
     train: Train
 
 
-class Unet(_Section):
+class Unet(Section):
     """A UNet2DConditionModel and the diffusion it learns.
 
     `pooled`: every block is also told the caption as a whole, with the time. `align`, `disperse`: weights of what is
@@ -119,7 +124,7 @@ class Unet(_Section):
     train: Train
 
 
-class Sample(_Section):
+class Sample(Section):
     """The sheet drawn while the U-Net trains: fixed prompts, fixed noise."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -127,7 +132,7 @@ class Sample(_Section):
     seed: int = 0
 
 
-class Defaults(_Section):
+class Defaults(Section):
     """How the finished weights are rendered unless told otherwise; the sheets are drawn with it."""
 
     num_inference_steps: Positive = 25
@@ -135,7 +140,7 @@ class Defaults(_Section):
     sampler: str = "dpmpp-2m"
 
 
-class Pace(_Section):
+class Pace(Section):
     """When a stage looks up from its work."""
 
     log_seconds: Amount = 10.0
@@ -143,7 +148,7 @@ class Pace(_Section):
     validate_steps: Positive = 500
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One trainable pipeline: a data set, four stages, and how to look at the result.
 
     `precision`: what matrix products are computed in while it trains, the weights being fp32; "auto" is bf16 where the
@@ -163,8 +168,35 @@ class Recipe(_Section):
     pace: Pace = Pace()
 
 
+Form = TypeVar("Form", bound=Section)
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises InputError, naming the key, for anything that is not right in it."""
+    return read_as(Recipe, path)
+
+
+def read_kind(path: Path) -> str:
+    """What a recipe's key `kind` says: "latent" where there is none. Raises InputError for one that is not known."""
+    kind = read_table(path).get("kind", KINDS[0])
+    if kind not in KINDS:
+        raise InputError(f"recipe {path}: kind is {kind!r}; it can be one of: {', '.join(KINDS)}")
+    return str(kind)
+
+
+def read_as(form: type[Form], path: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Form:
+    """A recipe of one form, some of its top-level keys changed; raises InputError, naming the key."""
+    table = {**read_table(path), **changes}
+    if "kind" not in form.model_fields and table.get("kind") == KINDS[0]:
+        del table["kind"]
+    try:
+        return form.model_validate(table)
+    except ValidationError as error:
+        raise InputError(f"recipe {path}: {_explain(error, form)}") from None
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What stands in a recipe, not looked at yet. Raises InputError where it is no TOML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -174,14 +206,12 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} cannot be read ({error}); give a .toml file") from None
     try:
-        return Recipe.model_validate(tomllib.loads(text))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"recipe {path} is not TOML: {error}") from None
-    except ValidationError as error:
-        raise InputError(f"recipe {path}: {_explain(error)}") from None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, form: type[BaseModel]) -> str:
     """The first thing wrong, in words, unknown keys first: they are most often the cause of the rest."""
     flaws = sorted(error.errors(), key=lambda flaw: flaw["type"] != "extra_forbidden")
     flaw = flaws[0]
@@ -189,7 +219,7 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
     if flaw["type"] == "extra_forbidden":
         *section, key = (str(part) for part in flaw["loc"])
-        known = _keys(section)
+        known = _keys(section, form)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         right = f"did you mean {near[0]!r}?" if near else f"it can be one of: {', '.join(known)}"
         place = f"[{'.'.join(section)}]" if section else "the top level"
@@ -199,9 +229,9 @@ def _explain(error: ValidationError) -> str:
     return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{more}"
 
 
-def _keys(section: list[str]) -> list[str]:
+def _keys(section: list[str], form: type[BaseModel]) -> list[str]:
     """The keys a section may hold."""
-    model: Any = Recipe
+    model: Any = form
     for name in section:
         field = model.model_fields.get(name)
         if field is None:
