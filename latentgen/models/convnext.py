@@ -1,6 +1,7 @@
 """A U-Net of ConvNeXt blocks (Liu et al. 2022), told the time and a class: small pictures, no attention."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,11 +62,11 @@ class ConvNextUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return nn.ModuleList(ConvNextBlock(width, told, kernel) for _ in range(layers_per_block))
 
         self.down = nn.ModuleList(blocks(width) for width in widths)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.middle = blocks(widths[-1])
         self.merge = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in widths)
         self.up = nn.ModuleList(blocks(width) for width in widths)
-        self.widen = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.widen = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.norm_out = nn.GroupNorm(1, widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)

@@ -69,7 +69,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Straight(RectifiedFlow):
-    """Rectified flow walked evenly in logSNR between two ends: what its bound, which sees the ends alone, is taken on."""
+    """Rectified flow, walked evenly in logSNR between two ends: what its bound is taken on."""
 
     clean: float = 10.0
     noisy: float = -8.0
@@ -96,7 +96,7 @@ class LearnedSchedule(nn.Module):
 
 
 class PixelModel(nn.Module):
-    """A labelled network and its family. x0: (B, C, H, W) in [−1, 1]; labels: (B,), the number `classes` being untold."""
+    """A labelled network and its family. x0: (B, C, H, W) in [−1, 1]; labels: (B,), `classes` where untold."""
 
     def __init__(self, unet: Any, family: Family, classes: int, shape: tuple[int, int, int], patch: int = 1) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ class PixelRecipe(Section):
     train: Train
     sample: Sample = Sample()
     likelihood: Likelihood = Likelihood()
-    gate: dict[str, float] = {}
+    gate: dict[str, float] = Field(default_factory=dict)
     validation: Annotated[int, Field(ge=2)] = 256
     pace: Pace = Pace()
 

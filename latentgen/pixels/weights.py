@@ -147,8 +147,8 @@ def _card(recipe: Mapping[str, Any], figures: Mapping[str, Mapping[str, float]],
     source = f"\n## What it was trained on\n\n{licences.strip()}\n" if licences else ""
     return (
         f"# {recipe['name']}\n\n"
-        f"A labelled diffusion model in pixels, {recipe['objective']}, {recipe['network']['blocks']} blocks; the recipe as "
-        "it was resolved is `recipe.json`. Likelihoods are bits a dimension of held-out pictures given their class; "
+        f"A labelled diffusion model in pixels, {recipe['objective']}, {recipe['network']['blocks']} blocks; the "
+        "recipe as it was resolved is `recipe.json`. Likelihoods are bits a dimension of held-out pictures given their class; "
         "`error` is one standard error over the pictures.\n\n"
         "![A column for each class, fixed seeds](sheet.png)\n\n"
         f"| stage | figure | value |\n|---|---|---|\n{rows}\n{source}"
