@@ -30,7 +30,7 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "training": {"diffusion", "models", "data", "checkpoint"},
     "recipe": set(),
 }
-MAY_USE["pixels"] = {*MAY_USE["training"], "training", "recipe"}
+MAY_USE["pixels"] = {*MAY_USE["render"], "render", "training", "recipe"}
 MAY_USE["build"] = {*MAY_USE["evaluation"], "evaluation", "training", "recipe", "pixels"}
 MAY_USE["convert"] = {"checkpoint", "pipeline"}
 MAY_USE["rehearsal"] = {*MAY_USE["build"], "build"}

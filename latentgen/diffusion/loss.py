@@ -221,7 +221,7 @@ def variational_loss(
             level.register_hook(lambda gradient: 2 * terms[0] * gradient)
     alpha, sigma = (column(value, x0) for value in schedule.marginal(logsnr))
     out = network(alpha * x0 + sigma * eps, schedule.time(logsnr), condition)
-    error = halves(out, x0)[0].float() - prediction.target(x0, eps, alpha, sigma).float()
+    error = halves(out, x0)[0] - prediction.target(x0, eps, alpha, sigma)
     on_eps = (alpha / prediction.determinant(alpha, sigma)) * error
     loss = 0.5 * rate * on_eps.square().flatten(1).mean(1)
     terms.append(loss.detach())

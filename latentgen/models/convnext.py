@@ -41,7 +41,7 @@ class ConvNextUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         in_channels: int = 1,
@@ -69,8 +69,8 @@ class ConvNextUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.widen = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.norm_out = nn.GroupNorm(1, widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, **_: Any) -> tuple[Tensor]:
         """The raw output."""

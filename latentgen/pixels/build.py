@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from latentgen.durable import alone, write_file
 from latentgen.errors import InputError
 from latentgen.models.pixel import pixel_unet
-from latentgen.pixels.model import BINS, Family, PixelModel
+from latentgen.pixels.model import BINS, Family, PixelModel, sampler_of
 from latentgen.pixels.objective import LabelledPictures, PixelObjective
 from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.pixels.weights import class_sheet, save_pixels
@@ -145,6 +145,7 @@ class PixelRun:
     def model(self) -> PixelModel:
         """The model before its first step; its weights start from the recipe's seed."""
         what = self.recipe
+        sampler_of(what.objective, what.sample.sampler)  # before the hours, not after them
         family = Family.of({"objective": what.objective, **what.diffusion.model_dump()})
         channels = 1 if what.data.grey else 3
         torch.manual_seed(what.seed)

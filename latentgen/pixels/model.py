@@ -40,6 +40,13 @@ SAMPLER = {"ddpm": "ddpm", "ve": "predictor-corrector", "vdm": "ddpm", "flow": "
 BINS = 256
 
 
+def sampler_of(objective: str, name: str = "") -> str:
+    """The sampler asked for, or the family's own. Raises InputError for one that there is not."""
+    if name and name not in SAMPLERS:
+        raise InputError(f"unknown sampler {name!r}; it can be one of: {', '.join(SAMPLERS)}")
+    return name or SAMPLER[objective]
+
+
 @dataclass(frozen=True)
 class Family:
     """Which family, and what it needs to be told (`pixels.recipe.Diffusion` says what each is)."""
@@ -178,9 +185,7 @@ class PixelModel(nn.Module):
 
         Raises InputError for a sampler or a class that there is not.
         """
-        name = sampler or SAMPLER[self.family.objective]
-        if name not in SAMPLERS:
-            raise InputError(f"unknown sampler {name!r}; it can be one of: {', '.join(SAMPLERS)}")
+        name = sampler_of(self.family.objective, sampler)
         denoiser, noise = self.denoiser(), Noise(seeds)
         spacing = "uniform-logsnr" if self.family.objective in ("ve", "vdm") else "trailing"
         within = {"within": "whole"} if spacing == "uniform-logsnr" else {}

@@ -15,9 +15,9 @@ from torch import Tensor
 from latentgen.durable import write_folder
 from latentgen.errors import InputError
 from latentgen.models.pixel import load_pixel_unet
+from latentgen.pixels import FORM, is_pixel_folder
 from latentgen.pixels.model import Family, PixelModel
 
-FORM = "pixels.json"  # what makes a folder one of a pixel model
 SCHEDULE = "schedule.safetensors"
 SCALE, GAP = 2, 4  # of a sheet
 
@@ -53,11 +53,6 @@ def save_pixels(
         (folder / "sheet.png").write_bytes(drawn.getvalue())
 
     return write_folder(out, write)
-
-
-def is_pixel_folder(folder: Path) -> bool:
-    """Whether a folder holds a pixel model."""
-    return (folder / FORM).is_file()
 
 
 def load_pixels(folder: Path) -> tuple[PixelModel, tuple[str, ...], Mapping[str, Any]]:
@@ -148,8 +143,8 @@ def _card(recipe: Mapping[str, Any], figures: Mapping[str, Mapping[str, float]],
     return (
         f"# {recipe['name']}\n\n"
         f"A labelled diffusion model in pixels, {recipe['objective']}, {recipe['network']['blocks']} blocks; the "
-        "recipe as it was resolved is `recipe.json`. Likelihoods are bits a dimension of held-out pictures given their class; "
-        "`error` is one standard error over the pictures.\n\n"
+        "recipe as it was resolved is `recipe.json`. Likelihoods are bits a dimension of held-out pictures given their "
+        "class; `error` is one standard error over the pictures.\n\n"
         "![A column for each class, fixed seeds](sheet.png)\n\n"
         f"| stage | figure | value |\n|---|---|---|\n{rows}\n{source}"
     )
