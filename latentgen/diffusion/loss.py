@@ -218,7 +218,7 @@ def variational_loss(
     terms: list[Tensor] = []
     for level in (logsnr, rate):
         if level.requires_grad:
-            level.register_hook(lambda gradient: 2 * terms[0] * gradient)
+            level.register_hook(lambda gradient: 2 * terms[0] * gradient)  # type: ignore[no-untyped-call]
     alpha, sigma = (column(value, x0) for value in schedule.marginal(logsnr))
     out = network(alpha * x0 + sigma * eps, schedule.time(logsnr), condition)
     error = halves(out, x0)[0] - prediction.target(x0, eps, alpha, sigma)

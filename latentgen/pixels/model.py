@@ -97,9 +97,9 @@ class LearnedSchedule(nn.Module):
 
     def schedule(self) -> Learned:
         """The schedule these weights are; under no_grad it takes no gradients."""
-        weights = (self.w1, self.b1, self.w2, self.b2, self.w3)
-        held = weights if torch.is_grad_enabled() else tuple(weight.detach() for weight in weights)
-        return Learned(*held, *self.ends)
+        held: list[Tensor] = [self.w1, self.b1, self.w2, self.b2, self.w3]
+        w1, b1, w2, b2, w3 = held if torch.is_grad_enabled() else [weight.detach() for weight in held]
+        return Learned(w1, b1, w2, b2, w3, *self.ends)
 
 
 class PixelModel(nn.Module):
@@ -112,7 +112,8 @@ class PixelModel(nn.Module):
         self._network = label_network(unet, patch)
         what = family
         if what.objective == "ddpm":
-            self._fixed: Schedule = {"linear": Discrete.linear, "cosine": Discrete.cosine}[what.betas](what.levels)
+            table = Discrete.linear if what.betas == "linear" else Discrete.cosine
+            self._fixed: Schedule = table(what.levels)
         elif what.objective == "ve":
             self._fixed = VE(math.exp(-0.5 * what.clean), math.exp(-0.5 * what.noisy))
         else:
@@ -187,9 +188,10 @@ class PixelModel(nn.Module):
         """
         name = sampler_of(self.family.objective, sampler)
         denoiser, noise = self.denoiser(), Noise(seeds)
-        spacing = "uniform-logsnr" if self.family.objective in ("ve", "vdm") else "trailing"
-        within = {"within": "whole"} if spacing == "uniform-logsnr" else {}
-        levels = knots(denoiser.schedule, steps, spacing=spacing, **within)
+        if self.family.objective in ("ve", "vdm"):
+            levels = knots(denoiser.schedule, steps, spacing="uniform-logsnr", within="whole")
+        else:
+            levels = knots(denoiser.schedule, steps, spacing="trailing")
         device = next(self.parameters()).device
         told = torch.as_tensor(list(labels), device=device)
         variance = self.family.learns_variance and name == "ddpm"

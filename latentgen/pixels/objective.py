@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentgen.pixels.model import PixelModel
 from latentgen.training.draw import VALIDATION, Draw
@@ -48,7 +48,7 @@ class PixelObjective:
         label_dropout: float,
         sheet: Callable[[], Image.Image],
     ) -> None:
-        self.module = model.to(accelerator.device)
+        self.module: nn.Module = model.to(accelerator.device)
         self.weights = weights
         self._model, self._pictures, self._held = model, pictures, held
         self._dropout, self._accelerator, self._sheet = label_dropout, accelerator, sheet
