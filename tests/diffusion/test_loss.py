@@ -213,7 +213,7 @@ def test_the_variational_loss_teaches_the_network_the_bound_and_the_schedule_its
         for sign in (1, -1):
             moved = [weight.clone() for weight in fixed]
             moved[place][0] += sign * step
-            ends.append(float(terms(gain.detach(), moved).square().mean()))
+            ends.append(float(terms(gain.detach(), moved).square().mean().detach()))
         found = weights[place].grad
         assert found is not None
         assert float(found[0]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-7)
