@@ -23,7 +23,8 @@ from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import has_bf16
 from latentgen.models.onnx.export import write_graphs
-from latentgen.recipe import Recipe, Train, read_recipe
+from latentgen.pixels import build as pixels
+from latentgen.recipe import Recipe, Train, read_kind, read_recipe
 from latentgen.training import finish
 from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
 from latentgen.training.cache import Items, cached_items, content_of, latent_items, text_items
@@ -55,6 +56,8 @@ def train(recipe: Path, out: Path | None = None, data: Path | None = None, repor
     beside it in `OUT.training`. data: a captioned folder instead of the recipe's. Returns the weights folder.
     Raises InputError for a recipe, a folder or a gate that does not hold.
     """
+    if read_kind(recipe) == "pixels":
+        return pixels.train(recipe, out, data, report)
     what = read_recipe(recipe)
     run = Run(what, out or Path("weights") / what.name, data or what.data.folder, report)
     return run.all()

@@ -4,6 +4,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,13 +15,16 @@ Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
 Amount = Annotated[float, Field(ge=0)]
+KINDS = ("latent", "pixels")  # of recipes: a text-to-image model in latents; `latentgen.pixels.recipe`
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a recipe: strict, frozen, no key that is not known."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class Train(_Section):
+class Train(Section):
     """The loop of a stage. `batch` counts all processes; `rate` is the optimiser's, `decay` the part of the run in
     which it falls. `accumulate`: parts of a batch computed one after the other, to save memory. `averages`: relative
     widths of power-function averages to keep, from which any other is made after training (Karras et al. 2024).
@@ -42,7 +46,7 @@ class Train(_Section):
     kept_averages: Positive = 16
 
 
-class Buckets(_Section):
+class Buckets(Section):
     """Shapes of about size x size pixels that the U-Net's pictures keep, sides in multiples of `step` (None: the
     smallest that VAE and U-Net take); `ratio`: the longest shape. `largest_crop`: the part of a picture's area that may
     be cut away; `upscale`: whether smaller pictures are enlarged. What fits none is left out and listed. The squares of
@@ -55,7 +59,7 @@ class Buckets(_Section):
     upscale: bool = False
 
 
-class Data(_Section):
+class Data(Section):
     """The captioned folder, the side in pixels, and which split is kept for testing.
 
     `hold_out`: where no picture is marked so, this part of them is, by a hash of the file names. `captions`: from
@@ -74,14 +78,14 @@ class Data(_Section):
     buckets: Buckets | None = None
 
 
-class Tokenizer(_Section):
+class Tokenizer(Section):
     """A byte-level BPE; `context` in tokens, start and end included."""
 
     vocabulary: Positive
     context: Annotated[int, Field(ge=4)] = 77
 
 
-class Clip(_Section):
+class Clip(Section):
     """Both towers have one width."""
 
     width: Positive
@@ -93,7 +97,7 @@ class Clip(_Section):
     train: Train
 
 
-class VaeLoss(_Section):
+class VaeLoss(Section):
     """Weights of the VAE's terms beside L1, each a mean over elements; `equivariance` is a part of the steps."""
 
     kl: Amount = 5e-4
@@ -103,7 +107,7 @@ class VaeLoss(_Section):
     equivariance: Part = 0.0
 
 
-class Vae(_Section):
+class Vae(Section):
     """An AutoencoderKL; one level more halves the side once more."""
 
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -115,7 +119,7 @@ class Vae(_Section):
     train: Train
 
 
-class Unet(_Section):
+class Unet(Section):
     """A UNet2DConditionModel and the diffusion it learns.
 
     `caption_orders`: a caption of comma-separated parts is learned in so many orders, its first `caption_keep` parts
@@ -141,7 +145,7 @@ class Unet(_Section):
     train: Train
 
 
-class Sample(_Section):
+class Sample(Section):
     """The sheet drawn while the U-Net trains: fixed prompts, fixed noise."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -149,7 +153,7 @@ class Sample(_Section):
     seed: int = 0
 
 
-class Defaults(_Section):
+class Defaults(Section):
     """How the finished weights are rendered unless told otherwise; the sheets are drawn with it."""
 
     num_inference_steps: Positive = 25
@@ -157,7 +161,7 @@ class Defaults(_Section):
     sampler: str = "dpmpp-2m"
 
 
-class Pace(_Section):
+class Pace(Section):
     """When a stage looks up from its work."""
 
     log_seconds: Amount = 10.0
@@ -165,7 +169,7 @@ class Pace(_Section):
     validate_steps: Positive = 500
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One trainable pipeline: a data set, four stages, and how to look at the result.
 
     `precision`: what matrix products are computed in while it trains, the weights being fp32; "auto" is bf16 where the
@@ -185,13 +189,35 @@ class Recipe(_Section):
     pace: Pace = Pace()
 
 
+Form = TypeVar("Form", bound=Section)
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises InputError, naming the key, for anything that is not right in it."""
-    return explained(Recipe, read_toml(path), f"recipe {path}")
+    kind = read_kind(path)
+    if kind != KINDS[0]:
+        raise InputError(f"recipe {path} is of kind {kind!r}, and only latentgen train takes those")
+    return read_as(Recipe, path)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says. Raises InputError, one line, where it is not there or is no TOML."""
+def read_kind(path: Path) -> str:
+    """What a recipe's key `kind` says: "latent" where there is none. Raises InputError for one that is not known."""
+    kind = read_table(path).get("kind", KINDS[0])
+    if kind not in KINDS:
+        raise InputError(f"recipe {path}: kind is {kind!r}; it can be one of: {', '.join(KINDS)}")
+    return str(kind)
+
+
+def read_as(form: type[Form], path: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Form:
+    """A recipe of one form, some of its top-level keys changed; raises InputError, naming the key."""
+    table = {**read_table(path), **changes}
+    if "kind" not in form.model_fields and table.get("kind") == KINDS[0]:
+        del table["kind"]
+    return explained(form, table, f"recipe {path}")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What stands in a recipe, not looked at yet. Raises InputError where it is no TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

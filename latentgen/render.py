@@ -163,18 +163,23 @@ def pictures(
 
 def places(out: Path | None, request: Request) -> list[Path]:
     """Where each picture goes. Raises InputError where nothing can be written there."""
+    return places_of(out, request.prompts, request.seeds)
+
+
+def places_of(out: Path | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+    """`places` of so many pictures, each of a prompt and a seed."""
     if out is not None and out.suffix and not out.is_dir():
         if out.suffix.lower() != ".png":
             raise InputError(f"{out} is no PNG; pictures are written as .png, which holds how they were made")
         _check_writable(out.parent)
-        if len(request) == 1:
+        if len(seeds) == 1:
             return [out]
-        digits = len(str(len(request)))
-        return [out.with_name(f"{out.stem}-{k + 1:0{digits}}{out.suffix}") for k in range(len(request))]
+        digits = len(str(len(seeds)))
+        return [out.with_name(f"{out.stem}-{k + 1:0{digits}}{out.suffix}") for k in range(len(seeds))]
     folder = out or Path()
     _check_writable(folder)
     chosen: list[Path] = []
-    for prompt, seed in zip(request.prompts, request.seeds, strict=True):
+    for prompt, seed in zip(prompts, seeds, strict=True):
         chosen.append(_free(folder, f"{slug(prompt)}-{seed}", chosen))
     return chosen
 
@@ -253,6 +258,11 @@ def _again(
     words: Sequence[str],
 ) -> tuple[bytes, list[str]]:
     """The bytes of a picture made again from its settings, and what of the machine has changed since."""
+    if settings.get("kind") == "pixels":
+        raise InputError(
+            f"{picture} is a pixel model's, which replay does not make again; do: latentgen render "
+            f"{settings['prompt']!r} --seed {settings['seed']} --weights {settings['folder']}"
+        )
     if settings.get("brought"):
         brought = ", ".join(settings["brought"])
         raise InputError(

@@ -29,7 +29,7 @@ from latentgen.evaluation.encoders import Encoder, open_judge
 from latentgen.evaluation.metrics import frechet_figure
 from latentgen.evaluation.neighbours import Labels, find
 from latentgen.finetuning import Finetune
-from latentgen.recipe import explained, read_toml
+from latentgen.recipe import explained, read_table
 from latentgen.training.sheet import contact_sheet
 
 TOKEN, WORD, CLASS = "zwx", "<my-robot>", "robot"
@@ -41,7 +41,7 @@ STEPS = 12
 def teach(recipe: str, pictures: str, start: str, out: Path) -> None:
     """Fine-tune by a recipe of pipelines/finetune."""
     path = ROOT / "pipelines/finetune" / f"{recipe}.toml"
-    settings = explained(Finetune, read_toml(path), f"recipe {path}")
+    settings = explained(Finetune, read_table(path), f"recipe {path}")
     finetune(ROOT / "data/finetune" / pictures, base=start, out=out, settings=settings, report=say)
 
 

@@ -9,7 +9,8 @@ import pytest
 from latentgen import InputError
 from latentgen.build import BETAS, PREDICTIONS, scheduler_config
 from latentgen.diffusion.schedule import from_config
-from latentgen.recipe import Recipe, read_recipe
+from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
+from latentgen.recipe import Recipe, read_kind, read_recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny.toml"
@@ -39,6 +40,11 @@ def refusal(tmp_path: Path, change: Change) -> str:
 
 @pytest.mark.parametrize("path", [TINY, *SHIPPED], ids=lambda path: path.name)
 def test_every_recipe_of_ours_holds_and_is_named_for_its_file(path: Path) -> None:
+    if read_kind(path) == "pixels":
+        pixels = read_pixel_recipe(path)
+        assert pixels.name == path.stem
+        assert PixelRecipe.model_validate(pixels.model_dump(mode="json")) == pixels
+        return
     recipe = read_recipe(path)
     assert recipe.name == path.stem
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe  # as recipe.json keeps it

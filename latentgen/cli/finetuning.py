@@ -72,9 +72,9 @@ def finetune(
 
     from latentgen.finetuning import Finetune
     from latentgen.finetuning import finetune as run
-    from latentgen.recipe import explained, read_toml
+    from latentgen.recipe import explained, read_table
 
-    asked: dict[str, Any] = {} if recipe is None else read_toml(recipe)
+    asked: dict[str, Any] = {} if recipe is None else read_table(recipe)
     said = {
         "method": method,
         "token": token,

@@ -22,7 +22,9 @@ latentgen render "a red apple" --steps 20 --guidance 5 --seed 7 --out apple.png
 
 latentgen render "a red apple" "a blue bird" --n 4 --out pictures/
 
-latentgen render "a cat, 3d fluent emoji" --negative "black and white" --size 96x64"""
+latentgen render "a cat, 3d fluent emoji" --negative "black and white" --size 96x64
+
+latentgen render "an ankle boot" --weights weights/fashion --n 4 --out boots/"""
 REPLAY = """Examples:
 
 latentgen replay apple.png
@@ -100,6 +102,16 @@ def render(
 
     The written paths are the last lines of standard output.
     """
+    from latentgen.pixels import is_pixel_folder
+
+    if weights is not None and is_pixel_folder(Path(weights)):
+        from latentgen.pixels.render import render_files
+
+        refuse_for_pixels(negative=negative, size=size, lora=lora, max_chunks=max_chunks)
+        told = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        for path in render_files(Path(weights), prompts, out, n=n, seed=seed, **told):
+            typer.echo(path)
+        return
     from latentgen.render import Order
     from latentgen.render import render as run
 
@@ -163,6 +175,15 @@ def samplers() -> None:
         order = f"{note.order}; {note.evaluations} a step" + ("; random" if note.random else "")
         table.add_row(note.name, note.what, order, note.when, note.source)
     Console().print(table)
+
+
+def refuse_for_pixels(**given: object) -> None:
+    """InputError for an option that a pixel model, which knows classes only, has no use for."""
+    for name, value in given.items():
+        if value:
+            raise InputError(
+                f"--{name.replace('_', '-')} is not for a pixel model, which is told a class, steps, guidance and seed"
+            )
 
 
 def read_size(size: str | None) -> tuple[int, int] | None:

@@ -15,7 +15,9 @@ latentgen train pipelines/icons.toml
 
 latentgen train my.toml --data pictures/ --out mine
 
-latentgen train pipelines/icons.toml --start weights/icons --out weights/icons-more"""
+latentgen train pipelines/icons.toml --start weights/icons --out weights/icons-more
+
+latentgen train pipelines/fashion.toml"""
 
 
 def add(app: typer.Typer) -> None:
@@ -50,6 +52,10 @@ def train(
     def report(line: object) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    from latentgen.recipe import read_kind
+
+    if (dry_run or start is not None) and read_kind(recipe) == "pixels":
+        raise InputError(f"{recipe} is a pixel recipe, which takes no --dry-run and no --start; leave them away")
     if dry_run:
         from latentgen.rehearsal import rehearse
 

@@ -14,15 +14,25 @@ from latentgen.diffusion.loss import (
     WEIGHTINGS,
     denoising_loss,
     hybrid_loss,
+    learned_schedule,
     offset_noise,
     output_weight,
     score_matching_loss,
     sigma_ladder,
     times,
     times_of,
+    variational_loss,
 )
 from latentgen.diffusion.prediction import Prediction
-from latentgen.diffusion.schedule import EDM, Cosine, Discrete, RectifiedFlow, UniformLogsnr, variance_preserving
+from latentgen.diffusion.schedule import (
+    EDM,
+    Cosine,
+    Discrete,
+    Learned,
+    RectifiedFlow,
+    UniformLogsnr,
+    variance_preserving,
+)
 from latentgen.errors import InputError
 
 NAMES = ["eps", "x0", "v", "flow"]
@@ -179,3 +189,31 @@ def test_a_weighted_loss_can_be_taken_without_gradients() -> None:
             lambda x, time, c: x, Cosine(), Prediction("v"), x0, Condition(), t, eps, weighting="min-snr"
         )
     assert bool(torch.isfinite(loss).all())
+
+
+def test_the_variational_loss_teaches_the_network_the_bound_and_the_schedule_its_variance() -> None:
+    """By finite differences: of the terms' mean for the network, of their squares' mean for the schedule."""
+    x0, eps, t = draws()
+    told, prediction = learned_schedule(8)[1], Prediction("eps")
+    weights = [weight.detach().double().requires_grad_() for weight in told]
+    gain = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def terms(gain: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+        schedule = Learned(*parts, -6.0, 8.0)
+        network = lambda x, time, c: gain * torch.sin(x) + 1e-4 * time.reshape(-1, 1, 1)  # noqa: E731
+        return variational_loss(network, schedule, prediction, x0, Condition(), t, eps)
+
+    terms(gain, weights).mean().backward()
+    step = 1e-5
+    fixed = [weight.detach() for weight in weights]
+    slope = (terms(gain.detach() + step, fixed).mean() - terms(gain.detach() - step, fixed).mean()) / (2 * step)
+    assert gain.grad is not None and float(gain.grad) == pytest.approx(float(slope.detach()), rel=1e-4)
+    for place in (0, 2, 4):  # w1, w2, w3
+        ends = []
+        for sign in (1, -1):
+            moved = [weight.clone() for weight in fixed]
+            moved[place][0] += sign * step
+            ends.append(float(terms(gain.detach(), moved).square().mean().detach()))
+        found = weights[place].grad
+        assert found is not None
+        assert float(found[0]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-7)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from latentgen import InputError, Pipeline, finetune
 from latentgen.finetuning.methods import Trainee
 from latentgen.finetuning.settings import Finetune, choose
-from latentgen.recipe import explained, read_toml
+from latentgen.recipe import explained, read_table
 
 ROOT = Path(__file__).parents[2]
 FAST: dict[str, Any] = {"steps": 6, "batch": 4, "size": 32, "rate": 2e-2, "validate_steps": 6}
@@ -285,7 +285,7 @@ def test_one_picture_goes_on_with_a_warning(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "pipelines/finetune").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_of_fine_tuning_reads_and_holds_together(recipe: Path) -> None:
-    explained(Finetune, read_toml(recipe), str(recipe)).check()
+    explained(Finetune, read_table(recipe), str(recipe)).check()
 
 
 @pytest.mark.parametrize(

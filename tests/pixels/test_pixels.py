@@ -1,0 +1,213 @@
+"""Pixel models: every family and both kinds of blocks train, are judged, saved, read back, rendered and resumed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from latentgen import build
+from latentgen.cli import app
+from latentgen.errors import InputError
+from latentgen.models.pixel import pixel_unet
+from latentgen.pixels import is_pixel_folder
+from latentgen.pixels.build import PixelRun, train
+from latentgen.pixels.model import Family, PixelModel
+from latentgen.pixels.recipe import read_pixel_recipe
+from latentgen.pixels.weights import load_pixels, render_classes
+
+OBJECTIVES = ("ddpm", "ve", "vdm", "flow")
+FOUND = ("bound_total", "bound_prior", "bound_diffusion", "bound_reconstruction", "ode")
+
+
+def silent(_: object) -> None:
+    """A report to nobody."""
+
+
+def model(objective: str, blocks: str = "resnet", **told: object) -> PixelModel:
+    torch.manual_seed(0)
+    family = Family(objective, **{"levels": 20, **told})  # type: ignore[arg-type]
+    variance = family.learns_variance
+    unet = pixel_unet(
+        blocks, channels=(8, 16), layers=1, side=8, picture_channels=1, classes=2, patch=2, learned_variance=variance
+    )
+    return PixelModel(unet, family, 2, (1, 8, 8), 2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_key_switches_the_family_and_the_run_reports_all_terms(
+    objective: str, recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    folder = train(recipe, tmp_path / "out", bars, silent, objective=objective)
+    assert is_pixel_folder(folder)
+    found = json.loads((folder / "metrics.json").read_text())["likelihood"]
+    assert all(np.isfinite(found[name]) and np.isfinite(found[f"{name}_error"]) for name in FOUND)
+    parts = sum(found[f"bound_{part}"] for part in ("prior", "diffusion", "reconstruction"))
+    assert parts == pytest.approx(found["bound_total"], abs=1e-9)
+    assert json.loads((folder / "recipe.json").read_text())["objective"] == objective
+    assert (folder / "schedule.safetensors").is_file() == (objective == "vdm")
+
+
+@pytest.mark.parametrize("blocks", ["resnet", "convnext"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_both_kinds_of_blocks_learn_one_picture(blocks: str, objective: str) -> None:
+    learner = model(objective, blocks, variance="learned-range")
+    optimizer = torch.optim.Adam(learner.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    x0, labels = torch.full((16, 1, 8, 8), -0.5), torch.zeros(16, dtype=torch.long)
+    x0[..., 3] = 0.7
+    losses = []
+    for _ in range(40):
+        t = (torch.rand(1, generator=generator) + torch.arange(16) / 16) % 1
+        loss = learner.losses(x0, labels, t.clamp(1e-6, 1 - 1e-6), torch.randn(x0.shape, generator=generator)).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
+    assert all(weight.grad is not None for weight in learner.parameters())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_is_rendered_after_saving_is_what_was_rendered_in_memory(
+    objective: str, recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    changes = {"diffusion": {"levels": 20, "variance": "learned-range"}, "objective": objective}
+    run = PixelRun(read_pixel_recipe(recipe, **changes), tmp_path / "out", bars, silent)
+    folder = run.all()
+    trained, _ = run.trained()  # done before: the averaged weights, read from the last checkpoint
+    read, classes, _ = load_pixels(folder)
+    assert classes == ("a bar", "a beam")
+    told = {"steps": 3, "guidance": 2.0}
+    assert torch.equal(trained.render([0, 1], [5, 6], **told), read.render([0, 1], [5, 6], **told))  # type: ignore[arg-type]
+
+
+class Stopped(Exception):
+    """As if the process had been killed."""
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "vdm"])
+def test_a_run_cut_between_two_steps_ends_in_the_same_weights_to_the_bit(
+    objective: str, recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    changes = {"objective": objective, "pace": {"log_seconds": 0, "save_seconds": 0, "validate_steps": 100}}
+
+    def cut(line: object) -> None:
+        if "step 4/6" in str(line):
+            raise Stopped
+
+    whole = train(recipe, tmp_path / "whole", bars, silent, **changes)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "cut", bars, cut, **changes)
+    assert not (tmp_path / "cut").exists()
+    lines: list[str] = []
+    again = train(recipe, tmp_path / "cut", bars, lambda line: lines.append(str(line)), **changes)
+    assert any("goes on from step 3" in line for line in lines)
+    for file in whole.rglob("*.safetensors"):
+        expected, found = load_file(file), load_file(again / file.relative_to(whole))
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert (whole / "metrics.json").read_bytes() == (again / "metrics.json").read_bytes()
+
+
+class OfGaussian(torch.nn.Module):
+    """What a perfect network puts out where every pixel is N(0, spread²) on its own, told no more than the time."""
+
+    def __init__(self, spread: float) -> None:
+        super().__init__()
+        self.spread, self.unused = spread, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor]:
+        owner = self.owner
+        start = owner.schedule
+        t = (time / 1000).double() if owner.family.objective != "ddpm" else time.double() / (owner.family.levels - 1)
+        if owner.family.objective == "vdm":  # told its share of the way in logSNR
+            logsnr = owner.family.clean + (owner.family.noisy - owner.family.clean) * t
+        else:
+            logsnr = start.logsnr(t)
+        alpha, sigma = (value[:, None, None, None].to(x) for value in start.marginal(logsnr))
+        x = x * torch.sqrt(1 + sigma**2) if owner.family.objective == "ve" else x
+        total = alpha**2 * self.spread**2 + sigma**2
+        eps, x0 = sigma * x / total, alpha * self.spread**2 * x / total
+        return (eps - x0 if owner.family.objective == "flow" else eps,)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_bound_and_the_ode_say_of_a_gaussian_what_is_known_of_it(objective: str) -> None:
+    # of broad data the reverse step's variance is beta itself (Ho et al. 2020, section 3.2)
+    spread, family = 0.2, Family(objective, levels=1000, variance="fixed-large")
+    perfect = OfGaussian(spread)
+    owner = PixelModel(perfect, family, 1, (1, 8, 8))
+    perfect.__dict__["owner"] = owner
+    generator = torch.Generator().manual_seed(3)
+    drawn = spread * torch.randn(64, 1, 8, 8, generator=generator)
+    x0 = torch.round((drawn.clamp(-1, 1) + 1) * 127.5) / 127.5 - 1
+    labels = torch.zeros(64, dtype=torch.long)
+    # nats of the level's bin, of width 2/255, under the density of these very pictures
+    density = -0.5 * (x0 / spread) ** 2 - np.log(spread * np.sqrt(2 * np.pi)) + np.log(2 / 255)
+    exact = float(-density.mean()) / np.log(2)
+    bound = owner.bound(x0, labels, levels=1000, samples=64, generator=generator).total
+    ode = owner.flow_likelihood(x0, labels, tolerance=1e-4, generator=generator).bits
+    assert ode.mean == pytest.approx(exact, abs=0.03)
+    assert bound.mean == pytest.approx(exact, abs=0.1)
+    assert bound.mean >= exact - 0.03
+
+
+@pytest.mark.parametrize("objective", ["ve", "vdm", "flow"])
+def test_the_bound_of_a_tiny_network_is_not_below_its_ode_likelihood(objective: str) -> None:
+    learner = model(objective).eval()
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.round(torch.rand(16, 1, 8, 8, generator=generator) * 255) / 127.5 - 1
+    labels = torch.zeros(16, dtype=torch.long)
+    bound = learner.bound(x0, labels, samples=16, generator=generator).total
+    ode = learner.flow_likelihood(x0, labels, tolerance=1e-3, generator=generator).bits
+    assert bound.mean + 2 * (bound.error + ode.error) >= ode.mean
+
+
+def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path, tmp_path: Path) -> None:
+    out = build.train(recipe, tmp_path / "weights", bars, silent)
+    told = ["--weights", str(out), "--steps", "2", "--seed", "3"]
+    done = CliRunner().invoke(app, ["render", "bar", *told, "--out", str(tmp_path / "bar.png")])
+    assert done.exit_code == 0, done.output
+    [(name, seed, picture)] = render_classes(out, ["a bar"], steps=2, seed=3)
+    from PIL import Image
+
+    with Image.open(tmp_path / "bar.png") as drawn:
+        assert (name, seed, drawn.size) == ("a bar", 3, (8, 8))
+        assert np.array_equal(np.asarray(drawn), np.asarray(picture))
+    with pytest.raises(InputError, match="a bar, a beam"):
+        render_classes(out, ["a boat"])
+    refused = CliRunner().invoke(app, ["render", "bar", *told, "--negative", "a beam"])
+    assert isinstance(refused.exception, InputError)
+    again = CliRunner().invoke(app, ["replay", str(tmp_path / "bar.png")])
+    assert isinstance(again.exception, InputError)
+    assert "latentgen render 'a bar' --seed 3" in str(again.exception)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('objective = "flow"', 'objective = "flwo"', "objective is 'flwo'"),
+        ("channels =", "chanels =", "did you mean 'channels'"),
+        ('kind = "pixels"', 'kind = "pixel"', "kind is 'pixel'; it can be one of: latent, pixels"),
+        ('blocks = "resnet"', 'blocks = "mixer"', "network.blocks is 'mixer'"),
+        ("channels = [8, 16]", "channels = [8, 16, 16, 16, 16]", "do not divide by 16"),
+        ("rows = 1", 'rows = 1\nsampler = "elure"', "unknown sampler 'elure'"),
+    ],
+)
+def test_a_flaw_in_a_pixel_recipe_is_one_line(
+    old: str, new: str, said: str, recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(recipe.read_text().replace(old, new))
+    with pytest.raises(InputError, match=said) as caught:
+        build.train(recipe, tmp_path / "out", bars, silent)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pixel_recipe_takes_neither_a_rehearsal_nor_a_start(recipe: Path) -> None:
+    for option in (["--dry-run"], ["--start", "weights/icons"]):
+        refused = CliRunner().invoke(app, ["train", str(recipe), *option])
+        assert isinstance(refused.exception, InputError)
