@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentgen.training.report import STYLE, curve_plot, smoothed
+from latentgen.page import curve_plot, document, table
+from latentgen.training.report import smoothed
 from latentgen.training.stage import duration
 
 
@@ -43,10 +44,10 @@ def write_page(told: Told, place: Path, sheet: Path) -> str:
     """One HTML page that needs nothing beside it. place: the stage's folder, for its log and sheets."""
     title = f"{told.name}: {told.method} of {told.base}"
     entries = [json.loads(line) for line in _lines(place / "log.jsonl")]
-    rows = "".join(
+    rows = [
         f'<tr><td>{html.escape(name.replace("_", " "))}</td><td class="number">{value:.4g}</td></tr>'
         for name, value in told.figures.items()
-    )
+    ]
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(told.ledger)}; {duration(told.seconds)} in all.</p>",
@@ -56,8 +57,8 @@ def write_page(told: Told, place: Path, sheet: Path) -> str:
         "<h2>what it learned, what it forgot</h2>",
         "<p>The loss on held-out pictures says what was learned: where it rises, the pictures are learned by heart. "
         "The loss on the starting weights' own renderings says what was forgotten.</p>",
-        *_curves(entries, told.figures),
-        f"<table>{rows}</table>",
+        f'<div class="plots">{"".join(_curves(entries, told.figures))}</div>',
+        table(rows),
         "<h2>proof</h2>",
         f"<p>{html.escape(told.proof)}</p>",
         "<h2>what was chosen, and why</h2>",
@@ -66,9 +67,7 @@ def write_page(told: Told, place: Path, sheet: Path) -> str:
         "<h2>on the way</h2>",
         *(_picture(path, path.stem) for path in _spread(sorted((place / "sheets").glob("*.png")))),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    return document(title, body)
 
 
 def _curves(entries: Sequence[Mapping[str, float]], figures: Mapping[str, float]) -> list[str]:
