@@ -180,8 +180,7 @@ def continuous_bound(
     """The bound in continuous time (Kingma et al. 2021, eq. 11 and 17), `samples` draws of t a picture.
 
     diffusion: 1/2·E[−dlogsnr/dt·|eps − eps_hat|²]; its value depends on the schedule's two ends only. Times are spread
-    evenly over the batch and the draws, each row's own over all of [0, 1), so the mean is better than its standard
-    error, the rows' own spread, says.
+    evenly over the batch and the draws, so the mean is better than its standard error, the rows' own spread, says.
     reconstruction: p(x0 | x) at the clean end, proportional to q(x | x0) over the grey levels. Evaluations: samples.
     Gradients flow where the caller's mode lets them, to a learned schedule too.
     """
@@ -189,7 +188,7 @@ def continuous_bound(
     start = torch.rand(1, generator=generator)
     diffusion = torch.zeros(rows, dtype=torch.float64)
     for draw in range(samples):
-        t = ((start + torch.arange(rows) / (rows * samples) + draw / samples) % 1.0).clamp(1e-6, 1 - 1e-6)
+        t = ((start + torch.arange(rows) / rows + draw / (rows * samples)) % 1.0).clamp(1e-6, 1 - 1e-6)
         logsnr, rate = logsnr_and_rate(schedule, t.to(x0))
         alpha, sigma = (column(value, x0) for value in schedule.marginal(logsnr))
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
