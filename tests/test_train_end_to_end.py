@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -110,15 +109,12 @@ def test_diffusers_makes_the_same_picture_of_it(trained: tuple[Path, object]) ->
 def test_the_same_command_again_does_nothing_again(trained: tuple[Path, object]) -> None:
     out, _ = trained
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    began = time.monotonic()
     done = train(out)
-    took = time.monotonic() - began
     assert done.returncode == 0
     for stage in STAGES:
         assert f"{stage}: done before" in done.stderr and f"{stage}: starts" not in done.stderr
     assert "cache: computing" not in done.stderr
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert took < 60
 
 
 def test_longer_steps_go_on_and_only_what_depends_on_them_is_done_again(
