@@ -160,6 +160,9 @@ class _Lesson:
     def prompts(self) -> tuple[str, ...]:
         """What is looked at: some of the new captions, some of what the starting weights were looked at with."""
         new = self.what.prompts or tuple(dict.fromkeys(picture.captions[0] for picture in self._spread()))[:SHOWN]
+        word = self.what.token if self.what.method == "textual-inversion" else None
+        if word is not None and not any(word in prompt for prompt in new):
+            new = (f"a picture of {word}", *new)  # nothing else shows what was learned
         if self.what.method == "dreambooth" and not self.what.prompts:
             new += (f"{new[0]} on the grass", f"{new[0]} in the snow")
         return (*new, *self.base.prompts[: max(SHOWN, 2)])
