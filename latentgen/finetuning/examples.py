@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from latentgen.data import Ledger, Picture, hold_out, load_pixels, read_folder
-from latentgen.data.folder import CaptionedFolder
+from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden
 from latentgen.errors import InputError
 from latentgen.finetuning.settings import Finetune
 from latentgen.training.captions import CaptionTable
@@ -90,8 +90,8 @@ def _named(root: Path, settings: Finetune, captions: Sequence[str]) -> Captioned
         own = tuple(text for text in picture.captions if word is not None and word in text.split())
         return own or tuple(captions)
 
-    uncaptioned = {problem.path: problem for problem in folder.problems if problem.kind == "without caption"}
-    more = [Picture(path, tuple(captions)) for path, problem in uncaptioned.items() if _is_picture(problem.path)]
+    uncaptioned = [problem.path for problem in folder.problems if problem.kind == "without caption"]
+    more = [Picture(path, tuple(captions)) for path in uncaptioned if path.suffix.lower() in PICTURES]
     kept = tuple(problem for problem in folder.problems if problem.kind != "without caption")
     known = {picture.path for picture in folder.pictures}
     pictures = [replace(picture, captions=said(picture)) for picture in folder.pictures]
@@ -100,17 +100,9 @@ def _named(root: Path, settings: Finetune, captions: Sequence[str]) -> Captioned
 
 
 def _bare(root: Path) -> CaptionedFolder:
-    from latentgen.data.folder import PICTURES, is_hidden
-
     found = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
     shown = [path for path in found if not is_hidden(path.relative_to(root))]
     return CaptionedFolder(root, tuple(Picture(path, ("",)) for path in shown), (), ())
-
-
-def _is_picture(path: Path) -> bool:
-    from latentgen.data.folder import PICTURES
-
-    return path.suffix.lower() in PICTURES
 
 
 def _check_different(root: Path, pixels: np.ndarray, report: Report) -> None:

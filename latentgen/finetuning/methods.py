@@ -65,7 +65,7 @@ def _adapter(base: Base, settings: Finetune, kind: str) -> Trainee:
         layers = layers_of(network, settings.targets) if part == "unet" else text_layers(network)
         add_adapter(network, kind, settings.rank, layers, settings.seed)
         network.to(base.unet.device)
-    weights = {name: weight for part, network in networks.items() for name, weight in _of(network, part).items()}
+    weights = _trained(networks)
 
     def save(out: Path, finish: Finish) -> Path:
         def write(aside: Path) -> None:
@@ -82,15 +82,15 @@ def _adapter(base: Base, settings: Finetune, kind: str) -> Trainee:
     return Trainee(Trained(weights, networks.values()), settings.text_encoder, lambda: None, save, reopen)
 
 
-def _of(network: nn.Module, part: str) -> Mapping[str, nn.Parameter]:
-    return trained_weights(network, part)
+def _trained(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    return {name: weight for part, each in networks.items() for name, weight in trained_weights(each, part).items()}
 
 
 def _whole(base: Base, settings: Finetune) -> Trainee:
     networks = _networks(base, settings)
     for network in networks.values():
         network.requires_grad_(True)
-    weights = {name: weight for part, network in networks.items() for name, weight in _of(network, part).items()}
+    weights = _trained(networks)
     module = Trained(weights, networks.values())
 
     @torch.no_grad()
