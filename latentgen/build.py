@@ -276,6 +276,8 @@ class Run:
         form = what.model_dump(include={"channels", "layers", "head_width"}) | ({"pooled": True} if what.pooled else {})
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
+        if what.times != "uniform":
+            goal |= what.model_dump(include={"times", "times_mean", "times_std"})
         captions = data.captions
         if what.caption_orders > 1 or what.long_captions is not None:
             variety = Variety(what.caption_orders, what.caption_keep, what.long_captions, self.recipe.seed)
@@ -303,7 +305,15 @@ class Run:
         self._seed()
         unet = self._first_unet({"latent_channels": channels, "latent_size": side, "text_width": width, **form})
         plan = from_config(scheduler_config(self.recipe))
-        denoising = Denoising(plan.schedule, Prediction(what.prediction), what.weighting, what.caption_dropout)
+        denoising = Denoising(
+            plan.schedule,
+            Prediction(what.prediction),
+            what.weighting,
+            what.caption_dropout,
+            what.times,
+            what.times_mean,
+            what.times_std,
+        )
         parts = (unet, denoising, train_latents, captions, train_states, data.weights, held, self.accelerator)
         objective = DenoiseObjective(*parts, sheet=lambda: self.sheet(unet))
         if what.align or what.disperse:

@@ -124,6 +124,7 @@ class Unet(Section):
 
     `caption_orders`: a caption of comma-separated parts is learned in so many orders, its first `caption_keep` parts
     staying in front; `long_captions`: how often a picture is told by its longest caption (`training.captions`).
+    `times`, `times_mean`, `times_std`: how the times it is trained at are spread (`diffusion.loss.times`).
     `pooled`: every block is also told the caption as a whole, with the time. `align`, `disperse`: weights of what is
     asked of its middle while it trains (`training.features`).
     """
@@ -135,6 +136,9 @@ class Unet(Section):
     schedule: Literal["cosine", "scaled-linear", "linear"] = "cosine"
     prediction: Literal["eps", "x0", "v"] = "v"
     weighting: str = "simple"
+    times: Literal["uniform", "logit-normal", "lognormal-sigma"] = "uniform"
+    times_mean: float | None = None
+    times_std: Annotated[float, Field(gt=0)] | None = None
     caption_dropout: Part = 0.1
     caption_orders: Positive = 1
     caption_keep: Annotated[int, Field(ge=0)] = 1

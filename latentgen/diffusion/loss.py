@@ -104,6 +104,18 @@ def times(
         u = (torch.rand(1, generator=generator, device=place) + torch.arange(n, device=place) / n) % 1.0
     else:
         u = torch.rand(n, generator=generator, device=place)
+    return at_density(u, density, schedule=schedule, mean=mean, std=std).to(device or u.device)
+
+
+def at_density(
+    u: Tensor,
+    density: Density = "uniform",
+    *,
+    schedule: Schedule | None = None,
+    mean: float | None = None,
+    std: float | None = None,
+) -> Tensor:
+    """Uniform numbers u (n,) as times of a density of `times`, by its quantiles: spread evenly, they stay so."""
     u = u.clamp(1e-6, 1 - 1e-6)
     if density == "logit-normal":
         u = torch.sigmoid((mean or 0.0) + (1.0 if std is None else std) * torch.special.ndtri(u)).clamp(1e-6, 1 - 1e-6)
@@ -114,7 +126,7 @@ def times(
         u = times_of(schedule, -2 * ((-0.5 if mean is None else mean) + (1.2 if std is None else std) * z))
     elif density != "uniform":
         raise InputError(f"unknown time density {density!r}; it can be uniform, logit-normal or lognormal-sigma")
-    return u.to(device or u.device)
+    return u
 
 
 def times_of(schedule: Schedule, logsnr: Tensor) -> Tensor:

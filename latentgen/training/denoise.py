@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentgen.diffusion.denoiser import Condition
-from latentgen.diffusion.loss import denoising_loss
+from latentgen.diffusion.loss import Density, at_density, denoising_loss
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import Schedule
 from latentgen.models.network import attend_plainly, unet_network
@@ -75,12 +75,18 @@ class BucketLatents(Latents):
 
 @dataclass(frozen=True)
 class Denoising:
-    """What is learned: on which schedule, as which prediction, with which weight; how often without its caption."""
+    """What is learned: on which schedule, as which prediction, with which weight; how often without its caption.
+
+    times, times_mean, times_std: how the times trained at are spread (`diffusion.loss.times`); judged are even ones.
+    """
 
     schedule: Schedule
     prediction: Prediction
     weighting: str = "simple"
     caption_dropout: float = 0.1
+    times: Density = "uniform"
+    times_mean: float | None = None
+    times_std: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,13 @@ class DenoiseObjective:
         chosen = self._captions.choose(items, draw.uniform().numpy())
         dropped = draw.uniform().numpy() < self._what.caption_dropout
         condition = self._states.rows(np.where(dropped, self._states.empty, chosen), device)
-        times = draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)
+        times = self._times(draw.stratified()).to(device)
         losses = self._losses(x0, condition, times, draw.normal(*shape).to(device))
         return {"loss": losses.mean()}
+
+    def _times(self, u: Tensor) -> Tensor:
+        what = self._what
+        return at_density(u, what.times, schedule=what.schedule, mean=what.times_mean, std=what.times_std)
 
     def _losses(self, x0: Tensor, condition: Condition, times: Tensor, eps: Tensor) -> Tensor:
         what = self._what

@@ -33,10 +33,10 @@ def objective(parts: dict[str, Any]) -> Any:
     states = random.standard_normal((COUNT + 1, LENGTH, WIDTH)).astype(np.float16)
     table = CaptionTable([Picture(Path(f"{n}.png"), (f"caption {n}",)) for n in range(COUNT)])
 
-    def make(dropout: float = 0.1) -> DenoiseObjective:
+    def make(dropout: float = 0.1, **spread: Any) -> DenoiseObjective:
         return DenoiseObjective(
             parts["unet"],
-            Denoising(SCHEDULE, Prediction("v"), caption_dropout=dropout),
+            Denoising(SCHEDULE, Prediction("v"), caption_dropout=dropout, **spread),
             Latents(moments),
             table,
             TextStates(states),
@@ -88,6 +88,19 @@ def test_the_loss_is_that_of_diffusion_on_the_numbers_drawn(objective: Any) -> N
         network = unet_network(made.module)
         expected = denoising_loss(network, SCHEDULE, Prediction("v"), x0, condition, times, eps).mean()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_times_are_trained_as_the_density_says_and_judged_evenly(
+    objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, spread = objective(), objective(times="logit-normal", times_mean=1.0, times_std=1.4)
+    assert spread.validate() == plain.validate()
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(spread, "_losses", lambda x0, condition, times, eps: seen.append(times) or times)
+    spread.loss(np.arange(64) % COUNT, Draw(0, 0, 64))
+    z = (torch.logit(seen[0].double()) - 1.0) / 1.4  # Esser et al. 2024, eq. 19: standard normal, its ranks even
+    evenly = torch.special.ndtr(z).sort().values * 64
+    np.testing.assert_allclose(np.diff(evenly), 1.0, atol=1e-3)
 
 
 def test_validation_is_the_same_each_time_and_tells_what_captions_are_worth(objective: Any) -> None:
