@@ -35,6 +35,7 @@ from latentgen.training.features import FeatureObjective, FeatureTerms, patch_it
 from latentgen.training.intake import Shaped, TrainingData, divide, in_shapes, keep_ledger, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
+from latentgen.training.sharding import shard, unsharded
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
 
 if TYPE_CHECKING:
@@ -303,17 +304,13 @@ class Run:
         train_latents, train_states = latents(data.pixels, data.shaped), states(captions.texts)
         held = latents(data.held_pixels, data.held_shaped), states(data.held_captions)
         self._seed()
-        unet = self._first_unet({"latent_channels": channels, "latent_size": side, "text_width": width, **form})
+        form |= {"latent_channels": channels, "latent_size": side, "text_width": width}
+        unet = self._first_unet(form)
+        shard(unet, self.accelerator, LoopSettings(**what.train.model_dump()))
         plan = from_config(scheduler_config(self.recipe))
-        denoising = Denoising(
-            plan.schedule,
-            Prediction(what.prediction),
-            what.weighting,
-            what.caption_dropout,
-            what.times,
-            what.times_mean,
-            what.times_std,
-        )
+        times = (what.times, what.times_mean, what.times_std)
+        prediction = Prediction(what.prediction)
+        denoising = Denoising(plan.schedule, prediction, what.weighting, what.caption_dropout, *times)
         parts = (unet, denoising, train_latents, captions, train_states, data.weights, held, self.accelerator)
         objective = DenoiseObjective(*parts, sheet=lambda: self.sheet(unet))
         if what.align or what.disperse:
@@ -321,7 +318,7 @@ class Run:
             targets = self._tower_patches() if what.align else None
             objective = FeatureObjective(*parts, terms=terms, targets=targets, sheet=lambda: self.sheet(unet))
         figures = self._run("unet", objective, what.train, what.gate, place)
-        return unet.eval(), figures
+        return unsharded(unet, lambda: create.unet(**form)).eval(), figures
 
     def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
         """The U-Net before its first step."""

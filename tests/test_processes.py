@@ -23,8 +23,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run(command: list[str], code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= settings
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert bool(done.returncode) == bool(code), done.stderr  # the launcher turns any failure of a process into 1
     return done
@@ -46,8 +47,9 @@ def weights(training: Path, stage: str) -> torch.Tensor:
 def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     """To the bit where one process computes the batch in the same two parts: then every sum has the same order.
 
-    CLIP compares the whole batch with itself, so its sums differ by rounding, which Adam makes large where a gradient
-    is nothing but rounding (the bias of a key in attention): its weights are compared as a whole.
+    In parts (FSDP 2) they have another one, and CLIP compares the whole batch with itself. Then sums differ by
+    rounding, which Adam makes large where a gradient is nothing but rounding (the bias of a key in attention): the
+    weights are compared as a whole.
     """
     text = TINY.read_text().replace("log_seconds = 1\n", "log_seconds = 0\n")
     in_parts = text.replace("[vae.train]\n", "[vae.train]\naccumulate = 2\n")
@@ -56,10 +58,10 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     for name, recipe in recipes.items():
         (tmp_path / f"{name}.toml").write_text(recipe)
 
-    def train(name: str, processes: int, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def train(name: str, processes: int, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
         verb = ["-m", "latentgen.cli", "train", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)]
-        return run([sys.executable, *(launch if processes > 1 else []), *verb], code)
+        return run([sys.executable, *(launch if processes > 1 else []), *verb], code, **settings)
 
     train("one", 1)
     one = tmp_path / "one.training"
@@ -80,3 +82,19 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [str(tmp_path / "two")]
     for stage in ("vae", "unet"):
         assert torch.equal(weights(two, stage), weights(one, stage)), stage
+
+    parts = tmp_path / "parts.training"  # the U-Net in parts over both, as accelerate's configuration of FSDP says
+    for made in ("tokenizer", "clip", "vae"):
+        (place,) = two.glob(f"{made}-*")
+        shutil.copytree(place, parts / place.name)
+    (tmp_path / "parts.toml").write_text(text)
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    refused = train("parts", 2, code=2, **(fsdp | {"FSDP_VERSION": "1"}))
+    assert "set fsdp_version: 2" in refused.stderr
+    train("parts", 2, **fsdp)
+    np.testing.assert_allclose(norms(parts, "unet"), norms(one, "unet"), rtol=1e-4)
+    alone, shared = weights(one, "unet"), weights(parts, "unet")
+    assert float((shared - alone).norm() / alone.norm()) < 1e-4
+    head, tail = text.split("[unet.train]\n")
+    (tmp_path / "parts.toml").write_text(head + "[unet.train]\n" + tail.replace("steps = 16", "steps = 18", 1))
+    assert "unet: goes on from step 16 of 18" in train("parts", 1).stderr  # whole again, in one process

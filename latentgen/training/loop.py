@@ -14,11 +14,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from latentgen.errors import InputError
 from latentgen.training.averages import decay_at, gamma_of
 from latentgen.training.draw import BucketOrder, Draw, Order
 from latentgen.training.optimizer import make_optimizer
+from latentgen.training.sharding import part_again, put, whole
 
 PATIENCE = 20  # steps in a row whose loss or gradient is not finite before the loop gives up
 
@@ -124,14 +126,15 @@ class TrainState:
         named = {name: weight for name, weight in self.module.named_parameters() if name in self.average}
         checked: list[Mapping[str, Tensor]] = [named, self.average, *self.powers.values()]
         for tensors in checked:
-            norms = torch.stack(torch._foreach_norm(list(tensors.values())))
+            norms = torch.stack([whole(norm) for norm in torch._foreach_norm(list(tensors.values()))])
             if not bool(torch.isfinite(norms).all()):
-                return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+                return next((n for n, value in tensors.items() if not bool(torch.isfinite(whole(value)).all())), None)
         return None
 
     @torch.no_grad()
     def swap_average(self) -> None:
         """Exchange the module's weights and their average; twice is nothing. For validation, samples and saving."""
+        part_again(self.module)
         named = dict(self.module.named_parameters())
         for name, averaged in self.average.items():
             kept = named[name].detach().clone()
@@ -139,7 +142,7 @@ class TrainState:
             averaged.copy_(kept)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state as named tensors, by file: what a checkpoint holds."""
+        """The state as named tensors, whole, by file: what a checkpoint holds."""
         names: dict[Tensor, str] = {weight: name for name, weight in self.module.named_parameters()}
         moments = {
             f"{key}/{names[weight]}": value
@@ -147,22 +150,28 @@ class TrainState:
             for key, value in entries.items()
         }
         powers = {f"average-{width:g}": dict(average) for width, average in self.powers.items()}
-        return {"model": dict(self.module.state_dict()), "average": dict(self.average), "optimizer": moments, **powers}
+        told = {"model": self.module.state_dict(), "average": self.average, "optimizer": moments, **powers}
+        return {file: {name: whole(value) for name, value in tensors.items()} for file, tensors in told.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Put back what `tensors` gave."""
-        self.module.load_state_dict(dict(tensors["model"]))
+        held = self.module.state_dict()
+        if held.keys() != tensors["model"].keys():
+            self.module.load_state_dict(dict(tensors["model"]))  # which says what differs
+        for name, value in tensors["model"].items():
+            put(held[name], value)
         for file, average in {"average": self.average, **{f"average-{w:g}": a for w, a in self.powers.items()}}.items():
             for name, averaged in average.items():
-                averaged.copy_(tensors[file][name])
+                put(averaged, tensors[file][name])
         named = dict(self.module.named_parameters())
         self.optimizer.state.clear()
         for key, value in tensors["optimizer"].items():
             kind, name = key.split("/", 1)
             weight = named[name]
             kept = torch.empty_like(weight) if value.shape == weight.shape else torch.empty_like(value)
-            self.optimizer.state[weight][kind] = kept.copy_(value)  # in the weight's own memory format
+            put(kept, value)
+            self.optimizer.state[weight][kind] = kept.detach()  # in the weight's own memory format
         self.step = step
 
 
@@ -210,7 +219,7 @@ def fit(
             (losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]
             found.append({name: value.detach() for name, value in losses.items()})
         _average_gradients(trained, accelerator)
-        norm = float(nn.utils.clip_grad_norm_(trained, settings.clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(trained, settings.clip)))
         rate = settings.rate_at(step) * state.slowed
         if math.isfinite(norm):
             for group in state.optimizer.param_groups:
@@ -239,8 +248,8 @@ def order_of(objective: Objective, batch: int, seed: int) -> Order | BucketOrder
 
 
 def _average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """The mean of every process's gradients, in one exchange of one flat buffer."""
-    if accelerator.num_processes == 1:
+    """The mean of every process's gradients, in one exchange of one flat buffer; those in parts are means already."""
+    if accelerator.num_processes == 1 or any(isinstance(weight, DTensor) for weight in weights):
         return
     gradients = [weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights]
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")

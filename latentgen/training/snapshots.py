@@ -12,6 +12,7 @@ from torch import nn
 from latentgen.durable import MANIFEST, sha256, write_folder
 from latentgen.errors import InputError
 from latentgen.training.loop import TrainState
+from latentgen.training.sharding import put, whole
 
 COUNTS = ("step", "skipped", "retreats", "slowed")  # what of a state is no tensor
 BEST = "best"
@@ -27,9 +28,10 @@ class Snapshots:
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
-    def save(self, state: TrainState) -> Path:
+    def save(self, state: TrainState, main: bool = True) -> None:
         """Write the state of this step; only when it is read back whole are the oldest removed.
 
+        Of a state in parts every process gives its own, and the main one alone writes.
         Raises InputError where it cannot be written, or a weight is not finite: nothing is replaced by what is broken.
         """
         flaw = state.flaw()
@@ -39,8 +41,12 @@ class Snapshots:
                 "goes on from the checkpoint before"
             )
 
+        whole_state = state.tensors()
+        if not main:
+            return
+
         def write(folder: Path) -> None:
-            for name, tensors in state.tensors().items():
+            for name, tensors in whole_state.items():
                 save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
             (folder / "state.json").write_text(json.dumps({key: getattr(state, key) for key in COUNTS}) + "\n")
 
@@ -50,10 +56,12 @@ class Snapshots:
             raise InputError(f"checkpoint {target} does not read back as it was written ({torn}); look at the disk")
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
-        return target
 
-    def save_best(self, state: TrainState, figure: str, value: float, sign: int) -> bool:
-        """Keep the averaged weights where they are better than the best so far; whether they were."""
+    def save_best(self, state: TrainState, figure: str, value: float, sign: int, main: bool = True) -> bool:
+        """Keep the averaged weights where they are better than the best so far; whether the main process did."""
+        average = {name: whole(each) for name, each in state.average.items()}
+        if not main:
+            return False
         place = self.folder / BEST
         if _flaw(place) is None:
             known = json.loads((place / "best.json").read_text())
@@ -61,7 +69,7 @@ class Snapshots:
                 return False
 
         def write(folder: Path) -> None:
-            save_file({key: each.contiguous() for key, each in state.average.items()}, folder / "average.safetensors")
+            save_file({key: each.contiguous() for key, each in average.items()}, folder / "average.safetensors")
             (folder / "best.json").write_text(json.dumps({"figure": figure, "value": value, "step": state.step}) + "\n")
 
         write_folder(place, write)
@@ -80,7 +88,7 @@ class Snapshots:
         named, kept = dict(module.named_parameters()), load_file(place / "average.safetensors")
         with torch.no_grad():
             for name, value in kept.items():
-                named[name].copy_(value)
+                put(named[name], value)
         return dict(json.loads((place / "best.json").read_text()))
 
     def restore(self, state: TrainState) -> list[str]:

@@ -23,6 +23,7 @@ from latentgen.errors import InputError
 from latentgen.training import averages
 from latentgen.training.board import Board
 from latentgen.training.loop import LoopSettings, NotFinite, Objective, Progress, TrainState, fit
+from latentgen.training.sharding import any_of, is_sharded, whole
 from latentgen.training.snapshots import Snapshots
 
 Report = Callable[[str], None]  # one line for people
@@ -112,7 +113,8 @@ def _train(
     pace: Pace,
     report: Report,
 ) -> None:
-    main = accelerator.is_main_process
+    main, sharded = accelerator.is_main_process, is_sharded(state.module)
+    writes = main or sharded  # a state in parts is put together by all, and written by the main process
     clock = _Clock(state.step, settings)
     logged = saved = time.monotonic()
     every = max(1, settings.steps // settings.kept_averages)
@@ -125,22 +127,27 @@ def _train(
                 _append(folder / "log.jsonl", _entry(progress))
                 board.figures(progress.step, _entry(progress))
             if progress.step % pace.validate_steps == 0 or progress.step == settings.steps:
-                _look(name, objective, state, folder, snapshots, main, report, board)
+                _look(name, objective, state, folder, snapshots, main, sharded, report, board)
             stalled = progress.step % pace.validate_steps == 0 and _stalled(snapshots, progress.step, pace)
-            if main and state.powers and (progress.step % every == 0 or progress.step == settings.steps):
-                averages.store(folder / "averages", progress.step, state.powers)
+            if writes and state.powers and (progress.step % every == 0 or progress.step == settings.steps):
+                powers = {w: {name: whole(each) for name, each in of.items()} for w, of in state.powers.items()}
+                if main:
+                    averages.store(folder / "averages", progress.step, powers)
             due = now - saved >= pace.save_seconds and math.isfinite(progress.norm)  # never in the middle of trouble
-            if main and (due or stalled or progress.step == settings.steps):
-                snapshots.save(state)
+            stopping = bool(stop)
+            if sharded:
+                due, stopping, stalled = any_of((due and main, stopping, stalled), accelerator)
+            if writes and (due or stalled or progress.step == settings.steps):
+                snapshots.save(state, main)
                 saved = time.monotonic()
             if stalled:
                 best, steps = snapshots.best_step(), pace.patience * pace.validate_steps
                 report(f"{name}: stops at step {progress.step}: no better since step {best}, {steps} steps or more")
                 return
-            if stop:
-                if main:
+            if stopping:
+                if writes:
                     report(f"{name}: stopping; saving step {state.step}")
-                    snapshots.save(state)
+                    snapshots.save(state, main)
                 raise KeyboardInterrupt
 
 
@@ -211,6 +218,7 @@ def _look(
     folder: Path,
     snapshots: Snapshots,
     main: bool,
+    sharded: bool,
     report: Report,
     board: Board,
 ) -> None:
@@ -218,15 +226,16 @@ def _look(
     state.swap_average()
     try:
         figures = objective.validate()
-        sheet = objective.sheet() if main else None
+        sheet = objective.sheet() if main or sharded else None
     finally:
         state.swap_average()
+    figure, sign = objective.judge
+    if main or sharded:
+        snapshots.save_best(state, figure, figures[figure], sign, main)
     if main:
         report(f"{name}: step {state.step}, held out: {_line(figures)}")
         _append(folder / "log.jsonl", {"step": state.step, **figures})
         board.figures(state.step, figures)
-        figure, sign = objective.judge
-        snapshots.save_best(state, figure, figures[figure], sign)
         if sheet is not None:
             (folder / "sheets").mkdir(parents=True, exist_ok=True)
             sheet.save(folder / "sheets" / f"{name}-{state.step:07d}.png")
