@@ -5,9 +5,11 @@ step i. Picture k of a batch draws from its own seed alone, so it is the picture
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -30,8 +32,7 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2
-    raw = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(pairs)
-    words = np.asarray(raw, dtype="<u8").view("<u4").astype(np.float32)
+    words = _raw(seed, stream, pairs).view("<u4").astype(np.float32)
     radius = np.sqrt(np.float32(-2) * np.log((words[:pairs] + np.float32(0.5)) * np.float32(2.0**-32)))
     angle = words[pairs:] * np.float32(2 * math.pi * 2.0**-32)
     drawn = np.empty(2 * pairs, dtype=np.float32)
@@ -47,9 +48,32 @@ def quick_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
     4.3 standard deviations. For the noise of steps and paths, of which there is much.
     """
     count = math.prod(shape)
-    raw = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(-(-count // 4))
-    words = np.asarray(raw, dtype="<u8").view("<u2")[:count]
+    words = _raw(seed, stream, -(-count // 4)).view("<u2")[:count]
     return quantiles().take(words, mode="wrap").reshape(shape)
+
+
+class _Counter(threading.local):
+    """A thread's own Philox, keyed anew for every draw: a third of what a new one costs, which asks for entropy."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+
+
+_COUNTER, _WORD, _ZEROS = _Counter(), np.dtype("<u8"), (0, 0, 0, 0)
+
+
+def _raw(seed: int, stream: int, count: int) -> np.ndarray:
+    """The first `count` words of Philox keyed by (seed, stream): uint64, little-endian."""
+    philox = _COUNTER.philox
+    philox.state = {  # numbers, not arrays: they are read one by one
+        "bit_generator": "Philox",
+        "state": {"counter": _ZEROS, "key": (seed, stream)},
+        "buffer": _ZEROS,
+        "buffer_pos": 4,  # used up
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return np.asarray(philox.random_raw(count), dtype=_WORD)
 
 
 @lru_cache(maxsize=1)
@@ -99,67 +123,82 @@ class Noise:
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
         return like(rows(quick_normal, self.seeds, FIRST_STEP + index, tuple(like_.shape[1:])), like_)
 
-    def brownian(self) -> "Noise":
-        """The Brownian path of the same seeds, for samplers that follow one path however many steps they take."""
-        return Brownian(self.seeds)
+    def brownian(self, levels: Sequence[float] = ()) -> "Noise":
+        """The Brownian path of the same seeds, for samplers that follow one path however many steps they take.
+
+        levels: the rising logSNR levels the walk will ask for; the path then costs about two draws a step.
+        """
+        return Brownian(self.seeds, levels)
 
 
 class Brownian(Noise):
     """Noise as the normalised increments of one Brownian path a picture, its clock being logSNR.
 
     The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
-    same picture. The path is a Brownian tree: independent unit cells, each bisected by bridges as deep as the point
-    asked for, every node drawn from its own counter. Levels are rounded to 2**−DEPTH, where the tree ends.
+    same picture. The path is a Brownian tree from W(0) = 0 out to ±END: W at a place of the grid 2**−DEPTH is the
+    bridge between its two neighbours of the next coarser grid, every place with its own counter, and so a function of
+    (seed, place) alone. What a place costs is how fine its grid is: each level of the walk is therefore put at the
+    coarsest place within an eighth of the steps beside it, and a level of no walk at the nearest of 2**−UNTOLD.
     """
 
-    DEPTH = 8
+    END, DEPTH, UNTOLD = 64, 20, 8
+    _at: Callable[[int, tuple[int, ...]], Any]
+    _places: dict[float, int]
+
+    def __init__(self, seeds: Sequence[int], levels: Sequence[float] = ()) -> None:
+        super().__init__(seeds)
+        object.__setattr__(self, "_places", dict(zip(levels, coarse_places(levels, self.DEPTH), strict=True)))
+        # the cache saves the neighbouring steps from drawing what they share; it goes when the walk does
+        object.__setattr__(self, "_at", lru_cache(maxsize=20)(self._drawn_at))
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
         """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""
-        if span is None or not span[0] < span[1]:
+        if span is None or not -self.END <= span[0] < span[1] <= self.END:
             raise InputError("a Brownian path needs the span of logSNR that the step walks")
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
-        unit, shape = 1 << self.DEPTH, tuple(like_.shape[1:])
-        now = round(span[0] * unit)
-        after = max(round(span[1] * unit), now + 1)
-        (first, start), (last, end) = divmod(now, unit), divmod(after, unit)
-        total = _within(self.seeds, last, end, shape) - _within(self.seeds, first, start, shape)
-        for cell in range(first, last):
-            total = total + _node(self.seeds, cell, 0, shape)
-        total *= np.float32(math.sqrt(unit / (after - now)))
+        now, shape = self._place(span[0]), tuple(like_.shape[1:])
+        after = max(self._place(span[1]), now + 1)
+        total = self._at(after, shape) - self._at(now, shape)
+        total *= np.float32(math.sqrt((1 << self.DEPTH) / (after - now)))
         return like(total, like_)
 
-    def brownian(self) -> "Noise":
-        """Itself."""
-        return self
+    def _place(self, level: float) -> int:
+        """Where on the finest grid a level lies."""
+        place = self._places.get(level)
+        return round(level * (1 << self.UNTOLD)) << (self.DEPTH - self.UNTOLD) if place is None else place
 
-
-@lru_cache(maxsize=4)
-def _within(seeds: tuple[int, ...], cell: int, place: int, shape: tuple[int, ...]) -> Any:
-    """W(cell + place/2**DEPTH) − W(cell), for place in [0, 2**DEPTH); one step's end, kept, is the next one's start."""
-    if place == 0:
-        return np.float32(0)
-    low, width, node = 0, 1 << Brownian.DEPTH, 1
-    left: Any = np.float32(0)
-    right: Any = _node(seeds, cell, 0, shape)
-    while place != low:
-        width //= 2
-        spread = np.float32(math.sqrt(width / (2 << Brownian.DEPTH)))  # of the middle of a bridge over 2·width
-        middle = left + right
+    def _drawn_at(self, place: int, shape: tuple[int, ...]) -> Any:
+        """W at a place, (B, *shape) float32, or the number 0."""
+        if place == 0:
+            return np.float32(0)
+        end, width = self.END << self.DEPTH, place & -place  # of the coarsest grid the place is on
+        fresh = rows(quick_normal, self.seeds, BROWNIAN + place + end, shape)
+        if abs(place) == end:
+            return fresh * np.float32(math.sqrt(self.END))
+        fresh *= np.float32(math.sqrt(width / (2 << self.DEPTH)))  # of the middle of a bridge over 2·width
+        middle = self._at(place - width, shape) + self._at(place + width, shape)
         middle *= np.float32(0.5)
-        middle += spread * _node(seeds, cell, node, shape)
-        upper = place >= low + width
-        low, left, right = (low + width, middle, right) if upper else (low, left, middle)
-        node = 2 * node + upper
-    return left
+        middle += fresh
+        return middle
 
 
-def _node(seeds: tuple[int, ...], cell: int, node: int, shape: tuple[int, ...]) -> np.ndarray:
-    return _tree_normal(seeds, BROWNIAN + ((cell + (1 << 20)) << 16) + node, shape)
+def coarse_places(levels: Sequence[float], depth: int) -> list[int]:
+    """For each of the rising levels the coarsest place, in units of 2**−depth, within an eighth of the steps beside it.
 
-
-@lru_cache(maxsize=32)
-def _tree_normal(seeds: tuple[int, ...], stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """A node's noise; the cache only saves the neighbouring step from drawing the shared nodes again."""
-    return rows(quick_normal, seeds, stream, shape)
+    They rise as the levels do. The coarsest whole number in [low, high] has the most trailing zeros: it keeps the bits
+    in which low − 1 and high agree, and the highest in which they do not.
+    """
+    unit, places = 1 << depth, list[int]()
+    gaps = [after - before for before, after in pairwise(levels)] or [0.0]
+    for level, before, after in zip(levels, [gaps[0], *gaps], [*gaps, gaps[-1]], strict=False):
+        low, high = math.ceil(unit * (level - 0.125 * before)), math.floor(unit * (level + 0.125 * after))
+        if high < low:
+            place = round(level * unit)
+        elif low <= 0 <= high:
+            place = 0
+        else:
+            shift = ((low - 1) ^ high).bit_length() - 1
+            place = (high >> shift) << shift
+        places.append(place if not places else max(place, places[-1] + 1))
+    return places
