@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -135,21 +134,23 @@ class Brownian(Noise):
     """Noise as the normalised increments of one Brownian path a picture, its clock being logSNR.
 
     The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
-    same picture. The path is a Brownian tree from W(0) = 0 out to ±END: W at a place of the grid 2**−DEPTH is the
-    bridge between its two neighbours of the next coarser grid, every place with its own counter, and so a function of
-    (seed, place) alone. What a place costs is how fine its grid is: each level of the walk is therefore put at the
-    coarsest place within an eighth of the steps beside it, and a level of no walk at the nearest of 2**−UNTOLD.
+    same picture. The path is a Brownian tree from W(0) = 0 out to ±END: the middle of a cell is the bridge between its
+    ends and the cell's own normal number, drawn from its own counter, and halves of cells are cells. A cell that holds
+    one level of the walk is not halved: its number makes the bridge at that level, which is exact, and near what more
+    levels would find there. A level of no walk is put at the nearest multiple of 2**−UNTOLD.
     """
 
-    END, DEPTH, UNTOLD = 64, 20, 8
+    END, DEPTH, UNTOLD = 64, 40, 8  # cells are at least 2**−DEPTH wide
+    _walk: dict[float, tuple[int, int]]
     _at: Callable[[int, tuple[int, ...]], Any]
-    _places: dict[float, int]
+    _level: Callable[[float, tuple[int, ...]], Any]
 
     def __init__(self, seeds: Sequence[int], levels: Sequence[float] = ()) -> None:
         super().__init__(seeds)
-        object.__setattr__(self, "_places", dict(zip(levels, coarse_places(levels, self.DEPTH), strict=True)))
-        # the cache saves the neighbouring steps from drawing what they share; it goes when the walk does
+        object.__setattr__(self, "_walk", cells(levels, self.END << self.DEPTH, 1 << self.DEPTH))
+        # the caches save the next steps from drawing what they share; they go when the walk does
         object.__setattr__(self, "_at", lru_cache(maxsize=20)(self._drawn_at))
+        object.__setattr__(self, "_level", lru_cache(maxsize=3)(self._drawn_level))
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
         """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""
@@ -157,48 +158,69 @@ class Brownian(Noise):
             raise InputError("a Brownian path needs the span of logSNR that the step walks")
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
-        now, shape = self._place(span[0]), tuple(like_.shape[1:])
-        after = max(self._place(span[1]), now + 1)
-        total = self._at(after, shape) - self._at(now, shape)
-        total *= np.float32(math.sqrt((1 << self.DEPTH) / (after - now)))
+        shape = tuple(like_.shape[1:])
+        now, after = span
+        if not (now in self._walk and after in self._walk):
+            now, after = (round(level * 2**self.UNTOLD) / 2**self.UNTOLD for level in span)
+            after = max(after, now + 2.0**-self.UNTOLD)
+        total = self._level(after, shape) - self._level(now, shape)
+        total *= np.float32(1 / math.sqrt(after - now))
         return like(total, like_)
 
-    def _place(self, level: float) -> int:
-        """Where on the finest grid a level lies."""
-        place = self._places.get(level)
-        return round(level * (1 << self.UNTOLD)) << (self.DEPTH - self.UNTOLD) if place is None else place
+    def _drawn_level(self, level: float, shape: tuple[int, ...]) -> Any:
+        """W at a level (B, *shape) float32: the bridge over its cell."""
+        unit = 1 << self.DEPTH
+        low, high = self._walk.get(level) or (round(level * unit),) * 2
+        if low == high:
+            return self._at(low, shape)
+        width, start = (high - low) / unit, self._at(low, shape)
+        share = (level - low / unit) / width
+        bridge = self._at(high, shape) - start
+        bridge *= np.float32(share)
+        bridge += start
+        fresh = self._normal((low + high) // 2, shape)
+        fresh *= np.float32(math.sqrt(share * (1 - share) * width))
+        bridge += fresh
+        return bridge
 
     def _drawn_at(self, place: int, shape: tuple[int, ...]) -> Any:
-        """W at a place, (B, *shape) float32, or the number 0."""
+        """W at a place of the tree, in units of 2**−DEPTH: (B, *shape) float32, or the number 0."""
         if place == 0:
             return np.float32(0)
-        end, width = self.END << self.DEPTH, place & -place  # of the coarsest grid the place is on
-        fresh = rows(quick_normal, self.seeds, BROWNIAN + place + end, shape)
-        if abs(place) == end:
-            return fresh * np.float32(math.sqrt(self.END))
-        fresh *= np.float32(math.sqrt(width / (2 << self.DEPTH)))  # of the middle of a bridge over 2·width
-        middle = self._at(place - width, shape) + self._at(place + width, shape)
+        fresh = self._normal(place, shape)
+        if abs(place) == self.END << self.DEPTH:
+            fresh *= np.float32(math.sqrt(self.END))
+            return fresh
+        half = place & -place  # of the cell whose middle this is
+        fresh *= np.float32(math.sqrt(half / (2 << self.DEPTH)))
+        middle = self._at(place - half, shape) + self._at(place + half, shape)
         middle *= np.float32(0.5)
         middle += fresh
         return middle
 
+    def _normal(self, middle: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The normal numbers of the cell with this middle."""
+        return rows(quick_normal, self.seeds, BROWNIAN + (self.END << self.DEPTH) + middle, shape)
 
-def coarse_places(levels: Sequence[float], depth: int) -> list[int]:
-    """For each of the rising levels the coarsest place, in units of 2**−depth, within an eighth of the steps beside it.
 
-    They rise as the levels do. The coarsest whole number in [low, high] has the most trailing zeros: it keeps the bits
-    in which low − 1 and high agree, and the highest in which they do not.
+def cells(levels: Sequence[float], end: int, unit: int) -> dict[float, tuple[int, int]]:
+    """For each level, as a multiple of 1/unit, the largest cell of the tree over ±end that holds no other level.
+
+    Cells are (low, high), halved from (−end, 0) and (0, end); a level on a middle that was needed is (middle, middle),
+    and so are levels that one smallest cell holds together.
     """
-    unit, places = 1 << depth, list[int]()
-    gaps = [after - before for before, after in pairwise(levels)] or [0.0]
-    for level, before, after in zip(levels, [gaps[0], *gaps], [*gaps, gaps[-1]], strict=False):
-        low, high = math.ceil(unit * (level - 0.125 * before)), math.floor(unit * (level + 0.125 * after))
-        if high < low:
-            place = round(level * unit)
-        elif low <= 0 <= high:
-            place = 0
-        else:
-            shift = ((low - 1) ^ high).bit_length() - 1
-            place = (high >> shift) << shift
-        places.append(place if not places else max(place, places[-1] + 1))
-    return places
+    found = dict.fromkeys(levels, (0, 0))
+    waiting = [
+        (-end, 0, [level for level in levels if level < 0]),
+        (0, end, [level for level in levels if level > 0]),
+    ]
+    while waiting:
+        low, high, held = waiting.pop()
+        if high - low == 1 or len(held) == 1:
+            found |= {level: (low, high if len(held) == 1 else low) for level in held}
+        elif held:
+            middle = (low + high) // 2
+            found |= {level: (middle, middle) for level in held if level * unit == middle}
+            waiting.append((low, middle, [level for level in held if level * unit < middle]))
+            waiting.append((middle, high, [level for level in held if level * unit > middle]))
+    return found
