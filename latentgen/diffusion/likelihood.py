@@ -221,10 +221,14 @@ def bayes_decoder_nats(
 
 
 class FlowLikelihood(NamedTuple):
-    """The ODE's likelihood: bits per dimension, and the standard error that the random probes add to their mean."""
+    """The ODE's likelihood: bits per dimension, and the standard error that the random probes add to their mean.
+
+    between: of "noised" data the part E[log q(z | x0) − log p(z)], which stands where a bound has prior + diffusion.
+    """
 
     bits: Bits
     probe_error: float
+    between: Bits | None = None
 
 
 def flow_likelihood(
@@ -258,7 +262,7 @@ def flow_likelihood(
     et al. 2021, theorem 1).
     """
     dims, rows = x0[0].numel(), len(x0)
-    x0, before = _dequantised(x0, dequantisation, clean, marginal, bins, generator)
+    x0, before, decoder = _dequantised(x0, dequantisation, clean, marginal, bins, generator)
     vectors = _probes(x0, probes, generator)
 
     def slope(y: Tensor, logsnr: float) -> Tensor:
@@ -277,7 +281,9 @@ def flow_likelihood(
     nats = before[:, None] - (prior[:, None] + divergence + dims * math.log(alpha))  # (B, probes)
     spread = nats.std(1) / math.sqrt(nats.shape[1]) if nats.shape[1] > 1 else nats.new_full((rows,), math.nan)
     probe_error = float((spread**2).sum().sqrt()) / rows / (dims * math.log(2)) if probes else 0.0
-    return FlowLikelihood(bits(nats.mean(1).cpu(), dims), probe_error)
+    between = nats.mean(1).cpu()
+    whole = bits(between + decoder.cpu(), dims)
+    return FlowLikelihood(whole, probe_error, bits(between, dims) if dequantisation == "noised" else None)
 
 
 def _dequantised(
@@ -287,20 +293,20 @@ def _dequantised(
     marginal: Marginal,
     bins: int | None,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """The u = x/alpha the ODE starts from, and log q(u | x0) − log p(x0 | u), nats (B,): −log P <= that − log p(u)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The u = x/alpha the ODE starts from, log q(u | x0) and −log p(x0 | u), nats (B,): −log P <= both − log p(u)."""
     if dequantisation not in ("uniform", "noised"):
         raise InputError(f"unknown dequantisation {dequantisation!r}; it can be uniform or noised")
     dims, nothing = x0[0].numel(), x0.new_zeros(len(x0))
     if dequantisation == "uniform":
         if bins is None:
-            return x0, nothing
+            return x0, nothing, nothing
         noise = torch.rand(x0.shape, generator=generator, dtype=x0.dtype).to(x0) - 0.5
-        return x0 + 2 / (bins - 1) * noise, nothing + dims * math.log((bins - 1) / 2)
+        return x0 + 2 / (bins - 1) * noise, nothing + dims * math.log((bins - 1) / 2), nothing
     alpha, sigma = (float(value) for value in marginal(clean))
     eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
     known = -0.5 * (eps**2 + math.log(2 * math.pi)).flatten(1).sum(1) - dims * math.log(sigma / alpha)
-    return x0 + sigma / alpha * eps, known + bayes_decoder_nats(x0, clean, marginal, bins, generator)
+    return x0 + sigma / alpha * eps, known, bayes_decoder_nats(x0, clean, marginal, bins, generator)
 
 
 def _probes(x0: Tensor, probes: int | None, generator: torch.Generator | None) -> list[Tensor]:
