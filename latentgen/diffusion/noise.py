@@ -64,7 +64,7 @@ _COUNTER, _WORD, _ZEROS = _Counter(), np.dtype("<u8"), (0, 0, 0, 0)
 def _raw(seed: int, stream: int, count: int) -> np.ndarray:
     """The first `count` words of Philox keyed by (seed, stream): uint64, little-endian."""
     philox = _COUNTER.philox
-    philox.state = {  # numbers, not arrays: they are read one by one
+    state: Any = {  # numbers, not arrays: they are read one by one
         "bit_generator": "Philox",
         "state": {"counter": _ZEROS, "key": (seed, stream)},
         "buffer": _ZEROS,
@@ -72,6 +72,7 @@ def _raw(seed: int, stream: int, count: int) -> np.ndarray:
         "has_uint32": 0,
         "uinteger": 0,
     }
+    philox.state = state
     return np.asarray(philox.random_raw(count), dtype=_WORD)
 
 

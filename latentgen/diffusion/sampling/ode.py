@@ -98,7 +98,8 @@ def differences(past: list[tuple[float, Array]], h: float) -> list[Array]:
         return []
     (l0, m0), (l1, m1) = past[:2]
     r0 = (l0 - l1) / h
-    d10 = (m0 - m1) / r0
+    d10 = m0 - m1
+    d10 /= r0
     if len(past) == 2:
         return [d10]
     l2, m2 = past[2]
