@@ -170,9 +170,9 @@ def rescaled(out: Array, reference: Array, phi: float) -> Array:
 
 def bounded(x0: Array, clip: float | None, threshold: float | None, threshold_max: float) -> Array:
     """x0 clipped to ±clip, or thresholded: each row clipped to its own quantile of |x0|, then divided by it."""
-    xp = array_api_compat.array_namespace(x0)
     if threshold is None:
-        return x0 if clip is None else xp.clip(x0, -clip, clip)
+        return x0 if clip is None else array_api_compat.array_namespace(x0).clip(x0, -clip, clip)
+    xp = array_api_compat.array_namespace(x0)
     ordered = xp.sort(xp.reshape(xp.abs(x0), (x0.shape[0], -1)), axis=1)
     place = threshold * (ordered.shape[1] - 1)
     low = min(int(place), max(ordered.shape[1] - 2, 0))
