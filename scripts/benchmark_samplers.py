@@ -3,10 +3,12 @@
     python scripts/benchmark_samplers.py [--steps 50] [--runs 15] [--batch 1]
 
 Both sides get the same free network (a fixed eps, 4×64×64, float32, on the CPU), take the same steps in turn, and the
-median over the runs is printed, in milliseconds a step; ratio is ours to theirs.
+median over the runs is printed, in milliseconds a step; ratio is ours to theirs. Each draws its noise in its own way;
+`dpmpp-sde` is there where torchsde is installed, whose Brownian tree diffusers takes.
 """
 
 import argparse
+import importlib.util
 import logging
 import time
 import warnings
@@ -37,6 +39,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lcm": ("LCMScheduler", {}),
 }
+if importlib.util.find_spec("torchsde"):  # diffusers draws this one's noise from torchsde's Brownian tree
+    METHODS["dpmpp-sde"] = ("DPMSolverSDEScheduler", {})
 
 
 def theirs(scheduler: Any, eps: torch.Tensor, steps: int) -> None:

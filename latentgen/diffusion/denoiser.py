@@ -74,7 +74,9 @@ class Denoiser:
 
     def x0(self, out: Array, x: Array, logsnr: Level) -> Array:
         """x0 (B, …) from the raw output at x."""
-        alpha, sigma = (column(value, x) for value in self.schedule.marginal(logsnr))
+        alpha, sigma = self.schedule.marginal(logsnr)
+        plain = is_number(logsnr)
+        alpha, sigma = (float(alpha), float(sigma)) if plain else (column(alpha, x), column(sigma, x))
         return self.prediction.x0(halves(out, x)[0], x, alpha, sigma)
 
     def __call__(self, x: Array, logsnr: Level, condition: Condition) -> Array:

@@ -26,11 +26,13 @@ class Projection:
     """Adaptive projected guidance (Sadat et al. 2025, algorithm 1), on the difference c − r of x0 estimates.
 
     eta: the share kept of the part parallel to c, which is what oversaturates (1 is plain guidance). norm: the most
-    Euclidean norm the difference may have (r in the paper; None is no bound).
+    Euclidean norm the difference may have (r in the paper; None is no bound). momentum: beta, below 0 in the paper: the
+    difference is added to beta times what it was in the step before.
     """
 
     eta: float = 0.0
     norm: float | None = None
+    momentum: float = 0.0
 
     def __call__(self, difference: Array, conditional: Array) -> Array:
         """The difference, bounded and projected; all (B, …)."""
@@ -40,6 +42,26 @@ class Projection:
         unit = conditional / (_norm(conditional) + 1e-12)
         parallel = _sum(difference * unit) * unit
         return difference - (1 - self.eta) * parallel
+
+
+class Momentum:
+    """The running difference of one walk, D = d + momentum·(D of the evaluation before): all that guidance remembers.
+
+    A level noisier than the last begins another walk, and forgets.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.last: tuple[float, Array] | None = None
+
+    def __call__(self, difference: Array, logsnr: float) -> Array:
+        """The difference, with what is remembered."""
+        if not self.momentum:
+            return difference
+        if self.last is not None and self.last[0] <= logsnr:
+            difference = difference + self.momentum * self.last[1]
+        self.last = (logsnr, difference)
+        return difference
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,7 @@ def guided(
         raise InputError(f"the thresholding quantile is {threshold}; it must be in (0, 1]")
     others = [(weaker, weaker_scale - 1.0), (perturbed, perturbed_scale)]
     references = [(other, weight) for other, weight in others if other is not None and weight]
+    running = Momentum(0.0 if projection is None else projection.momentum)
 
     def denoise(x: Array, logsnr: float) -> Any:
         on = interval is None or interval[0] <= logsnr <= interval[1]
@@ -118,7 +141,7 @@ def guided(
             out = out_u + scale * (conditional - out_u)
             if projection is not None:
                 c, u = denoiser.x0(conditional, x, logsnr), denoiser.x0(out_u, x, logsnr)
-                out = _as_output(denoiser, c + (scale - 1) * projection(c - u, c), x, logsnr)
+                out = _as_output(denoiser, c + (scale - 1) * projection(running(c - u, logsnr), c), x, logsnr)
         if on and references:
             c = denoiser.x0(conditional, x, logsnr)
             x0 = denoiser.x0(out, x, logsnr)
@@ -147,9 +170,9 @@ def rescaled(out: Array, reference: Array, phi: float) -> Array:
 
 def bounded(x0: Array, clip: float | None, threshold: float | None, threshold_max: float) -> Array:
     """x0 clipped to ±clip, or thresholded: each row clipped to its own quantile of |x0|, then divided by it."""
-    xp = array_api_compat.array_namespace(x0)
     if threshold is None:
-        return x0 if clip is None else xp.clip(x0, -clip, clip)
+        return x0 if clip is None else array_api_compat.array_namespace(x0).clip(x0, -clip, clip)
+    xp = array_api_compat.array_namespace(x0)
     ordered = xp.sort(xp.reshape(xp.abs(x0), (x0.shape[0], -1)), axis=1)
     place = threshold * (ordered.shape[1] - 1)
     low = min(int(place), max(ordered.shape[1] - 2, 0))

@@ -7,7 +7,7 @@ continuous, and then bits are those of a density.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from latentgen.diffusion.schedule.protocol import Schedule, variance_preserving
 from latentgen.errors import InputError
 
 Tensor = torch.Tensor
+Dequantisation = Literal["uniform", "noised"]
 Estimate = Callable[[Tensor, Any], Any]  # (x (B, …), logsnr, a float or (B,)) -> x0; (x0, v) with learned variances
 
 
@@ -220,10 +221,14 @@ def bayes_decoder_nats(
 
 
 class FlowLikelihood(NamedTuple):
-    """The ODE's likelihood: bits per dimension, and the standard error that the random probes add to their mean."""
+    """The ODE's likelihood: bits per dimension, and the standard error that the random probes add to their mean.
+
+    between: of "noised" data the part E[log q(z | x0) − log p(z)], which stands where a bound has prior + diffusion.
+    """
 
     bits: Bits
     probe_error: float
+    between: Bits | None = None
 
 
 def flow_likelihood(
@@ -235,6 +240,7 @@ def flow_likelihood(
     noisy: float,
     probes: int | None = 1,
     bins: int | None = 256,
+    dequantisation: Dequantisation = "uniform",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     generator: torch.Generator | None = None,
@@ -243,12 +249,20 @@ def flow_likelihood(
 
     The ODE runs in the VP frame from `clean` to `noisy` (logSNR), where x is taken to be N(0, 1); its divergence is
     Hutchinson's estimate over `probes` Rademacher vectors (Grathwohl et al. 2019), the same all the way, or the exact
-    trace for None (as many gradients as there are dimensions). With `bins`, x0 is dequantised uniformly.
+    trace for None (as many gradients as there are dimensions).
+
+    With `bins`, p(x0) is the mass of its grey levels, and the ODE's density at `clean` bounds it. dequantisation
+    "uniform": −log P(x0) <= −E log p(x0 + a uniform part of its level); a network that knows a level better than the
+    noise at `clean` pays for that noise (docs/diffusion.md, section 8). "noised": z is drawn from q(z | x0) at `clean`,
+    and −log P(x0) <= E[log q(z | x0) − log p(z) − log p(x0 | z)] with the decoder of `continuous_bound`: the start and
+    the end of that bound, the ODE in place of the SDE between them (Zheng et al. 2023 do so with truncated noise).
+
+    It is the likelihood of what the ODE draws. The bound is of what the SDE draws: with a network that is not exact
+    these are two densities, and the bound may lie on either side of this one (Song, Durkan
+    et al. 2021, theorem 1).
     """
     dims, rows = x0[0].numel(), len(x0)
-    if bins is not None:
-        noise = torch.rand(x0.shape, generator=generator, dtype=x0.dtype).to(x0) - 0.5
-        x0 = x0 + 2 / (bins - 1) * noise
+    x0, before, decoder = _dequantised(x0, dequantisation, clean, marginal, bins, generator)
     vectors = _probes(x0, probes, generator)
 
     def slope(y: Tensor, logsnr: float) -> Tensor:
@@ -264,12 +278,35 @@ def flow_likelihood(
         y = step.y
     end, divergence = y[:, :dims], y[:, dims:]
     prior = -0.5 * (end**2 + math.log(2 * math.pi)).sum(1)
-    nats = -(prior[:, None] + divergence + dims * math.log(alpha))  # (B, probes)
-    if bins is not None:
-        nats = nats + dims * math.log((bins - 1) / 2)
+    nats = before[:, None] - (prior[:, None] + divergence + dims * math.log(alpha))  # (B, probes)
     spread = nats.std(1) / math.sqrt(nats.shape[1]) if nats.shape[1] > 1 else nats.new_full((rows,), math.nan)
     probe_error = float((spread**2).sum().sqrt()) / rows / (dims * math.log(2)) if probes else 0.0
-    return FlowLikelihood(bits(nats.mean(1).cpu(), dims), probe_error)
+    between = nats.mean(1).cpu()
+    whole = bits(between + decoder.cpu(), dims)
+    return FlowLikelihood(whole, probe_error, bits(between, dims) if dequantisation == "noised" else None)
+
+
+def _dequantised(
+    x0: Tensor,
+    dequantisation: Dequantisation,
+    clean: float,
+    marginal: Marginal,
+    bins: int | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The u = x/alpha the ODE starts from, log q(u | x0) and −log p(x0 | u), nats (B,): −log P <= both − log p(u)."""
+    if dequantisation not in ("uniform", "noised"):
+        raise InputError(f"unknown dequantisation {dequantisation!r}; it can be uniform or noised")
+    dims, nothing = x0[0].numel(), x0.new_zeros(len(x0))
+    if dequantisation == "uniform":
+        if bins is None:
+            return x0, nothing, nothing
+        noise = torch.rand(x0.shape, generator=generator, dtype=x0.dtype).to(x0) - 0.5
+        return x0 + 2 / (bins - 1) * noise, nothing + dims * math.log((bins - 1) / 2), nothing
+    alpha, sigma = (float(value) for value in marginal(clean))
+    eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
+    known = -0.5 * (eps**2 + math.log(2 * math.pi)).flatten(1).sum(1) - dims * math.log(sigma / alpha)
+    return x0 + sigma / alpha * eps, known, bayes_decoder_nats(x0, clean, marginal, bins, generator)
 
 
 def _probes(x0: Tensor, probes: int | None, generator: torch.Generator | None) -> list[Tensor]:

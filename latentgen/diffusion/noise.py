@@ -5,6 +5,7 @@ step i. Picture k of a batch draws from its own seed alone, so it is the picture
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,8 +31,7 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2
-    raw = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(pairs)
-    words = np.asarray(raw, dtype="<u8").view("<u4").astype(np.float32)
+    words = _raw(seed, stream, pairs).view("<u4").astype(np.float32)
     radius = np.sqrt(np.float32(-2) * np.log((words[:pairs] + np.float32(0.5)) * np.float32(2.0**-32)))
     angle = words[pairs:] * np.float32(2 * math.pi * 2.0**-32)
     drawn = np.empty(2 * pairs, dtype=np.float32)
@@ -47,9 +47,33 @@ def quick_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
     4.3 standard deviations. For the noise of steps and paths, of which there is much.
     """
     count = math.prod(shape)
-    raw = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(-(-count // 4))
-    words = np.asarray(raw, dtype="<u8").view("<u2")[:count]
+    words = _raw(seed, stream, -(-count // 4)).view("<u2")[:count]
     return quantiles().take(words, mode="wrap").reshape(shape)
+
+
+class _Counter(threading.local):
+    """A thread's own Philox, keyed anew for every draw: a third of what a new one costs, which asks for entropy."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+
+
+_COUNTER, _WORD, _ZEROS = _Counter(), np.dtype("<u8"), (0, 0, 0, 0)
+
+
+def _raw(seed: int, stream: int, count: int) -> np.ndarray:
+    """The first `count` words of Philox keyed by (seed, stream): uint64, little-endian."""
+    philox = _COUNTER.philox
+    state: Any = {  # numbers, not arrays: they are read one by one
+        "bit_generator": "Philox",
+        "state": {"counter": _ZEROS, "key": (seed, stream)},
+        "buffer": _ZEROS,
+        "buffer_pos": 4,  # used up
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    philox.state = state
+    return np.asarray(philox.random_raw(count), dtype=_WORD)
 
 
 @lru_cache(maxsize=1)
@@ -99,67 +123,105 @@ class Noise:
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
         return like(rows(quick_normal, self.seeds, FIRST_STEP + index, tuple(like_.shape[1:])), like_)
 
-    def brownian(self) -> "Noise":
-        """The Brownian path of the same seeds, for samplers that follow one path however many steps they take."""
-        return Brownian(self.seeds)
+    def brownian(self, levels: Sequence[float] = ()) -> "Noise":
+        """The Brownian path of the same seeds, for samplers that follow one path however many steps they take.
+
+        levels: the rising logSNR levels the walk will ask for; the path then costs about two draws a step.
+        """
+        return Brownian(self.seeds, levels)
 
 
 class Brownian(Noise):
     """Noise as the normalised increments of one Brownian path a picture, its clock being logSNR.
 
     The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
-    same picture. The path is a Brownian tree: independent unit cells, each bisected by bridges as deep as the point
-    asked for, every node drawn from its own counter. Levels are rounded to 2**−DEPTH, where the tree ends.
+    same picture. The path is a Brownian tree from W(0) = 0 out to ±END: the middle of a cell is the bridge between its
+    ends and the cell's own normal number, drawn from its own counter, and halves of cells are cells. A cell that holds
+    one level of the walk is not halved: its number makes the bridge at that level, which is exact, and near what more
+    levels would find there. A level of no walk is put at the nearest multiple of 2**−UNTOLD.
     """
 
-    DEPTH = 8
+    END, DEPTH, UNTOLD = 64, 40, 8  # cells are at least 2**−DEPTH wide
+    _walk: dict[float, tuple[int, int]]
+    _at: Callable[[int, tuple[int, ...]], Any]
+    _level: Callable[[float, tuple[int, ...]], Any]
+
+    def __init__(self, seeds: Sequence[int], levels: Sequence[float] = ()) -> None:
+        super().__init__(seeds)
+        object.__setattr__(self, "_walk", cells(levels, self.END << self.DEPTH, 1 << self.DEPTH))
+        # the caches save the next steps from drawing what they share; they go when the walk does
+        object.__setattr__(self, "_at", lru_cache(maxsize=20)(self._drawn_at))
+        object.__setattr__(self, "_level", lru_cache(maxsize=3)(self._drawn_level))
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
         """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""
-        if span is None or not span[0] < span[1]:
+        if span is None or not -self.END <= span[0] < span[1] <= self.END:
             raise InputError("a Brownian path needs the span of logSNR that the step walks")
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
-        unit, shape = 1 << self.DEPTH, tuple(like_.shape[1:])
-        now = round(span[0] * unit)
-        after = max(round(span[1] * unit), now + 1)
-        (first, start), (last, end) = divmod(now, unit), divmod(after, unit)
-        total = _within(self.seeds, last, end, shape) - _within(self.seeds, first, start, shape)
-        for cell in range(first, last):
-            total = total + _node(self.seeds, cell, 0, shape)
-        total *= np.float32(math.sqrt(unit / (after - now)))
+        shape = tuple(like_.shape[1:])
+        now, after = span
+        if not (now in self._walk and after in self._walk):
+            now, after = (round(level * 2**self.UNTOLD) / 2**self.UNTOLD for level in span)
+            after = max(after, now + 2.0**-self.UNTOLD)
+        total = self._level(after, shape) - self._level(now, shape)
+        total *= np.float32(1 / math.sqrt(after - now))
         return like(total, like_)
 
-    def brownian(self) -> "Noise":
-        """Itself."""
-        return self
+    def _drawn_level(self, level: float, shape: tuple[int, ...]) -> Any:
+        """W at a level (B, *shape) float32: the bridge over its cell."""
+        unit = 1 << self.DEPTH
+        low, high = self._walk.get(level) or (round(level * unit),) * 2
+        if low == high:
+            return self._at(low, shape)
+        width, start = (high - low) / unit, self._at(low, shape)
+        share = (level - low / unit) / width
+        bridge = self._at(high, shape) - start
+        bridge *= np.float32(share)
+        bridge += start
+        fresh = self._normal((low + high) // 2, shape)
+        fresh *= np.float32(math.sqrt(share * (1 - share) * width))
+        bridge += fresh
+        return bridge
 
-
-@lru_cache(maxsize=4)
-def _within(seeds: tuple[int, ...], cell: int, place: int, shape: tuple[int, ...]) -> Any:
-    """W(cell + place/2**DEPTH) − W(cell), for place in [0, 2**DEPTH); one step's end, kept, is the next one's start."""
-    if place == 0:
-        return np.float32(0)
-    low, width, node = 0, 1 << Brownian.DEPTH, 1
-    left: Any = np.float32(0)
-    right: Any = _node(seeds, cell, 0, shape)
-    while place != low:
-        width //= 2
-        spread = np.float32(math.sqrt(width / (2 << Brownian.DEPTH)))  # of the middle of a bridge over 2·width
-        middle = left + right
+    def _drawn_at(self, place: int, shape: tuple[int, ...]) -> Any:
+        """W at a place of the tree, in units of 2**−DEPTH: (B, *shape) float32, or the number 0."""
+        if place == 0:
+            return np.float32(0)
+        fresh = self._normal(place, shape)
+        if abs(place) == self.END << self.DEPTH:
+            fresh *= np.float32(math.sqrt(self.END))
+            return fresh
+        half = place & -place  # of the cell whose middle this is
+        fresh *= np.float32(math.sqrt(half / (2 << self.DEPTH)))
+        middle = self._at(place - half, shape) + self._at(place + half, shape)
         middle *= np.float32(0.5)
-        middle += spread * _node(seeds, cell, node, shape)
-        upper = place >= low + width
-        low, left, right = (low + width, middle, right) if upper else (low, left, middle)
-        node = 2 * node + upper
-    return left
+        middle += fresh
+        return middle
+
+    def _normal(self, middle: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The normal numbers of the cell with this middle."""
+        return rows(quick_normal, self.seeds, BROWNIAN + (self.END << self.DEPTH) + middle, shape)
 
 
-def _node(seeds: tuple[int, ...], cell: int, node: int, shape: tuple[int, ...]) -> np.ndarray:
-    return _tree_normal(seeds, BROWNIAN + ((cell + (1 << 20)) << 16) + node, shape)
+def cells(levels: Sequence[float], end: int, unit: int) -> dict[float, tuple[int, int]]:
+    """For each level, as a multiple of 1/unit, the largest cell of the tree over ±end that holds no other level.
 
-
-@lru_cache(maxsize=32)
-def _tree_normal(seeds: tuple[int, ...], stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """A node's noise; the cache only saves the neighbouring step from drawing the shared nodes again."""
-    return rows(quick_normal, seeds, stream, shape)
+    Cells are (low, high), halved from (−end, 0) and (0, end); a level on a middle that was needed is (middle, middle),
+    and so are levels that one smallest cell holds together.
+    """
+    found = dict.fromkeys(levels, (0, 0))
+    waiting = [
+        (-end, 0, [level for level in levels if level < 0]),
+        (0, end, [level for level in levels if level > 0]),
+    ]
+    while waiting:
+        low, high, held = waiting.pop()
+        if high - low == 1 or len(held) == 1:
+            found |= {level: (low, high if len(held) == 1 else low) for level in held}
+        elif held:
+            middle = (low + high) // 2
+            found |= {level: (middle, middle) for level in held if level * unit == middle}
+            waiting.append((low, middle, [level for level in held if level * unit < middle]))
+            waiting.append((middle, high, [level for level in held if level * unit > middle]))
+    return found

@@ -59,7 +59,9 @@ class Prediction:
             return out
         a, b = ROWS[self.name](alpha, sigma)
         det = alpha * b - sigma * a
-        return (b / det) * x - (sigma / det) * out
+        x0 = (b / det) * x
+        x0 -= (sigma / det) * out
+        return x0
 
     def split(self, out: Array, x: Array, alpha: Any, sigma: Any) -> tuple[Array, Array]:
         """(x0, eps) from the network's output and its input, both of x's shape; alpha and sigma broadcast with x."""

@@ -208,6 +208,12 @@ class PixelRun:
 
     # --- likelihoods
 
+    def judged(self) -> tuple[LabelledPictures, np.ndarray]:
+        """The held-out pictures, and which of them the likelihoods are taken of."""
+        held = self._pictures[1]
+        order = np.random.default_rng(self.recipe.seed).permutation(len(held))
+        return held, order[: self.recipe.likelihood.pictures]
+
     def likelihoods(self, model: PixelModel) -> dict[str, float]:
         """The bound with its terms and the ODE's value, bits a dimension given the class, with standard errors.
 
@@ -219,8 +225,7 @@ class PixelRun:
         if kept.is_file():
             figures: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
             return figures
-        _, held, _, _, _ = self._pictures
-        items = np.random.default_rng(self.recipe.seed).permutation(len(held))[: what.pictures]
+        held, items = self.judged()
         rows: dict[str, list[torch.Tensor]] = {}
         for number, start in enumerate(range(0, len(items), what.batch)):
             x0, labels = held.rows(items[start : start + what.batch], self.accelerator.device)

@@ -243,11 +243,24 @@ class PixelModel(nn.Module):
 
     @torch.no_grad()
     def flow_likelihood(
-        self, x0: Tensor, labels: Tensor, *, probes: int = 1, tolerance: float = 1e-4, generator: torch.Generator
+        self,
+        x0: Tensor,
+        labels: Tensor,
+        *,
+        probes: int = 1,
+        tolerance: float = 1e-4,
+        levels: int | None = None,
+        generator: torch.Generator,
     ) -> FlowLikelihood:
-        """The probability-flow ODE's likelihood of pictures of 256 levels, dequantised, given their classes."""
+        """The probability-flow ODE's likelihood of pictures of 256 levels, dequantised, given their classes.
+
+        levels: None dequantises uniformly; else the ODE starts from the noise that `bound`, of as many levels, starts
+        from, and the result's `between` may be held against that bound's prior + diffusion.
+        """
         denoiser, condition = self.denoiser(), Condition(labels=labels)
         clean, noisy = self.ends
+        if levels is not None and isinstance(self._fixed, Discrete):
+            clean = float(knots(self._fixed, min(levels, len(self._fixed)))[-2])
         return likelihood.flow_likelihood(
             lambda x, logsnr: denoiser(x, logsnr, condition),
             x0,
@@ -255,6 +268,7 @@ class PixelModel(nn.Module):
             clean=clean,
             noisy=noisy,
             probes=probes,
+            dequantisation="uniform" if levels is None else "noised",
             rtol=tolerance,
             atol=tolerance,
             generator=generator,

@@ -5,6 +5,7 @@ The DPM-Solver++ forms take the reverse SDE too (eta > 0): it is the same expone
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from latentgen.diffusion.array import Array
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling.ancestral import drawn, move
 from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
+from latentgen.diffusion.schedule.protocol import LOGSNR_MAX
 from latentgen.errors import InputError
 
 Solver = Literal["midpoint", "heun"]
@@ -96,7 +98,8 @@ def differences(past: list[tuple[float, Array]], h: float) -> list[Array]:
         return []
     (l0, m0), (l1, m1) = past[:2]
     r0 = (l0 - l1) / h
-    d10 = (m0 - m1) / r0
+    d10 = m0 - m1
+    d10 /= r0
     if len(past) == 2:
         return [d10]
     l2, m2 = past[2]
@@ -136,7 +139,7 @@ def dpmpp_2m_sde(
     **options: Any,
 ) -> Iterator[Step]:
     """SDE-DPM-Solver++ (2M) (Lu et al. 2022b, section 5): dpmpp_2m with eta 1 and noise from one Brownian path."""
-    return dpmpp_2m(denoise, x, knots, marginal, path(noise), eta=eta, **options)
+    return dpmpp_2m(denoise, x, knots, marginal, path(noise, knots), eta=eta, **options)
 
 
 def dpmpp_sde(
@@ -154,11 +157,11 @@ def dpmpp_sde(
     An ancestral step goes to the level a share r of the way in lambda; the x0 found there, extrapolated, drives the
     whole step. Two evaluations a step, one for the last; the noise follows one Brownian path.
     """
-    noise = path(noise)
+    noise = path(noise, knots, r)
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
         if not leg.to_clean:
-            middle = leg.logsnr + r * (leg.next_logsnr - leg.logsnr)
+            middle = between(leg.logsnr, leg.next_logsnr, r)
             alpha, sigma = marginal(middle)
             half = leg._replace(next_logsnr=middle, next_alpha=float(alpha), next_sigma=float(sigma))
             share = 1 / (2 * r)
@@ -174,6 +177,17 @@ def _ancestral(x: Array, x0: Array, leg: Leg, noise: Noise | None, eta: float) -
     return moved if leg.simple or std == 0 else moved + std * drawn(noise, leg, x)
 
 
-def path(noise: Noise | None) -> Noise | None:
-    """The Brownian path of the same seeds."""
-    return None if noise is None else noise.brownian()
+def between(logsnr: float, next_logsnr: float, r: float) -> float:
+    """The level a share r of the way in lambda."""
+    return logsnr + r * (next_logsnr - logsnr)
+
+
+def path(noise: Noise | None, knots: np.ndarray, r: float | None = None) -> Noise | None:
+    """The Brownian path of the same seeds, told where the walk will ask for it: at its knots but a clean end, and in
+    each step a share r of the way."""
+    if noise is None:
+        return None
+    levels = [float(level) for level in knots if level < LOGSNR_MAX]
+    if r is not None:
+        levels += [between(now, after, r) for now, after in pairwise(levels)]
+    return noise.brownian(sorted(set(levels)))

@@ -5,8 +5,9 @@ differs from theirs by 1e-4 in sigma at the clean end. Between the entries it is
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -131,17 +132,29 @@ class Discrete:
         """What is linear between the entries, float64 (N,), increasing with the index: −logSNR or sigma/alpha."""
         return np.exp(-0.5 * self.levels) if self.interpolation == "sigma" else -self.levels
 
+    @cached_property
+    def _levels_listed(self) -> list[float]:
+        return [float(level) for level in self.levels]  # Python's own numbers: a lookup in NumPy's costs far more
+
+    @cached_property
+    def _axis_listed(self) -> list[float]:
+        return [float(place) for place in self._axis]
+
     def marginal(self, logsnr: Level) -> tuple[Any, Any]:
         """The VP frame."""
         return variance_preserving(logsnr)
 
     def at(self, index: Level) -> Any:
         """logSNR at a table index in [0, N − 1], exact at whole numbers."""
+        if is_number(index) and float(index).is_integer() and 0 <= index < len(self.table):
+            return self._levels_listed[int(index)]
         if self.interpolation == "logsnr":
             return -_interpolate(index, self._axis)
+        if is_number(index) and not float(index).is_integer():
+            return -2 * math.log(_interpolate(index, self._axis))
         exact = -_interpolate(index, -self.levels)  # for whole indices: no round trip through exp and log
         if is_number(index):
-            return float(exact) if float(index).is_integer() else -2 * math.log(_interpolate(index, self._axis))
+            return float(exact)
         xp = namespace(index)
         return xp.where(index == xp.round(index), exact, -2 * xp.log(_interpolate(index, self._axis)))
 
@@ -152,19 +165,28 @@ class Discrete:
     def time(self, logsnr: Level) -> Any:
         """The table index of a logSNR, as a float in [0, N − 1]; beyond the table's ends, its ends."""
         value = exp(-0.5 * logsnr) if self.interpolation == "sigma" else -logsnr
+        if is_number(value):
+            index: Any = _located(float(value), self._axis_listed)
+            if self.rounding == "none":
+                return index
+            return float(round(index) if self.rounding == "nearest" else math.floor(index + 1e-4))
         index = _locate(value, self._axis)
         if self.rounding == "none":
             return index
         xp = namespace(index)
         # 1e-4 of an entry: an index that is whole but for the round trip through logSNR stays whole
-        rounded = xp.round(index) if self.rounding == "nearest" else xp.floor(index + 1e-4)
-        return float(rounded) if is_number(index) else rounded
+        return xp.round(index) if self.rounding == "nearest" else xp.floor(index + 1e-4)
+
+
+@lru_cache(maxsize=4)
+def _counting(entries: int) -> np.ndarray:
+    return np.arange(float(entries))
 
 
 def _interpolate(index: Level, table: np.ndarray) -> Any:
     """The table's value at a fractional index, linear between the entries."""
     if is_number(index):
-        return float(np.interp(index, np.arange(len(table)), table))
+        return float(np.interp(index, _counting(len(table)), table))
     xp = namespace(index)
     if xp is np or isinstance(index, np.ndarray):
         return np.interp(index, np.arange(len(table)), table).astype(np.result_type(index, np.float32), copy=False)
@@ -176,12 +198,15 @@ def _interpolate(index: Level, table: np.ndarray) -> Any:
     return below + (index - low) * (above - below)
 
 
-def _locate(value: Level, table: np.ndarray) -> Any:
+def _located(value: float, table: list[float]) -> float:
     """The fractional index at which an increasing table takes a value."""
-    if is_number(value):
-        high = min(max(int(np.searchsorted(table, value)), 1), len(table) - 1)
-        below, above = float(table[high - 1]), float(table[high])
-        return high - 1 + min(max((float(value) - below) / (above - below), 0.0), 1.0)
+    high = min(max(bisect_left(table, value), 1), len(table) - 1)
+    below, above = table[high - 1], table[high]
+    return high - 1 + min(max((value - below) / (above - below), 0.0), 1.0)
+
+
+def _locate(value: Any, table: np.ndarray) -> Any:
+    """The same of an array of values, of its kind and dtype."""
     xp = namespace(value)
     if isinstance(value, np.ndarray):
         return np.interp(value, table, np.arange(len(table))).astype(np.result_type(value, np.float32), copy=False)
