@@ -63,7 +63,7 @@ def render(
     for the present folder; in a folder each picture gets a free name of its prompt and seed. Everything that can be
     known to be wrong is said, as an InputError, before any weights are loaded.
     """
-    checkpoint = open_checkpoint(find(weights))
+    checkpoint = open_checkpoint(find(weights), verify=False)  # its hashes are compared where it is loaded
     width, height = order.size or (None, None)
     request = read_request(
         terms_of(checkpoint),
@@ -272,7 +272,7 @@ def _again(
     name, expected = str(recorded.get("name")), str(recorded.get("sha256"))
     folder = weights if weights is not None else recorded.get("path")
     try:
-        checkpoint = open_checkpoint(find(folder))
+        checkpoint = open_checkpoint(find(folder), verify=False)
     except InputError as error:
         if weights is None and folder is not None and not Path(folder).exists():
             raise InputError(

@@ -16,7 +16,9 @@ from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
+from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 
+OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
 
 
@@ -38,22 +40,60 @@ def cores(threads: int | None = None) -> int:
 
 
 def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> Any:
-    """A session of the graph of one network. Raises GraphUnfit where the checkpoint's weights do not fit it."""
+    """A session of the graph of one network: from its ready copy, else made ready and kept (ready.py).
+
+    A ready copy is opened without reading the checkpoint's weights, whose hashes the caller compares meanwhile; before
+    one is made they are compared here. Raises GraphUnfit where the checkpoint's weights do not fit the graph.
+    """
+    held = graph.read_bytes()
+    ready = Ready.of(checkpoint, part, held, str(onnxruntime.__version__))
+    if ready is not None:
+        kept = ready.open(lambda path: _session(str(path), threads, optimised=True))
+        if kept is not None:
+            return kept
+    checkpoint.verify()
+
+    def load(keep: Path | None) -> Any:
+        return _checked_session(checkpoint, part, graph, held, threads, keep)
+
+    return load(None) if ready is None else ready.make(load, widened_size(checkpoint, part))
+
+
+def _checked_session(
+    checkpoint: Checkpoint, part: str, graph: Path, held: bytes, threads: int, keep: Path | None
+) -> Any:
+    """A session of a graph (its bytes, and where they lie) and of the weights it points to. keep: where it is left."""
     weights = weights_folder(checkpoint, part)
     wrong = f"{graph} cannot be run with the weights in {weights}"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
     try:
-        session = onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+        session = _session(held, threads, weights=weights, keep=keep)
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
         raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
     if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(checkpoint, part):
         raise GraphUnfit(f"{wrong}: it was made for others; remove it")
     return session
+
+
+def _session(
+    graph: str | bytes, threads: int, *, weights: Path | None = None, optimised: bool = False, keep: Path | None = None
+) -> Any:
+    """A session as every network here has it. optimised: the graph is as ONNX Runtime left it at `keep`."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if weights is not None:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
+    if keep is not None:
+        options.optimized_model_filepath = str(keep)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(OUTSIDE)
+        )
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def onnx_network(session: Any) -> Network:
