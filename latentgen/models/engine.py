@@ -17,7 +17,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Network
 from latentgen.errors import InputError
 from latentgen.models.lora import Loras
-from latentgen.models.onnx.places import cache_folder, find_graphs, fused_folder, why_not
+from latentgen.models.onnx.places import TOLD, cache_folder, find_graphs, fused_folder, why_not
 
 ENGINES = ("auto", "onnx", "torch")
 
@@ -148,6 +148,7 @@ def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None
     with ThreadPoolExecutor(4) as pool:
         unet = pool.submit(session.open_session, checkpoint, "unet", graphs["unet"], count)
         whole = pool.submit(checkpoint.verify)
+        told = pool.submit(session.open_session, checkpoint, "unet", graphs[TOLD], count) if TOLD in graphs else None
         latent = pool.submit(session.OnnxLatent.load, checkpoint, graphs["vae"], count)
         if checkpoint.has_second:
             text: Future[Any] = pool.submit(TwoOnnxTexts.load, checkpoint, graphs, count)
@@ -156,7 +157,7 @@ def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None
         whole.result()  # what is wrong with the weights is said before what follows from it
     return Engine(
         text=text.result(),
-        network=session.onnx_network(unet.result()),
+        network=session.onnx_network(unet.result(), session.Told(told.result()) if told is not None else None),
         latent=latent.result(),
         machine=session.machine(count),
     )

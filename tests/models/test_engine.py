@@ -1,6 +1,5 @@
 """The ONNX Runtime engine: torch's pictures from the same weights, stored once, and no torch imported."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ from safetensors.torch import save
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import check_safetensors, open_folder, read_manifest, save_pipeline
-from latentgen.durable import sha256
 from latentgen.image import read_settings
 from latentgen.models import create
 from latentgen.models.engine import EngineNote, open_engine
@@ -301,86 +299,3 @@ cli.main()
     assert read_settings(target)["engine"] == "onnx"
     kept = sorted(path.relative_to(tmp_path / "cache").parts[:3] for path in (tmp_path / "cache").rglob("*.*"))
     assert set(kept) == {("latentgen", "onnx", "ready")}  # the folder has graphs; ONNX Runtime has no record of its use
-
-
-# --- graphs that are kept ready
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache/latentgen/onnx/ready"
-
-
-def pixels_of(folder: Path) -> np.ndarray:
-    output = Pipeline.from_pretrained(folder, engine="onnx")("a red apple", seed=1, num_inference_steps=3)
-    return np.asarray(output.images[0])
-
-
-def test_a_graph_made_ready_is_kept_and_gives_the_same_picture_bit_for_bit(folder: Path, own_cache: Path) -> None:
-    first = pixels_of(folder)
-    kept = {path: path.stat().st_mtime_ns for path in own_cache.rglob("*") if path.is_file()}
-    assert {path.name for path in kept} == {"graph.onnx", "weights.bin", "hashes.json"} and len(kept) == 9
-    np.testing.assert_array_equal(pixels_of(folder), first)
-    assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*") if path.is_file()} == kept
-
-
-@pytest.mark.parametrize("file", ["graph.onnx", "weights.bin", "hashes.json"])
-@pytest.mark.parametrize("torn", ["cut", "changed"])
-def test_a_torn_copy_is_not_used_but_made_anew(folder: Path, own_cache: Path, file: str, torn: str) -> None:
-    first = pixels_of(folder)
-    (path,) = own_cache.glob(f"*-unet/{file}")
-    whole = path.read_bytes()
-    place = len(whole) // 2
-    path.write_bytes(
-        whole[:place] if torn == "cut" else whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :]
-    )
-    np.testing.assert_array_equal(pixels_of(folder), first)
-    files = json.loads(path.with_name("hashes.json").read_text())
-    assert {name: sha256(path.with_name(name)) for name in ("graph.onnx", "weights.bin")} == files
-
-
-def test_torn_weights_are_refused_though_ready_copies_of_them_are_kept(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    pixels_of(copy)
-    file = copy / "unet/diffusion_pytorch_model.safetensors"
-    whole = bytearray(file.read_bytes())
-    whole[-5] ^= 64
-    file.write_bytes(whole)
-    for engine in ("auto", "onnx", "torch"):
-        with pytest.raises(InputError, match=r"is not the file the manifest names \(its SHA-256 differs\)"):
-            Pipeline.from_pretrained(copy, engine=engine)
-
-
-def test_nothing_is_kept_of_torn_weights(folder: Path, tmp_path: Path, own_cache: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    file = copy / "unet/diffusion_pytorch_model.safetensors"
-    whole = bytearray(file.read_bytes())
-    whole[-5] ^= 64
-    file.write_bytes(whole)
-    with pytest.raises(InputError, match="SHA-256 differs"):
-        Pipeline.from_pretrained(copy, engine="onnx")
-    assert not [path for path in own_cache.rglob("*") if path.is_file()]
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert pixels_of(folder).std() > 1
-
-
-def test_the_copies_used_longest_ago_make_room(folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels_of(folder)
-    old = {path.name: path for path in own_cache.iterdir()}
-    for path in old.values():
-        os.utime(path, (1, 1))
-    size = sum(path.stat().st_size for path in own_cache.rglob("*") if path.is_file())
-    monkeypatch.setattr("latentgen.models.onnx.ready.ROOM", size)
-    monkeypatch.setattr("latentgen.models.onnx.ready.machine_code", lambda: "another machine")
-    pixels_of(folder)
-    left = {path.name for path in own_cache.iterdir()}
-    assert len(left) == 3 and not left & set(old)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from latentgen.errors import InputError
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 
+UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
 OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
 
@@ -96,15 +97,50 @@ def _session(
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_network(session: Any) -> Network:
-    """A U-Net's session as a Network: x (B, C, h, w), time (B,), states (B, L, D) -> (B, C', h, w), in x's type."""
+@dataclass(eq=False)
+class Told:
+    """What a U-Net's steps need of the text, computed once for each text and not at each step: `TOLD` as a session.
+
+    recent: of so many conditions it is remembered, by what they hold.
+    """
+
+    session: Any
+    recent: int = 16
+    _known: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The step graph's further inputs, by name, from a U-Net's own."""
+        for texts, told in self._known:
+            if all(np.array_equal(texts[name], given[name]) for name in self.inputs):
+                return told
+        texts = {name: np.array(given[name]) for name in self.inputs}
+        told = dict(zip(self.outputs, self.session.run(self.outputs, texts), strict=True))
+        self._known = [(texts, told), *self._known[: self.recent - 1]]
+        return told
+
+
+def onnx_network(session: Any, told: Told | None = None) -> Network:
+    """A U-Net's session as a Network: x (B, C, h, w), time (B,), states (B, L, D) -> (B, C', h, w), in x's type.
+
+    told: of a U-Net in two graphs, the one of the text. Raises GraphUnfit where the two do not fit each other.
+    """
+    wanted = {value.name for value in session.get_inputs()}
+    if wanted - UNET_INPUTS - set(told.outputs if told is not None else ()):
+        raise GraphUnfit("the U-Net's two ONNX graphs, model.onnx and told.onnx, are not of each other; remove both")
 
     def network(x: Array, time: Array, condition: Condition) -> Array:
         assert condition.states is not None, "a U-Net with cross-attention needs text states"
-        given = {"sample": x, "timestep": time, "encoder_hidden_states": condition.states}
+        values = {"sample": x, "timestep": time, "encoder_hidden_states": condition.states}
         if condition.pooled is not None:  # Stable Diffusion XL
-            given |= {"text_embeds": condition.pooled, "time_ids": condition.sizes}
-        (out,) = session.run(None, {name: np.asarray(value, dtype=np.float32) for name, value in given.items()})
+            values |= {"text_embeds": condition.pooled, "time_ids": condition.sizes}
+        given = {name: np.asarray(value, dtype=np.float32) for name, value in values.items()}
+        if told is not None:
+            given |= told(given)
+        (out,) = session.run(None, {name: value for name, value in given.items() if name in wanted})
         return out.astype(x.dtype, copy=False)
 
     return network
