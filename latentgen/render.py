@@ -35,7 +35,7 @@ class Order:
     """What `latentgen render` was asked for; None is the weights' own default.
 
     size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
-    folder, weight) of each. words: files of new words' embeddings.
+    folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling: as the pipeline's.
     """
 
     prompts: Sequence[str]
@@ -52,6 +52,8 @@ class Order:
     loras: Sequence[tuple[str, float]] = ()
     engine: str = "auto"
     words: Sequence[str] = ()
+    feature_cache: int = 1
+    vae_tiling: bool | None = None
 
 
 def render(
@@ -79,6 +81,7 @@ def render(
         sampler=order.sampler,
         prompt_weights=order.prompt_weights,
         max_embeddings_multiples=order.max_embeddings_multiples,
+        feature_cache=order.feature_cache,
     )
     pictures_at_a_time(order.batch, 1, 1)  # that it is a number or "auto"
     targets = places(out, request)
@@ -104,6 +107,8 @@ def render(
             "width": request.width,
             "prompt_weights": request.prompt_weights,
             "max_embeddings_multiples": request.max_embeddings_multiples,
+            "feature_cache": request.feature_cache,
+            "vae_tiling": order.vae_tiling,
         }
         done, total = start * request.steps, len(request) * request.steps
         for target, picture in zip(targets[rows], pictures(pipe, settings, progress, done, total), strict=True):

@@ -116,10 +116,16 @@ def test_the_copies_used_longest_ago_make_room(folder: Path, own_cache: Path, mo
 
 def test_what_depends_on_the_text_alone_is_computed_once_for_all_steps(folder: Path) -> None:
     pipe = Pipeline.from_pretrained(folder, engine="onnx")
-    counted = []
-    told = next(cell.cell_contents for cell in pipe.network.__closure__ if isinstance(cell.cell_contents, Told))
+    counted: list[int] = []
+    cells = [cell.cell_contents for cell in getattr(pipe.network, "__closure__", ())]
+    told = next(each for each in cells if isinstance(each, Told))
     inner = told.session.run
-    told.session = SimpleNamespace(run=lambda *given: counted.append(1) or inner(*given))
+
+    def run(*given: Any) -> Any:
+        counted.append(1)
+        return inner(*given)
+
+    told.session = SimpleNamespace(run=run)
     pipe(["a red apple", "a blue bird"], seed=1, num_inference_steps=6, batch=1)
     assert len(counted) == 2
     pipe(["a red apple", "a blue bird"], seed=1, num_inference_steps=6, batch=1)
