@@ -101,7 +101,7 @@ class Pipeline(TakesLoras, TakesWords):
         their own, whose export is kept in the cache.
         Raises InputError with one line.
         """
-        checkpoint = open_checkpoint(find(path), tokenizer=tokenizer)
+        checkpoint = open_checkpoint(find(path), tokenizer=tokenizer, verify=False)  # the engine does
         terms = terms_of(checkpoint)
         opened = open_engine(checkpoint, engine, device=device, dtype=dtype, threads=threads, loras=loras)
         pipe = cls(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ STEMS = {
     "unet": "diffusion_pytorch_model",
 }
 SECOND = ("text_encoder_2", "tokenizer_2")  # what Stable Diffusion XL has besides
+_VERIFYING = threading.Lock()
 PARTS = (*CLASSES, "tokenizer", "tokenizer_2", "scheduler")  # the subfolders that decide a picture
 
 
@@ -65,6 +67,16 @@ class Checkpoint:
         """The folder in which a tokenizer's files lie; `part` is "tokenizer" or "tokenizer_2"."""
         return self.folder / part
 
+    def verify(self) -> None:
+        """Compare every hash of the manifest (about a second a gigabyte), the first time only; any thread may ask.
+
+        Raises InputError where a file is not the one that the manifest names. A single file has no manifest.
+        """
+        with _VERIFYING:
+            if not self.__dict__.get("_verified"):
+                _check_manifest(self.folder, hashes=True)
+                self.__dict__["_verified"] = True
+
     @cached_property
     def extras(self) -> dict[str, Any]:
         """What latentgen.json says (defaults, sample_size); empty for a folder that was not made here."""
@@ -94,7 +106,7 @@ def open_folder(folder: Path, *, verify: bool = True) -> Checkpoint:
     """Check that `folder` is a whole Stable Diffusion pipeline folder and say what stands where.
 
     Sizes are always checked, against the manifest and against each safetensors file's own header; `verify` also
-    compares every hash of the manifest (about a second a gigabyte). Raises InputError with one line.
+    compares every hash of the manifest, as `Checkpoint.verify` does later. Raises InputError with one line.
     """
     if folder.is_file():
         raise InputError(f"{folder} is a file; give the folder that holds model_index.json")
@@ -122,7 +134,9 @@ def open_folder(folder: Path, *, verify: bool = True) -> Checkpoint:
         _require_config(folder, part)
     for path in (path for paths in weights.values() for path in paths):
         check_safetensors(path)
-    _check_manifest(folder, hashes=verify)
+    _check_manifest(folder, hashes=False)
+    if verify:
+        checkpoint.verify()
     return checkpoint
 
 

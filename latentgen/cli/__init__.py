@@ -30,6 +30,7 @@ OPTIONS = {  # what a person typed, for what Python calls it
     "num_images_per_prompt": "--n",
     "max_embeddings_multiples": "--max-chunks",
     "seed": "--seed",
+    "feature_cache": "--feature-cache",
 }
 
 for verbs in (rendering, training, finetuning, evaluating, converting, data):

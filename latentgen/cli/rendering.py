@@ -97,6 +97,18 @@ def render(
     engine: Annotated[
         str, typer.Option(help="onnx (a CPU), torch, or auto: onnx where it can run this, else torch.")
     ] = "auto",
+    feature_cache: Annotated[
+        int,
+        typer.Option(help="Compute the U-Net's deep levels at every N-th step only (torch); 1 is off.", metavar="N"),
+    ] = 1,
+    vae_tiling: Annotated[
+        bool | None,
+        typer.Option(
+            "--vae-tiling/--no-vae-tiling",
+            help="Decode in tiles with blended seams, in less memory.",
+            show_default="above 1536·1024 pixels",
+        ),
+    ] = None,
 ) -> None:
     """Render each PROMPT into a PNG file that holds everything it takes to make it again.
 
@@ -107,7 +119,8 @@ def render(
     if weights is not None and is_pixel_folder(Path(weights)):
         from latentgen.pixels.render import render_files
 
-        refuse_for_pixels(negative=negative, size=size, lora=lora, max_chunks=max_chunks)
+        refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling}
+        refuse_for_pixels(negative=negative, size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         for path in render_files(Path(weights), prompts, out, n=n, seed=seed, **told):
             typer.echo(path)
@@ -131,6 +144,8 @@ def render(
         loras,
         engine,
         word or (),
+        feature_cache,
+        vae_tiling,
     )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, progress))

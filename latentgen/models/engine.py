@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Network
 from latentgen.errors import InputError
 from latentgen.models.lora import Loras
-from latentgen.models.onnx.places import cache_folder, find_graphs, fused_folder, why_not
+from latentgen.models.onnx.places import TOLD, cache_folder, find_graphs, fused_folder, why_not
 
 ENGINES = ("auto", "onnx", "torch")
 
@@ -54,8 +55,9 @@ def open_engine(
 
     "auto" is ONNX Runtime on a CPU in float32, else torch; where graphs are neither in the folder nor in the cache they
     are exported once, which takes torch. loras: what `Loras.load` takes of each. With LoRAs "auto" is torch, unless
-    graphs with the same ones fused are in the cache, where "onnx" puts them. Raises InputError where "onnx" is asked
-    for and cannot be.
+    graphs with the same ones fused are in the cache, where "onnx" puts them. A checkpoint that is not verified yet is
+    before anything is made of its weights. Raises InputError where "onnx" is asked for and cannot be, and for torn
+    weights.
     """
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is not known; it can be one of: {', '.join(ENGINES)}")
@@ -71,6 +73,7 @@ def open_engine(
     except InputError as error:
         if engine == "onnx":
             raise
+        checkpoint.verify()  # torn weights are nobody's to run
         warnings.warn(f"{error}; torch runs it instead", EngineNote, stacklevel=3)
         return open_torch(checkpoint, device, dtype, threads, loras)
 
@@ -90,6 +93,7 @@ def open_torch(
     from latentgen.models.network import load_unet, perturbed_network, unet_network
     from latentgen.models.text import load_text
 
+    checkpoint.verify()
     loading.use_threads(threads)
     place = loading.choose_device(device)
     kind = loading.choose_dtype(dtype, place)
@@ -136,20 +140,25 @@ def open_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]], threa
 
 
 def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None) -> Engine:
-    """A checkpoint's graphs as an engine."""
+    """A checkpoint's graphs as an engine: opened side by side, while the weights' hashes are compared."""
     from latentgen.models.onnx import session
     from latentgen.models.onnx.text import OnnxText, TwoOnnxTexts
 
     count = session.cores(threads)
-    unet = session.open_session(checkpoint, "unet", graphs["unet"], count)
-    if checkpoint.has_second:
-        text: OnnxText | TwoOnnxTexts = TwoOnnxTexts.load(checkpoint, graphs, count)
-    else:
-        text = OnnxText.load(checkpoint, graphs["text_encoder"], count)
+    with ThreadPoolExecutor(4) as pool:
+        unet = pool.submit(session.open_session, checkpoint, "unet", graphs["unet"], count)
+        whole = pool.submit(checkpoint.verify)
+        told = pool.submit(session.open_session, checkpoint, "unet", graphs[TOLD], count) if TOLD in graphs else None
+        latent = pool.submit(session.OnnxLatent.load, checkpoint, graphs["vae"], count)
+        if checkpoint.has_second:
+            text: Future[Any] = pool.submit(TwoOnnxTexts.load, checkpoint, graphs, count)
+        else:
+            text = pool.submit(OnnxText.load, checkpoint, graphs["text_encoder"], count)
+        whole.result()  # what is wrong with the weights is said before what follows from it
     return Engine(
-        text=text,
-        network=session.onnx_network(unet),
-        latent=session.OnnxLatent.load(checkpoint, graphs["vae"], count),
+        text=text.result(),
+        network=session.onnx_network(unet.result(), session.Told(told.result()) if told is not None else None),
+        latent=latent.result(),
         machine=session.machine(count),
     )
 
@@ -158,6 +167,7 @@ def _exported(
     checkpoint: Checkpoint, why: str, place: Path | None = None, loras: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Path]:
     """The graphs, exported into the user's cache; an InputError where that cannot be."""
+    checkpoint.verify()
     place = cache_folder(checkpoint) if place is None else place
     said = f"{checkpoint.folder} {why}: they are exported once into {place}"
     warnings.warn(said, EngineNote, stacklevel=2)

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from latentgen import InputError, Pipeline
+from latentgen.cli import main
 from latentgen.diffusion.denoiser import Condition
+from latentgen.image import read_settings
 from latentgen.models.feature_cache import FeatureCache
 from latentgen.models.network import unet_network
+from latentgen.render import replay
 
 CALL: dict[str, Any] = {"num_inference_steps": 6, "seed": 3, "guidance_scale": 3.0, "output_type": "np"}
 
@@ -87,3 +91,31 @@ def test_what_cannot_cache_says_so(folder: Path) -> None:
         Pipeline.from_pretrained(folder, engine="onnx")("a", feature_cache=2)
     with pytest.raises(InputError, match="feature_cache is 0; it must be 1 or more"):
         Pipeline.from_pretrained(folder, engine="onnx")("a", feature_cache=0)
+
+
+def test_the_command_line_has_the_feature_cache_and_tiling_and_a_replay_repeats_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["latentgen", "render", "a red apple", "--seed", "1", "--steps", "4", "--weights", str(folder)]
+    for name, options in (("plain", []), ("cached", ["--feature-cache", "2", "--vae-tiling"])):
+        target = tmp_path / f"{name}.png"
+        monkeypatch.setattr("sys.argv", [*common, *options, "--engine", "torch", "--out", str(target)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 0
+    settings = read_settings(target)
+    assert (settings["feature_cache"], settings["vae_tiling"]) == (2, True)
+    pixels = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "cached")]
+    assert np.abs(pixels[0].astype(int) - pixels[1]).max() > 0
+    _, remarks = replay(target)
+    assert remarks == ["the same file, byte for byte"]
+
+
+def test_a_feature_cache_below_one_is_refused_under_its_options_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["latentgen", "render", "a", "--feature-cache", "0", "--weights", str(folder)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("latentgen: --feature-cache is 0")

@@ -23,7 +23,18 @@ from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
 from latentgen.models.lora.layers import module_loras
-from latentgen.models.onnx.places import GRAPHS, LAYOUT, SECOND, cache_folder, fused_folder, graph_paths, layout
+from latentgen.models.onnx.lighten import CONTRIB, attend_in_one_node, say_reshapes, split_text
+from latentgen.models.onnx.places import (
+    GRAPHS,
+    LAYOUT,
+    SECOND,
+    TOLD,
+    cache_folder,
+    fused_folder,
+    graph_paths,
+    layout,
+    weights_folder,
+)
 
 OPSET = 18
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -101,16 +112,13 @@ class Pixels(nn.Module):
 def write_graphs(folder: Path) -> None:
     """Write the graph of each network of a weights folder beside its weights."""
     checkpoint = open_folder(folder, verify=False)
-    for part, path in graph_paths(folder, checkpoint.has_second).items():
-        write_file(path, graph(checkpoint, part).SerializeToString())
+    _write(checkpoint, graph_paths(folder, checkpoint.has_second))
 
 
 def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
     """The graphs of a checkpoint that has none, exported into the user's cache; each is written aside and renamed."""
     paths = graph_paths(cache_folder(checkpoint), checkpoint.has_second)
-    for part, path in paths.items():
-        if not path.is_file():
-            write_file(path, graph(checkpoint, part).SerializeToString())
+    _write(checkpoint, paths, again=False)
     return paths
 
 
@@ -126,17 +134,54 @@ def export_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> 
         adapters.load(**one)
     adapters.fuse()
     paths = graph_paths(fused_folder(checkpoint, loras), checkpoint.has_second)
-    for part, path in paths.items():
-        if not path.is_file():
-            write_file(path, graph(checkpoint, part, modules.get(part)).SerializeToString())
+    _write(checkpoint, paths, modules, again=False)
     return paths
 
 
-def graph(checkpoint: Checkpoint, part: str, network: Any = None) -> onnx.ModelProto:
-    """The graph of one network, a key of `GRAPHS` or `SECOND`; batch, tokens and size are free.
+def _write(
+    checkpoint: Checkpoint, paths: Mapping[str, Path], modules: Mapping[str, Any] | None = None, *, again: bool = True
+) -> None:
+    """Write every graph to its place. modules: as `graphs` takes them. again: also where there is one."""
+    for part in (part for part in paths if part != TOLD):
+        own = (part, TOLD) if part == "unet" else (part,)
+        if again or not all(paths[name].is_file() for name in own):
+            for name, made in graphs(checkpoint, part, (modules or {}).get(part)).items():
+                write_file(paths[name], made.SerializeToString())
 
-    network: the module itself, where it computes with other weights than those stored.
+
+def graphs(checkpoint: Checkpoint, part: str, network: Any = None) -> dict[str, onnx.ModelProto]:
+    """The graph of one network, a key of `GRAPHS` or `SECOND`; of the U-Net also `TOLD`, which its own then needs.
+
+    Batch, tokens and size are free. network: the module itself, where it computes with other weights than those stored.
     """
+    made, inputs = _exported(checkpoint, part, network)
+    if part != "unet":
+        return {part: made}
+    say_reshapes(made, weights_folder(checkpoint, part), _probes(inputs))
+    told, step = split_text(made)
+    return {TOLD: told, part: step}
+
+
+def _probes(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, np.ndarray]]:
+    """Inputs of a U-Net of three batches, sizes and lengths, no two of them alike; `inputs` is another."""
+    side = inputs["sample"].shape[2]
+    sizes = ((1, 2 * side + 1, side + 2, 5), (3, side, 3 * side + 1, 11), (4, side + 5, 2 * side, 13))
+    shapes = {"sample": (2, 3), "encoder_hidden_states": (1,)}
+    probes = []
+    for batch, height, width, tokens in sizes:
+        free = {"sample": (height, width), "encoder_hidden_states": (tokens,)}
+        probe = {}
+        for name, value in inputs.items():
+            shape = [batch, *value.shape[1:]]
+            for axis, length in zip(shapes.get(name, ()), free.get(name, ()), strict=True):
+                shape[axis] = length
+            probe[name] = np.full(shape, 0.5, np.float32)
+        probes.append(probe)
+    return probes
+
+
+def _exported(checkpoint: Checkpoint, part: str, network: Any) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
+    """The graph of one network as it is traced, and what it was traced with."""
     assert part in GRAPHS | SECOND
     module, inputs, axes = _traced(part, network or _module(checkpoint, part), raw=checkpoint.has_second)
     outputs = ["out", "pooled"] if part in SECOND else ["out"]
@@ -149,6 +194,7 @@ def graph(checkpoint: Checkpoint, part: str, network: Any = None) -> onnx.ModelP
             export_params=False,  # weights become inputs by name: the graph is small however large the network
             do_constant_folding=False,  # so that each weight stays as it is stored; ONNX Runtime folds at load
             opset_version=OPSET,
+            custom_opsets={CONTRIB: 1},
             input_names=list(inputs),
             output_names=outputs,
             dynamic_axes=axes,
@@ -156,7 +202,7 @@ def graph(checkpoint: Checkpoint, part: str, network: Any = None) -> onnx.ModelP
         made = onnx.load_from_string(buffer.getvalue())
     _point(made.graph, set(inputs), module.state_dict(), _stored(checkpoint.weights[part]))
     made.metadata_props.add(key=LAYOUT, value=layout(checkpoint, part))
-    return made
+    return made, inputs
 
 
 def _module(checkpoint: Checkpoint, part: str) -> Any:
@@ -187,6 +233,7 @@ def _traced(
     network.set_attn_processor(AttnProcessor())
     if part == "vae":
         return Pixels(network), {"latents": torch.randn(2, network.config.latent_channels, 5, 7)}, {"latents": square}
+    attend_in_one_node(network)
     depth = 2 ** len(network.config.block_out_channels)
     inputs = {
         "sample": torch.randn(2, network.config.in_channels, depth + 1, depth + 3),

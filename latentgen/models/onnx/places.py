@@ -13,13 +13,15 @@ from latentgen.models.lora import read_lora
 
 GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.onnx"}  # each beside its weights
 SECOND = {"text_encoder_2": "model.onnx"}  # what Stable Diffusion XL has besides
+TOLD = "told"  # the U-Net's second graph: what of the text each step needs; older folders have a whole U-Net instead
 LAYOUT = "latentgen.layout"  # the key in a graph's metadata under which it says its layout
-FORM = 1  # of the graphs; one more whenever what is exported changes, so that old ones in caches are left alone
+FORM = 2  # of the graphs; one more whenever what is exported changes, so that old ones in caches are left alone
 
 
 def graph_paths(folder: Path, second: bool = False) -> dict[str, Path]:
     """Each network's graph inside a folder, whether it is there or not. second: whether there are two text encoders."""
-    return {part: folder / part / name for part, name in (GRAPHS | (SECOND if second else {})).items()}
+    graphs = {part: folder / part / name for part, name in (GRAPHS | (SECOND if second else {})).items()}
+    return graphs | {TOLD: folder / "unet" / f"{TOLD}.onnx"}
 
 
 def weights_folder(checkpoint: Checkpoint, part: str) -> Path:
@@ -41,9 +43,9 @@ def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> 
 
 
 def find_graphs(folder: Path, second: bool = False) -> dict[str, Path] | None:
-    """The graphs inside a weights folder or a cache's; None where not all are there."""
-    paths = graph_paths(folder, second)
-    return paths if all(path.is_file() for path in paths.values()) else None
+    """The graphs inside a weights folder or a cache's, `TOLD` only where it is; None where another is not there."""
+    there = {part: path for part, path in graph_paths(folder, second).items() if path.is_file()}
+    return there if len({*there} - {TOLD}) == len(GRAPHS) + second else None
 
 
 def layout(checkpoint: Checkpoint, part: str) -> str:

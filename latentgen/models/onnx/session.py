@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
+from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 
+UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
+OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
 
 
@@ -38,16 +41,33 @@ def cores(threads: int | None = None) -> int:
 
 
 def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> Any:
-    """A session of the graph of one network. Raises GraphUnfit where the checkpoint's weights do not fit it."""
+    """A session of the graph of one network: from its ready copy, else made ready and kept (ready.py).
+
+    A ready copy is opened without reading the checkpoint's weights, whose hashes the caller compares meanwhile; before
+    one is made they are compared here. Raises GraphUnfit where the checkpoint's weights do not fit the graph.
+    """
+    held = graph.read_bytes()
+    ready = Ready.of(checkpoint, part, held, str(onnxruntime.__version__))
+    if ready is not None:
+        kept = ready.open(lambda path: _session(str(path), threads, optimised=True))
+        if kept is not None:
+            return kept
+    checkpoint.verify()
+
+    def load(keep: Path | None) -> Any:
+        return _checked_session(checkpoint, part, graph, held, threads, keep)
+
+    return load(None) if ready is None else ready.make(load, widened_size(checkpoint, part))
+
+
+def _checked_session(
+    checkpoint: Checkpoint, part: str, graph: Path, held: bytes, threads: int, keep: Path | None
+) -> Any:
+    """A session of a graph (its bytes, and where they lie) and of the weights it points to. keep: where it is left."""
     weights = weights_folder(checkpoint, part)
     wrong = f"{graph} cannot be run with the weights in {weights}"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
     try:
-        session = onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+        session = _session(held, threads, weights=weights, keep=keep)
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
         raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
@@ -56,15 +76,71 @@ def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -
     return session
 
 
-def onnx_network(session: Any) -> Network:
-    """A U-Net's session as a Network: x (B, C, h, w), time (B,), states (B, L, D) -> (B, C', h, w), in x's type."""
+def _session(
+    graph: str | bytes, threads: int, *, weights: Path | None = None, optimised: bool = False, keep: Path | None = None
+) -> Any:
+    """A session as every network here has it. optimised: the graph is as ONNX Runtime left it at `keep`."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if weights is not None:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
+    if keep is not None:
+        options.optimized_model_filepath = str(keep)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(OUTSIDE)
+        )
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(eq=False)
+class Told:
+    """What a U-Net's steps need of the text, computed once for each text and not at each step: `TOLD` as a session.
+
+    recent: of so many conditions it is remembered, by what they hold.
+    """
+
+    session: Any
+    recent: int = 16
+    _known: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The step graph's further inputs, by name, from a U-Net's own."""
+        for texts, told in self._known:
+            if all(np.array_equal(texts[name], given[name]) for name in self.inputs):
+                return told
+        texts = {name: np.array(given[name]) for name in self.inputs}
+        told = dict(zip(self.outputs, self.session.run(self.outputs, texts), strict=True))
+        self._known = [(texts, told), *self._known[: self.recent - 1]]
+        return told
+
+
+def onnx_network(session: Any, told: Told | None = None) -> Network:
+    """A U-Net's session as a Network: x (B, C, h, w), time (B,), states (B, L, D) -> (B, C', h, w), in x's type.
+
+    told: of a U-Net in two graphs, the one of the text. Raises GraphUnfit where the two do not fit each other.
+    """
+    wanted = {value.name for value in session.get_inputs()}
+    if wanted - UNET_INPUTS - set(told.outputs if told is not None else ()):
+        raise GraphUnfit("the U-Net's two ONNX graphs, model.onnx and told.onnx, are not of each other; remove both")
 
     def network(x: Array, time: Array, condition: Condition) -> Array:
         assert condition.states is not None, "a U-Net with cross-attention needs text states"
-        given = {"sample": x, "timestep": time, "encoder_hidden_states": condition.states}
+        values = {"sample": x, "timestep": time, "encoder_hidden_states": condition.states}
         if condition.pooled is not None:  # Stable Diffusion XL
-            given |= {"text_embeds": condition.pooled, "time_ids": condition.sizes}
-        (out,) = session.run(None, {name: np.asarray(value, dtype=np.float32) for name, value in given.items()})
+            values |= {"text_embeds": condition.pooled, "time_ids": condition.sizes}
+        given = {name: np.asarray(value, dtype=np.float32) for name, value in values.items()}
+        if told is not None:
+            given |= told(given)
+        (out,) = session.run(None, {name: value for name, value in given.items() if name in wanted})
         return out.astype(x.dtype, copy=False)
 
     return network

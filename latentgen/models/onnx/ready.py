@@ -1,0 +1,110 @@
+"""Graphs as ONNX Runtime computes them on this machine, kept in the user's cache.
+
+Making a graph ready (constants folded, float16 widened, convolutions' weights put into the blocks that this CPU's
+kernels read) takes most of the time from a shell to a picture, and its result is the same every time. So it is kept,
+named by all that it depends on, and the next process maps it into memory. A copy is checked by its hashes whenever it
+is opened, and made anew where it is torn. Copies used longest ago go where all take more than `ROOM`.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from latentgen.checkpoint import Checkpoint
+from latentgen.durable import sha256
+from latentgen.models.onnx.places import cache_folder, layout
+
+ROOM = 6 << 30  # bytes that all copies may take
+SHARE = 0.25  # of the free disk that one may take
+GRAPH, WEIGHTS, HASHES = "graph.onnx", "weights.bin", "hashes.json"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The place of one network's copy, whether it is there or not."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, part: str, graph: bytes, version: str) -> "Ready | None":
+        """The place for a graph of a checkpoint under a version of ONNX Runtime; None where none can be named."""
+        try:
+            names = [checkpoint.fingerprint, layout(checkpoint, part), version, machine_code()]
+            place = cache_folder(checkpoint).parent / "ready"
+        except (OSError, RuntimeError):  # a file that has gone, or no home folder
+            return None
+        digest = hashlib.sha256(json.dumps(names).encode() + graph).hexdigest()
+        return cls(place / f"{digest[:32]}-{part}")
+
+    def open(self, load: Callable[[Path], Any]) -> Any:
+        """What `load` makes of the copy's graph; None where there is no whole copy (a torn one is removed)."""
+        if not (self.folder / HASHES).is_file():
+            return None
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(self._is_whole)  # hashed while it is loaded
+            try:
+                loaded = load(self.folder / GRAPH)
+            except Exception:  # ONNX Runtime's own, of a file that is none; the hashes say the same
+                loaded = None
+            if loaded is not None and whole.result():
+                os.utime(self.folder)
+                return loaded
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return None
+
+    def make(self, load: Callable[[Path | None], Any], size: int) -> Any:
+        """What `load` makes, told where to leave the copy, or None where it cannot be kept. size: about, in bytes."""
+        aside = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.writing")
+        try:
+            aside.mkdir(parents=True)
+            if size > min(ROOM, SHARE * shutil.disk_usage(aside).free):
+                return load(None)
+            loaded = load(aside / GRAPH)
+            files = {path.name: sha256(path) for path in aside.iterdir()}
+            (aside / HASHES).write_text(json.dumps(files), encoding="utf-8")
+            aside.rename(self.folder)
+            self._make_room()
+            return loaded
+        except OSError:  # no place to keep it: a picture can be rendered all the same
+            return load(None)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _is_whole(self) -> bool:
+        try:
+            files = json.loads((self.folder / HASHES).read_text(encoding="utf-8"))
+            return GRAPH in files and all(sha256(self.folder / name) == digest for name, digest in files.items())
+        except (OSError, ValueError, TypeError, AttributeError):
+            return False
+
+    def _make_room(self) -> None:
+        """Remove the copies used longest ago until the rest fits into `ROOM`."""
+        copies = [folder for folder in self.folder.parent.iterdir() if (folder / HASHES).is_file()]
+        left = ROOM
+        for folder in sorted(copies, key=lambda folder: folder.stat().st_mtime, reverse=True):
+            left -= sum(path.stat().st_size for path in folder.iterdir())
+            if left < 0 and folder != self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def widened_size(checkpoint: Checkpoint, part: str) -> int:
+    """About how many bytes a network's weights take in float32, at most."""
+    return 2 * sum(file.stat().st_size for file in checkpoint.weights[part])
+
+
+@cache
+def machine_code() -> str:
+    """What of the CPU decides how weights are laid out: its name and its instructions."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
+    found = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join((platform.machine(), platform.processor(), *sorted(found)))

@@ -1,0 +1,172 @@
+"""The ONNX engine's graphs: kept ready in the cache and never torn, and a U-Net in two, the text's computed once."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from latentgen import InputError, Pipeline
+from latentgen.checkpoint import open_folder
+from latentgen.durable import sha256
+from latentgen.models.engine import EngineNote
+from latentgen.models.onnx import export
+from latentgen.models.onnx.session import Told
+
+
+def both(engines: dict[str, Pipeline], prompt: Any, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (B, H, W, 3) of both engines."""
+    found = [engines[name](prompt, output_type="np", **arguments).images for name in ("onnx", "torch")]
+    assert [type(each) for each in found] == [np.ndarray] * 2 and found[0].dtype == np.float32
+    assert found[1].std() > 0.01
+    return found[0], found[1]
+
+
+# --- graphs that are kept ready
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/latentgen/onnx/ready"
+
+
+def pixels_of(folder: Path) -> np.ndarray:
+    output = Pipeline.from_pretrained(folder, engine="onnx")("a red apple", seed=1, num_inference_steps=3)
+    return np.asarray(output.images[0])
+
+
+def test_a_graph_made_ready_is_kept_and_gives_the_same_picture_bit_for_bit(folder: Path, own_cache: Path) -> None:
+    first = pixels_of(folder)
+    kept = {path: path.stat().st_mtime_ns for path in own_cache.rglob("*") if path.is_file()}
+    assert {path.name for path in kept} == {"graph.onnx", "weights.bin", "hashes.json"} and len(kept) == 12
+    np.testing.assert_array_equal(pixels_of(folder), first)
+    assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize("file", ["graph.onnx", "weights.bin", "hashes.json"])
+@pytest.mark.parametrize("torn", ["cut", "changed"])
+def test_a_torn_copy_is_not_used_but_made_anew(folder: Path, own_cache: Path, file: str, torn: str) -> None:
+    first = pixels_of(folder)
+    path = max(own_cache.glob(f"*-unet/{file}"), key=lambda path: path.with_name("weights.bin").stat().st_size)
+    whole = path.read_bytes()
+    place = len(whole) // 2
+    path.write_bytes(
+        whole[:place] if torn == "cut" else whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :]
+    )
+    np.testing.assert_array_equal(pixels_of(folder), first)
+    files = json.loads(path.with_name("hashes.json").read_text())
+    assert {name: sha256(path.with_name(name)) for name in ("graph.onnx", "weights.bin")} == files
+
+
+def test_torn_weights_are_refused_though_ready_copies_of_them_are_kept(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    pixels_of(copy)
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-5] ^= 64
+    file.write_bytes(whole)
+    for engine in ("auto", "onnx", "torch"):
+        with pytest.raises(InputError, match=r"is not the file the manifest names \(its SHA-256 differs\)"):
+            Pipeline.from_pretrained(copy, engine=engine)
+
+
+def test_nothing_is_kept_of_torn_weights(folder: Path, tmp_path: Path, own_cache: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-5] ^= 64
+    file.write_bytes(whole)
+    with pytest.raises(InputError, match="SHA-256 differs"):
+        Pipeline.from_pretrained(copy, engine="onnx")
+    assert not [path for path in own_cache.rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert pixels_of(folder).std() > 1
+
+
+def test_the_copies_used_longest_ago_make_room(folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels_of(folder)
+    old = {path.name: path for path in own_cache.iterdir()}
+    for path in old.values():
+        os.utime(path, (1, 1))
+    size = sum(path.stat().st_size for path in own_cache.rglob("*") if path.is_file())
+    monkeypatch.setattr("latentgen.models.onnx.ready.ROOM", size)
+    monkeypatch.setattr("latentgen.models.onnx.ready.machine_code", lambda: "another machine")
+    pixels_of(folder)
+    left = {path.name for path in own_cache.iterdir()}
+    assert len(left) == 4 and not left & set(old)
+
+
+# --- the U-Net's two graphs
+
+
+def test_what_depends_on_the_text_alone_is_computed_once_for_all_steps(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine="onnx")
+    counted: list[int] = []
+    cells = [cell.cell_contents for cell in getattr(pipe.network, "__closure__", ())]
+    told = next(each for each in cells if isinstance(each, Told))
+    inner = told.session.run
+
+    def run(*given: Any) -> Any:
+        counted.append(1)
+        return inner(*given)
+
+    told.session = SimpleNamespace(run=run)
+    pipe(["a red apple", "a blue bird"], seed=1, num_inference_steps=6, batch=1)
+    assert len(counted) == 2
+    pipe(["a red apple", "a blue bird"], seed=1, num_inference_steps=6, batch=1)
+    assert len(counted) == 2
+    step = onnx.load(folder / "unet/model.onnx", load_external_data=False).graph
+    text = onnx.load(folder / "unet/told.onnx", load_external_data=False).graph
+    named = [{tensor.name for tensor in graph.initializer} for graph in (step, text)]
+    assert not named[0] & named[1] and any("attn2" in name for name in named[0])
+    keys = [value.name for value in text.output if "to_k" in value.name or "to_v" in value.name]
+    assert len(keys) == 2 * sum(node.op_type == "MultiHeadAttention" for node in step.node) // 2
+    assert {value.name for value in step.input} == {"sample", "timestep"} | {value.name for value in text.output}
+
+
+def test_a_folder_whose_unet_is_one_graph_renders_as_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("manifest.json", "told.onnx"))
+    checkpoint = open_folder(copy)
+    whole, _ = export._exported(checkpoint, "unet", None)
+    (copy / "unet/model.onnx").write_bytes(whole.SerializeToString())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        older = Pipeline.from_pretrained(copy, engine="onnx")
+    one, other = both({"onnx": older, "torch": Pipeline.from_pretrained(folder, engine="torch")}, "a bird", seed=2)
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_a_step_graph_without_its_text_graph_is_not_run(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("manifest.json", "told.onnx"))
+    with pytest.warns(EngineNote, match="do not fit it: they are exported once into"):
+        again = Pipeline.from_pretrained(copy, engine="onnx")
+    one, other = both({"onnx": again, "torch": Pipeline.from_pretrained(folder, engine="torch")}, "a bird", seed=2)
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_reshapes_say_their_targets_where_constants_can(folder: Path) -> None:
+    graph = onnx.load(folder / "unet/model.onnx", load_external_data=False).graph
+    constants = {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    made = {output: node.op_type for node in graph.node for output in node.output}
+    counted = [made[node.input[1]] for node in graph.node if node.op_type == "Reshape"]
+    assert counted and set(counted) <= {"Constant", "Shape"} | {"Concat"}
+    assert sum(kind == "Constant" for kind in counted) > len(counted) / 2 and constants
