@@ -28,6 +28,7 @@ class Train(Section):
     """The loop of a stage. `batch` counts all processes; `rate` is the optimiser's, `decay` the part of the run in
     which it falls. `accumulate`: parts of a batch computed one after the other, to save memory. `averages`: relative
     widths of power-function averages to keep, from which any other is made after training (Karras et al. 2024).
+    `activation_checkpointing`: blocks are computed once more for their gradients instead of being kept, to save memory.
     """
 
     steps: Positive
@@ -42,6 +43,7 @@ class Train(Section):
     decay_shape: Literal["linear", "cosine"] = "linear"
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd", "muon"] = "adamw"
     accumulate: Positive = 1
+    activation_checkpointing: bool = False
     averages: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = ()
     kept_averages: Positive = 16
 

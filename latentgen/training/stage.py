@@ -22,13 +22,21 @@ from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.training import averages
 from latentgen.training.board import Board
-from latentgen.training.loop import LoopSettings, NotFinite, Objective, Progress, TrainState, fit
+from latentgen.training.loop import (
+    LoopSettings,
+    NotFinite,
+    Objective,
+    Progress,
+    TrainState,
+    checkpoint_activations,
+    fit,
+)
 from latentgen.training.sharding import any_of, is_sharded, whole
 from latentgen.training.snapshots import Snapshots
 
 Report = Callable[[str], None]  # one line for people
 # Of LoopSettings: what may change in the middle of a run, which then goes on from where it is.
-FREE = ("steps", "accumulate", "kept_averages")
+FREE = ("steps", "accumulate", "activation_checkpointing", "kept_averages")
 RETREATS = 3  # how often a run goes back to its last good checkpoint before it gives up
 SLOWER = 0.5  # what the rate is multiplied by each time
 
@@ -76,6 +84,8 @@ def run_stage(
     Raises InputError where a gate does not hold; the checkpoints stay.
     """
     snapshots = Snapshots(folder / "checkpoints")
+    if settings.activation_checkpointing and not checkpoint_activations(objective.module):
+        raise InputError(f"{name} has nothing to recompute; set activation_checkpointing = false in its [train]")
     state = TrainState.start(objective.module, settings)
     for line in snapshots.restore(state):
         report(f"{name}: {line}")

@@ -1,5 +1,6 @@
 """The U-Net's loss: captions dropped as often as asked, latents and texts from caches equal to those computed."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import to_unit
 from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
 from latentgen.training.draw import Draw
+from latentgen.training.loop import checkpoint_activations
 
 CPU = torch.device("cpu")
 COUNT, LENGTH, WIDTH = 6, 5, 16
@@ -162,3 +164,30 @@ def test_an_array_is_computed_once_and_never_kept_in_halves(tmp_path: Path) -> N
 
 def test_the_schedule_of_these_tests_is_a_table() -> None:
     assert isinstance(SCHEDULE, Discrete)
+
+
+@pytest.mark.parametrize("network", ["unet", "vae", "text_encoder"])
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(parts: dict[str, Any], network: str) -> None:
+    module = copy.deepcopy(parts[network]).train().requires_grad_(True)
+    torch.manual_seed(0)
+    inputs = {
+        "unet": (torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, LENGTH, WIDTH)),
+        "vae": (torch.randn(2, 3, 32, 32),),
+        "text_encoder": (torch.arange(6)[None],),
+    }[network]
+
+    def gradients() -> tuple[int, list[torch.Tensor]]:
+        kept: list[int] = []
+        module.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            out = module(*inputs)[0]
+        size = sum(kept)
+        out.square().mean().backward()
+        return size, [weight.grad.clone() for weight in module.parameters() if weight.grad is not None]
+
+    before, plain = gradients()
+    assert checkpoint_activations(module) == 1
+    after, again = gradients()
+    assert after < 0.7 * before
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
