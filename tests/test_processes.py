@@ -6,9 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,6 +31,21 @@ def run(command: list[str], code: int = 0, **settings: str) -> subprocess.Comple
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert bool(done.returncode) == bool(code), done.stderr  # the launcher turns any failure of a process into 1
     return done
+
+
+def kill_a_rank(recipe: Path, out: Path) -> int:
+    """Two processes; the second is killed once a checkpoint of the U-Net stands. What the launcher ended with."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [sys.executable, *launch, "-m", "latentgen.cli", "train", str(recipe), "--out", str(out)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as launched:
+        until = time.monotonic() + 300
+        while not any(out.with_name(f"{out.name}.training").glob("unet-*/checkpoints/step-*")):
+            assert launched.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        ranks = [process for process in psutil.Process(launched.pid).children() if "train" in process.cmdline()]
+        next(each for each in ranks if each.environ()["RANK"] == "1").kill()
+        return launched.wait(timeout=120)
 
 
 def norms(training: Path, stage: str) -> list[float]:
@@ -98,3 +115,16 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     head, tail = text.split("[unet.train]\n")
     (tmp_path / "parts.toml").write_text(head + "[unet.train]\n" + tail.replace("steps = 16", "steps = 18", 1))
     assert "unet: goes on from step 16 of 18" in train("parts", 1).stderr  # whole again, in one process
+
+    lost = tmp_path / "lost.training"  # one of two processes dies: all stop, and one goes on from what was saved
+    for made in ("tokenizer", "clip", "vae"):
+        (place,) = two.glob(f"{made}-*")
+        shutil.copytree(place, lost / place.name)
+    longer = tail.replace("steps = 16", "steps = 4000", 1).replace("[pace]\n", "[pace]\nsave_seconds = 0\n")
+    (tmp_path / "lost.toml").write_text(head + "[unet.train]\n" + longer)
+    assert kill_a_rank(tmp_path / "lost.toml", tmp_path / "lost") != 0
+    (checkpoints,) = lost.glob("unet-*/checkpoints")
+    step = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+    shorter = tail.replace("steps = 16", f"steps = {step + 2}", 1)
+    (tmp_path / "lost.toml").write_text(head + "[unet.train]\n" + shorter)
+    assert f"unet: goes on from step {step} of {step + 2}" in train("lost", 1).stderr

@@ -92,4 +92,6 @@ def _spread(paths: Sequence[Path], most: int = 4) -> list[Path]:
 
 def _picture(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    says = html.escape(caption, quote=True)
+    drawn = f'<img style="width: 100%" alt="{says}" src="data:image/png;base64,{data}">'
+    return f"<figure>{drawn}<figcaption>{says}</figcaption></figure>"

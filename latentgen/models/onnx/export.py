@@ -23,7 +23,7 @@ from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
 from latentgen.models.lora.layers import module_loras
-from latentgen.models.onnx.lighten import CONTRIB, attend_in_one_node, say_reshapes, split_text
+from latentgen.models.onnx.lighten import attend_in_one_node, say_reshapes, split_text
 from latentgen.models.onnx.places import (
     GRAPHS,
     LAYOUT,
@@ -194,7 +194,6 @@ def _exported(checkpoint: Checkpoint, part: str, network: Any) -> tuple[onnx.Mod
             export_params=False,  # weights become inputs by name: the graph is small however large the network
             do_constant_folding=False,  # so that each weight stays as it is stored; ONNX Runtime folds at load
             opset_version=OPSET,
-            custom_opsets={CONTRIB: 1},
             input_names=list(inputs),
             output_names=outputs,
             dynamic_axes=axes,
