@@ -22,11 +22,13 @@ from latentgen.models.lora import read_lora
 from latentgen.models.memory import pictures_at_a_time
 from latentgen.models.prompt import embedding_file
 from latentgen.pipeline import Pipeline, terms_of
+from latentgen.processes import Processes
 from latentgen.request import Request, read_request
 
 EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
 GUIDING = ("guidance_interval", "guidance_projection", "pag_scale", "vae_tiling", "feature_cache")
 WHOLE = (0.0, 1.0)  # of the way: no interval
+ALONE = Processes()
 Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures
 
 
@@ -57,17 +59,61 @@ class Order:
 
 
 def render(
-    order: Order, out: Path | None = None, weights: str | None = None, progress: Progress | None = None
+    order: Order,
+    out: Path | None = None,
+    weights: str | None = None,
+    progress: Progress | None = None,
+    among: Processes = ALONE,
 ) -> Iterator[Path]:
     """Render an order into PNG files and yield each one's path as soon as it is whole on the disk.
 
     out: a .png file (numbered where there are several pictures; one that is there is replaced), or a folder, or None
     for the present folder; in a folder each picture gets a free name of its prompt and seed. Everything that can be
-    known to be wrong is said, as an InputError, before any weights are loaded.
+    known to be wrong is said, as an InputError, before any weights are loaded. among: the processes that share the
+    pictures (`processes.started()`), all of which call this; each yields the paths of its own, but for the first, which
+    yields all, in order, when all are written. Names and bytes are those of one process, but for the bytes of a batch
+    of "auto", which is chosen anew in each.
     """
+    request, targets = _planned(order, out, weights, among)
+    loras = [{"path": path, "weight": weight} for path, weight in order.loras]
+    with among.to_the_end():
+        with among.first_here_first():
+            pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras)
+        for path in order.words:
+            pipe.load_textual_inversion(path)
+        groups = _groups(pipe, request, order.batch, among)
+        done, total = 0, sum(map(len, groups)) * request.steps
+        for rows in groups:
+            settings = _settings(request, order, rows)
+            made = pictures(pipe, settings, progress, done, total)
+            done += len(rows) * request.steps
+            for row, picture in zip(rows, made, strict=True):
+                write_file(targets[row], picture.png())
+                if among.rank or among.count == 1:
+                    yield targets[row]
+    if among.rank == 0 and among.count > 1:
+        yield from targets
+
+
+def _planned(order: Order, out: Path | None, weights: str | None, among: Processes) -> tuple[Request, Sequence[Path]]:
+    """The checked request and each picture's place; of several processes the first decides on fresh seeds and names."""
+
+    def decide() -> dict[str, Any]:
+        request = _request(order, weights, order.seed)
+        pictures_at_a_time(order.batch, 1, 1)  # that it is a number or "auto"
+        targets = places(out, request)
+        for path, _ in order.loras:
+            read_lora(path)
+        return {"seeds": list(request.seeds), "places": list(map(str, targets))}
+
+    decided = among.agree(decide)
+    return _request(order, weights, decided["seeds"]), [Path(place) for place in decided["places"]]
+
+
+def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None) -> Request:
     checkpoint = open_checkpoint(find(weights), verify=False)  # its hashes are compared where it is loaded
     width, height = order.size or (None, None)
-    request = read_request(
+    return read_request(
         terms_of(checkpoint),
         SAMPLERS,
         list(order.prompts),
@@ -77,43 +123,48 @@ def render(
         height=height,
         width=width,
         n=order.n,
-        seed=order.seed,
+        seed=seed,
         sampler=order.sampler,
         prompt_weights=order.prompt_weights,
         max_embeddings_multiples=order.max_embeddings_multiples,
         feature_cache=order.feature_cache,
     )
-    pictures_at_a_time(order.batch, 1, 1)  # that it is a number or "auto"
-    targets = places(out, request)
-    for path, _ in order.loras:
-        read_lora(path)
-    loras = [{"path": path, "weight": weight} for path, weight in order.loras]
-    pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras)
-    for path in order.words:
-        pipe.load_textual_inversion(path)
-    batch = pipe.at_a_time(request, order.batch)
-    for start in range(0, len(request), batch):
-        rows = slice(start, start + batch)
-        settings = {
-            "prompt": request.prompts[rows],
-            "negative_prompt": request.negatives[rows],
-            "seed": request.seeds[rows],
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
-            "guidance_rescale": request.rescale,
-            "guidance_interval": request.interval,
-            "sampler": request.sampler,
-            "height": request.height,
-            "width": request.width,
-            "prompt_weights": request.prompt_weights,
-            "max_embeddings_multiples": request.max_embeddings_multiples,
-            "feature_cache": request.feature_cache,
-            "vae_tiling": order.vae_tiling,
-        }
-        done, total = start * request.steps, len(request) * request.steps
-        for target, picture in zip(targets[rows], pictures(pipe, settings, progress, done, total), strict=True):
-            write_file(target, picture.png())
-            yield target
+
+
+def _groups(pipe: Pipeline, request: Request, batch: int | str, among: Processes) -> list[Sequence[int]]:
+    """The rows that this process renders together, one group after another.
+
+    Groups of a given size are shared out whole, so that each picture keeps its company. Those of "auto" have their size
+    from the memory that is free, of which processes on one CPU have a part each; pictures are shared out one by one.
+    """
+    rows = range(len(request))
+    each = pipe.at_a_time(request, batch)
+    if batch != "auto" or among.count == 1:
+        return among.share([rows[start : start + each] for start in range(0, len(rows), each)])
+    own = among.share(rows)
+    if str(pipe.latent.device).partition(":")[0] == "cpu":
+        each = max(1, each // among.local_count)
+    return [own[start : start + each] for start in range(0, len(own), each)]
+
+
+def _settings(request: Request, order: Order, rows: Sequence[int]) -> dict[str, Any]:
+    """What `pictures` takes to render these rows of a request."""
+    return {
+        "prompt": [request.prompts[row] for row in rows],
+        "negative_prompt": [request.negatives[row] for row in rows],
+        "seed": [request.seeds[row] for row in rows],
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "guidance_rescale": request.rescale,
+        "guidance_interval": request.interval,
+        "sampler": request.sampler,
+        "height": request.height,
+        "width": request.width,
+        "prompt_weights": request.prompt_weights,
+        "max_embeddings_multiples": request.max_embeddings_multiples,
+        "feature_cache": request.feature_cache,
+        "vae_tiling": order.vae_tiling,
+    }
 
 
 def replay(

@@ -1,11 +1,14 @@
 """Rendering against plain diffusers: the same weights, sampler, steps, guidance and latents; time, memory, pictures.
 
     python scripts/benchmark_render.py [--weights FOLDER] [--steps 25] [--batch 1] [--rounds 5] [--json FILE]
+    python scripts/benchmark_render.py --form 50m            random weights in another form (benchmark_forms.py)
     python scripts/benchmark_render.py --feature-cache 2     what the torch engine's feature cache gains, and its price
 
 A warm picture is one call of the pipeline, pixels on the host, divided by the batch; the first call is not counted.
 Shell to picture is one PNG from a fresh process: `latentgen render`, and the shortest script with diffusers.
-The ratio is diffusers to latentgen, the median over the rounds: above 1 latentgen is faster.
+The ratio is diffusers to latentgen, the median over the rounds: above 1 latentgen is faster. The share of the peak is
+the U-Net's and the decoder's operations over the time of a warm picture, divided by what one large matrix product
+reaches in the same process.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark_forms import NAMES, form_folder, matrix_peak, picture_flops
 from benchmark_process import ENGINES, guarded, in_turn, machine, paired_ratio, peak_mib, run, show
 
 from latentgen.checkpoint import find, open_folder
@@ -94,7 +98,9 @@ def work(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     peak = peak_mib()
     np.save(asked.scratch / f"{asked.worker}.npy", pictures)
     warm = {"seconds": seconds, "median": statistics.median(seconds), "least": min(seconds), "peak_mib": peak}
-    return {**warm, "machine": machine()}
+    flops = picture_flops(folder, guided=True)
+    share = (asked.steps * flops["step"] + flops["decoding"]) / warm["median"] / (peak_flops := matrix_peak())
+    return {**warm, "flops": flops, "peak_gflops": peak_flops / 1e9, "share": share, "machine": machine()}
 
 
 def shell_seconds(asked: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -133,6 +139,8 @@ def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> No
         "shell_seconds": shell,
         "shell_ratio": statistics.median(turn["diffusers"] / turn["latentgen"] for turn in shells),
         "peak_mib": {engine: max(pair[engine]["peak_mib"] for pair in pairs) for engine in ENGINES},
+        "share_of_peak": {e: statistics.median(pair[e]["share"] for pair in pairs) for e in ENGINES},
+        "peak_gflops": {e: statistics.median(pair[e]["peak_gflops"] for pair in pairs) for e in ENGINES},
         "largest_difference": float(np.abs(pictures[0] - pictures[1]).max()),
         "pairs": pairs,
         "shells": shells,
@@ -142,6 +150,8 @@ def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> No
         "seconds_median": "seconds a warm picture, median",
         "shell_seconds": "seconds from shell to picture",
         "peak_mib": "peak memory, MiB",
+        "peak_gflops": "a large matrix product, GFLOP/s",
+        "share_of_peak": "share of that in a warm picture",
     }
     rows = {said: result[key] for key, said in names.items()}
     ratio = (
@@ -181,6 +191,7 @@ def price_of_cache(asked: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="a weights folder; default: the embedded one")
+    parser.add_argument("--form", choices=NAMES, default="icons", help="random weights of this form instead")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--guidance", type=float, default=4.0, help="above 1, which would be off")
@@ -193,18 +204,18 @@ def main() -> None:
     asked = parser.parse_args()
     if min(asked.steps, asked.batch, asked.rounds, asked.repeats) < 1 or asked.guidance <= 1:
         raise InputError("--steps, --batch, --rounds and --repeats must be 1 or more, and --guidance above 1")
-    folder = find(asked.weights).resolve()
     if asked.worker:
-        print(json.dumps(work(asked, folder)))
+        print(json.dumps(work(asked, find(asked.weights).resolve())))
         return
-    if asked.feature_cache is not None:
-        if asked.feature_cache < 2:
-            raise InputError("--feature-cache must be 2 or more; 1 is off")
-        price_of_cache(asked, folder)
-        return
+    if asked.feature_cache is not None and asked.feature_cache < 2:
+        raise InputError("--feature-cache must be 2 or more; 1 is off")
     with tempfile.TemporaryDirectory() as scratch:
         asked.scratch = Path(scratch)
-        measure(asked, folder, sys.argv[1:])
+        folder = find(form_folder(asked.form, asked.weights, asked.scratch, graphs=True)).resolve()
+        if asked.feature_cache is not None:
+            price_of_cache(asked, folder)
+        else:
+            measure(asked, folder, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training the U-Net against the way of diffusers' text-to-image example: samples a second, same network, same batch.
 
-    python scripts/benchmark_train.py --weights FOLDER [--data FOLDER] [--batch 32] [--steps 10] [--rounds 3]
+    python scripts/benchmark_train.py [--weights FOLDER | --form 50m] [--data FOLDER] [--batch 32] [--steps 10]
 
 latentgen: `training.loop.fit` on `DenoiseObjective`, moments of latents and text states cached beforehand (the time
 that takes is shown, and is not in the rate). diffusers: at each step pictures are read and captions tokenised by a
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmark_forms import NAMES, form_folder
 from benchmark_process import ENGINES, ROOT, guarded, in_turn, machine, paired_ratio, peak_mib, show
 
 from latentgen.checkpoint import find
@@ -99,7 +100,10 @@ def work(asked: argparse.Namespace) -> dict[str, Any]:
 
 def measure(asked: argparse.Namespace) -> None:
     """Both ways in turn; a table and JSON."""
-    pairs = in_turn(__file__, sys.argv[1:], asked.rounds)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = form_folder(asked.form, asked.weights, Path(scratch), graphs=False)
+        given = [] if folder is None else ["--weights", folder]
+        pairs = in_turn(__file__, [*sys.argv[1:], *given], asked.rounds)
     names = {
         "samples_per_second": "samples a second",
         "gflops": "GFLOP/s of the U-Net",
@@ -120,6 +124,7 @@ def measure(asked: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="a folder whose configs and tokenizer are used; default: the embedded one")
+    parser.add_argument("--form", choices=NAMES, default="icons", help="the configs of this form instead")
     parser.add_argument("--data", type=Path, default=ROOT / "tests" / "data" / "icons", help="a captioned folder")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help=f"counted steps, after {WARM} others")

@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "latentgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SHARED = {"errors", "durable", "image", "page"}  # leaves that anyone may use
+SHARED = {"errors", "durable", "image", "page", "processes"}  # leaves that anyone may use
 MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "__init__": {"pipeline", "output", "errors", "finetuning"},
     "errors": set(),
     "durable": set(),
     "image": set(),
     "page": set(),
+    "processes": set(),
     "checkpoint": set(),
     "request": {"checkpoint", "diffusion"},
     "diffusion": set(),

@@ -61,6 +61,8 @@ def main() -> None:
         if code == 130:
             raise KeyboardInterrupt
     except InputError as error:
+        if error.said:
+            sys.exit(2)
         name, _, rest = str(error).partition(" ")
         sys.exit(refuse(f"{OPTIONS.get(name, name)} {rest}"))
     except (KeyboardInterrupt, typer.Abort):

@@ -112,9 +112,13 @@ def render(
 ) -> None:
     """Render each PROMPT into a PNG file that holds everything it takes to make it again.
 
-    The written paths are the last lines of standard output.
+    The written paths are the last lines of standard output. Under accelerate launch or torchrun the processes share
+    the pictures; the first alone says the paths, once all are written.
     """
     from latentgen.pixels import is_pixel_folder
+    from latentgen.processes import started
+
+    among = started()
 
     if weights is not None and is_pixel_folder(Path(weights)):
         from latentgen.pixels.render import render_files
@@ -122,6 +126,8 @@ def render(
         refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling}
         refuse_for_pixels(negative=negative, size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        if among.rank:
+            return  # a pixel model's pictures are small: the first process renders them all
         for path in render_files(Path(weights), prompts, out, n=n, seed=seed, **told):
             typer.echo(path)
         return
@@ -148,8 +154,8 @@ def render(
         vae_tiling,
     )
     with progress_bar("rendering") as progress:
-        written = list(run(order, out, weights, progress))
-    for path in written:
+        written = list(run(order, out, weights, None if among.rank else progress, among))
+    for path in written if among.rank == 0 else ():
         typer.echo(path)
 
 

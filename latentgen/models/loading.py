@@ -1,6 +1,7 @@
 """From a weights folder's part to a torch module: where it runs, in which type, and nothing said but one line."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,15 @@ SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def choose_device(device: Any = None) -> torch.device:
-    """The device asked for, or the best there is. Raises InputError for one that is not there."""
+    """The device asked for, or the best there is: of several processes each has the GPU of its LOCAL_RANK.
+
+    Raises InputError for one that is not there.
+    """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        own = os.environ.get("LOCAL_RANK", "")
+        return torch.device(f"cuda:{int(own) % torch.cuda.device_count()}" if own.isdecimal() else "cuda")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
