@@ -87,6 +87,7 @@ class Pipeline(TakesLoras, TakesWords):
         engine: str = "auto",
         threads: int | None = None,
         loras: Sequence[Mapping[str, Any]] = (),
+        compile: bool = False,
     ) -> "Pipeline":
         """Open a Stable Diffusion 1, 2 or XL checkpoint, or (None) the embedded default.
 
@@ -98,12 +99,13 @@ class Pipeline(TakesLoras, TakesWords):
         Runtime, on a CPU, arrays are NumPy's), "torch", or "auto", which is onnx where it can run this and torch where
         it cannot, or once a LoRA or perturbed attention is asked for. threads: of a CPU; None is one for each core.
         loras: to open it with, each the arguments of `load_lora`; so "onnx" can run them too, fused into graphs of
-        their own, whose export is kept in the cache.
+        their own, whose export is kept in the cache. compile: torch.compile of the U-Net, in the torch engine.
         Raises InputError with one line.
         """
         checkpoint = open_checkpoint(find(path), tokenizer=tokenizer, verify=False)  # the engine does
         terms = terms_of(checkpoint)
-        opened = open_engine(checkpoint, engine, device=device, dtype=dtype, threads=threads, loras=loras)
+        where: dict[str, Any] = {"dtype": dtype, "threads": threads, "loras": loras}
+        opened = open_engine(checkpoint, engine, device=device, compile=compile, **where)
         pipe = cls(
             **vars(opened),
             scheduler=checkpoint.config("scheduler")
@@ -112,8 +114,7 @@ class Pipeline(TakesLoras, TakesWords):
             weights=identity(checkpoint, path),
         )
         if engine == "auto" and opened.machine["engine"] == "onnx":
-            on_host = partial(open_engine, device="cpu", dtype=dtype, threads=threads, loras=loras)
-            pipe._torch = partial(on_host, checkpoint, "torch")
+            pipe._torch = partial(open_engine, checkpoint, "torch", device="cpu", **where)
         return pipe
 
     @classmethod

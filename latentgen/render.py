@@ -37,7 +37,8 @@ class Order:
     """What `latentgen render` was asked for; None is the weights' own default.
 
     size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
-    folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling: as the pipeline's.
+    folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling, compile: as the
+    pipeline's.
     """
 
     prompts: Sequence[str]
@@ -56,6 +57,7 @@ class Order:
     words: Sequence[str] = ()
     feature_cache: int = 1
     vae_tiling: bool | None = None
+    compile: bool = False
 
 
 def render(
@@ -78,7 +80,7 @@ def render(
     loras = [{"path": path, "weight": weight} for path, weight in order.loras]
     with among.to_the_end():
         with among.first_here_first():
-            pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras)
+            pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras, compile=order.compile)
         for path in order.words:
             pipe.load_textual_inversion(path)
         groups = _groups(pipe, request, order.batch, among)
@@ -349,9 +351,8 @@ def _again(
         {"path": place, "weight": lora["weight"], "name": lora["name"], "known_as": lora["path"]}
         for lora, place in zip(settings.get("loras") or (), placed, strict=True)
     ]
-    pipe = Pipeline.from_pretrained(
-        folder, dtype=settings.get("dtype"), engine=engine, threads=settings.get("threads"), loras=loras_again
-    )
+    asked: dict[str, Any] = {"dtype": settings.get("dtype"), "threads": settings.get("threads"), "loras": loras_again}
+    pipe = Pipeline.from_pretrained(folder, engine=engine, compile=bool(settings.get("compile")), **asked)
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
     for known, file in zip(settings.get("words") or (), _words_again(settings, picture, words), strict=True):
         pipe.load_textual_inversion(file, known["word"], known_as=known["path"])

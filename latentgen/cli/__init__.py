@@ -31,6 +31,7 @@ OPTIONS = {  # what a person typed, for what Python calls it
     "max_embeddings_multiples": "--max-chunks",
     "seed": "--seed",
     "feature_cache": "--feature-cache",
+    "compile": "--compile",
 }
 
 for verbs in (rendering, training, finetuning, evaluating, converting, data):

@@ -109,6 +109,9 @@ def render(
             show_default="above 1536·1024 pixels",
         ),
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the U-Net first (torch; minutes, for many pictures).")
+    ] = False,
 ) -> None:
     """Render each PROMPT into a PNG file that holds everything it takes to make it again.
 
@@ -123,7 +126,7 @@ def render(
     if weights is not None and is_pixel_folder(Path(weights)):
         from latentgen.pixels.render import render_files
 
-        refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling}
+        refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile}
         refuse_for_pixels(negative=negative, size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:
@@ -152,6 +155,7 @@ def render(
         word or (),
         feature_cache,
         vae_tiling,
+        compile,
     )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, None if among.rank else progress, among))

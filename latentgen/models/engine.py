@@ -50,17 +50,23 @@ def open_engine(
     dtype: Any = None,
     threads: int | None = None,
     loras: Sequence[Mapping[str, Any]] = (),
+    compile: bool = False,
 ) -> Engine:
     """Open a checkpoint with an engine of `ENGINES`.
 
     "auto" is ONNX Runtime on a CPU in float32, else torch; where graphs are neither in the folder nor in the cache they
     are exported once, which takes torch. loras: what `Loras.load` takes of each. With LoRAs "auto" is torch, unless
-    graphs with the same ones fused are in the cache, where "onnx" puts them. A checkpoint that is not verified yet is
+    graphs with the same ones fused are in the cache, where "onnx" puts them. compile: the U-Net with torch.compile,
+    which is torch's (`open_torch`). A checkpoint that is not verified yet is
     before anything is made of its weights. Raises InputError where "onnx" is asked for and cannot be, and for torn
     weights.
     """
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is not known; it can be one of: {', '.join(ENGINES)}")
+    if compile and engine == "onnx":
+        raise InputError("compile is the torch engine's; take engine 'torch' or 'auto' with it")
+    if compile:
+        return open_torch(checkpoint, device, dtype, threads, loras, compile=True)
     reason = None if engine == "torch" else _elsewhere(device, dtype) or why_not(checkpoint)
     if engine == "onnx" and reason is not None:
         raise InputError(f"engine 'onnx' cannot run {checkpoint.folder}: {reason}; leave the engine to be chosen")
@@ -84,18 +90,25 @@ def open_torch(
     dtype: Any = None,
     threads: int | None = None,
     loras: Sequence[Mapping[str, Any]] = (),
+    compile: bool = False,
 ) -> Engine:
-    """The checkpoint's own modules, of diffusers and transformers, computing with the LoRAs given."""
+    """The checkpoint's own modules, of diffusers and transformers, computing with the LoRAs given.
+
+    compile: the U-Net with torch.compile, but for perturbed attention and the feature cache, which reach into it.
+    """
     from latentgen.models import loading
+    from latentgen.models.compiled import check_compiling, compiled
     from latentgen.models.feature_cache import FeatureCache
     from latentgen.models.latent import Latent
     from latentgen.models.lora.layers import module_loras
     from latentgen.models.network import load_unet, perturbed_network, unet_network
     from latentgen.models.text import load_text
 
+    place = loading.choose_device(device)
+    if compile:
+        check_compiling(place)
     checkpoint.verify()
     loading.use_threads(threads)
-    place = loading.choose_device(device)
     kind = loading.choose_dtype(dtype, place)
     text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
     network, adapters = unet_network(unet), module_loras(unet=unet, text_encoder=text.model)
@@ -103,9 +116,9 @@ def open_torch(
         adapters.load(**one)
     return Engine(
         text=text,
-        network=network,
+        network=unet_network(unet, run=compiled(unet)) if compile else network,
         latent=Latent.load(checkpoint, place, kind),
-        machine=loading.machine(place, kind),
+        machine=loading.machine(place, kind) | ({"compile": True} if compile else {}),
         loras=adapters,
         perturbed=perturbed_network(unet),
         cached=partial(FeatureCache, unet, network) if len(unet.up_blocks) > 1 else None,

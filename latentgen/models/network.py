@@ -1,6 +1,6 @@
 """Denoising networks behind one signature: (x, time, condition) -> raw output."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,12 @@ def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     return load_module(UNet2DConditionModel, checkpoint, "unet", device, dtype).to(memory_format=torch.channels_last)
 
 
-def unet_network(unet: Any, *, gradients: bool | None = None) -> Network:
+def unet_network(unet: Any, *, gradients: bool | None = None, run: Callable[..., Any] | None = None) -> Network:
     """A diffusers UNet2DConditionModel as a Network: x (B, C, h, w), time (B,), states (B, L, D) -> (B, C, h, w).
 
     Computes in the module's own type and answers in x's. gradients: whether they are recorded (where the caller has
-    not turned them off); None is as the module stands, in training mode yes, in eval mode no.
+    not turned them off); None is as the module stands, in training mode yes, in eval mode no. run: what is called in
+    the module's place, itself compiled (compiled.py).
     """
 
     def network(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -33,7 +34,7 @@ def unet_network(unet: Any, *, gradients: bool | None = None) -> Network:
         if condition.pooled is not None:  # Podell et al. 2023, section 2.2
             told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(unet.dtype), "time_ids": condition.sizes}
         with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
-            out = unet(x.to(unet.dtype), time, **told)[0]
+            out = (run or unet)(x.to(unet.dtype), time, **told)[0]
         return out.to(x.dtype)
 
     return network
