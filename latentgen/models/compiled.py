@@ -36,11 +36,11 @@ def compiled(unet: Any) -> Callable[..., tuple[torch.Tensor, ...]]:
     writes its next output into the same place. Raises InputError with one line where the compiler fails.
     """
     gpu = unet.device.type == "cuda"
-    inner = torch.compile(unet, mode="reduce-overhead" if gpu else "default")
+    inner: Callable[..., Any] = torch.compile(unet, mode="reduce-overhead" if gpu else "default")
 
     def run(*args: Any, **told: Any) -> tuple[torch.Tensor, ...]:
         if gpu:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
             given = inner(*args, **told)
         except torch._dynamo.exc.TorchDynamoException as error:
