@@ -19,7 +19,7 @@ from latentgen import __version__
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
-from latentgen.diffusion.guidance import Projection, guided
+from latentgen.diffusion.guidance import AnnealedCondition, Projection, guided
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
@@ -32,7 +32,7 @@ from latentgen.models.memory import caching, decoded, in_groups, need_of, pictur
 from latentgen.models.prompt import alike
 from latentgen.models.words import TakesWords
 from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
-from latentgen.request import Request, Terms, check_output_type, read_request
+from latentgen.request import Projected, Request, Terms, check_output_type, read_request
 from latentgen.request import terms_of as terms_of
 
 if TYPE_CHECKING:
@@ -151,8 +151,11 @@ class Pipeline(TakesLoras, TakesWords):
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-        guidance_projection: tuple[float, float | None] | None = None,
+        guidance_projection: Projected | None = None,
+        condition_annealing: tuple[float, float, float] | None = None,
         pag_scale: float = 0.0,
+        weaker: "Pipeline | None" = None,
+        weaker_scale: float = 2.0,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -176,20 +179,24 @@ class Pipeline(TakesLoras, TakesWords):
 
         What is not said is taken from the weights' own defaults. guidance_scale: w of Ho & Salimans as diffusers counts
         it; 1 or less is off. guidance_rescale: phi of Lin et al. 2023. guidance_interval: the part of the steps, from 0
-        (noise) to 1 (clean), in which guidance acts (Kynkäänniemi et al. 2024). guidance_projection: eta and norm of
-        adaptive projected guidance (Sadat et al. 2025). pag_scale: perturbed-attention guidance in the middle block
-        (Ahn et al. 2024); 0 is off. negative_prompt: None is none, which for Stable Diffusion XL is all zeros, and ""
-        the empty text, encoded. height, width: pixels, multiples of the latent factor. seed: s gives picture k the seed
-        s + k, a list names each, None draws fresh ones, reported in `seeds`; picture k is the picture of its own seed
-        rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`. generator: torch generators instead of a seed,
-        drawn from as diffusers does. latents: unit noise (B, C, h, w) to start from. prompt_embeds,
-        negative_prompt_embeds: states (P, L, D) instead of texts; for Stable Diffusion XL with pooled_prompt_embeds,
-        negative_pooled_prompt_embeds (P, D). prompt_weights: read `(word:1.3)`, `[word]` and BREAK as the web UI does
-        (models/prompt.py); False takes brackets as text, as diffusers does. max_embeddings_multiples: how many contexts
-        long a prompt may be (1 cuts it as diffusers does); None is as long as it is, each chunk of a context encoded on
-        its own. batch: pictures the networks compute at a time, or "auto", as many as the free memory holds; the last
-        bits of a picture can depend on it. vae_tiling: decode in tiles with blended seams; None does so above 1536·1024
-        pixels. feature_cache: n computes the deep layers at every n-th step only (Ma et al. 2024); 1 is off.
+        (noise) to 1 (clean), in which guidance acts (Kynkäänniemi et al. 2024). guidance_projection: eta and norm, or
+        eta, norm and momentum, of adaptive projected guidance (Sadat et al. 2025). condition_annealing: (low, high,
+        scale) of CADS (Sadat et al. 2024), which noises the condition at times above low, wholly above high, so that
+        pictures of a prompt differ more. pag_scale: perturbed-attention guidance in the middle block (Ahn et al. 2024);
+        0 is off. weaker, weaker_scale: autoguidance away from a weaker snapshot of the same model (Karras et al. 2024),
+        1 being off; it is shown this pipeline's condition. negative_prompt: None is none, which for Stable Diffusion XL
+        is all zeros, and "" the empty text, encoded. height, width: pixels, multiples of the latent factor. seed: s
+        gives picture k the seed s + k, a list names each, None draws fresh ones, reported in `seeds`; picture k is the
+        picture of its own seed rendered alone. sampler: a name of `diffusion.sampling.SAMPLERS`. generator: torch
+        generators instead of a seed, drawn from as diffusers does. latents: unit noise (B, C, h, w) to start from.
+        prompt_embeds, negative_prompt_embeds: states (P, L, D) instead of texts; for Stable Diffusion XL with
+        pooled_prompt_embeds, negative_pooled_prompt_embeds (P, D). prompt_weights: read `(word:1.3)`, `[word]` and
+        BREAK as the web UI does (models/prompt.py); False takes brackets as text, as diffusers does.
+        max_embeddings_multiples: how many contexts long a prompt may be (1 cuts it as diffusers does); None is as long
+        as it is, each chunk of a context encoded on its own. batch: pictures the networks compute at a time, or "auto",
+        as many as the free memory holds; the last bits of a picture can depend on it. vae_tiling: decode in tiles with
+        blended seams; None does so above 1536·1024 pixels. feature_cache: n computes the deep layers at every n-th step
+        only (Ma et al. 2024); 1 is off.
         output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w).
         callback_on_step_end(pipe, index, time, {"latents": x}) is called after each step and may return other latents.
         Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words that are cut.
@@ -214,6 +221,7 @@ class Pipeline(TakesLoras, TakesWords):
             max_embeddings_multiples=max_embeddings_multiples,
             interval=guidance_interval,
             projection=guidance_projection,
+            annealing=condition_annealing,
             pag=pag_scale,
             feature_cache=feature_cache,
         )
@@ -233,10 +241,11 @@ class Pipeline(TakesLoras, TakesWords):
         rows = at_a_time * (1 if negative is None else 2)
         network = caching(self.cached, request.feature_cache) if cached else self.network
         denoiser = Denoiser(in_groups(network, rows), plan.schedule, plan.prediction)
-        denoise = self._guided(request, plan, knots, denoiser, condition, negative, rows)
+        snapshot = None if weaker is None else self._snapshot(weaker, rows), weaker_scale
+        denoise = self._guided(request, plan, knots, denoiser, condition, negative, rows, noise, snapshot)
         x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
         brought = {"generator": generator, "latents": latents, "callback_on_step_end": self._steered or None}
-        brought |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        brought |= {"weaker": weaker, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         settings = self._settings(request, sorted(key for key, value in brought.items() if value is not None))
         settings |= {"at_a_time": at_a_time} if at_a_time < len(request) else {}
         settings |= {} if vae_tiling is None else {"vae_tiling": vae_tiling}
@@ -258,6 +267,8 @@ class Pipeline(TakesLoras, TakesWords):
         condition: Condition,
         negative: Condition | None,
         rows: int,
+        noise: Any,
+        snapshot: tuple[Denoiser | None, float],
     ) -> Denoise:
         """The denoiser with its conditions and every kind of guidance that was asked for; rows: of an evaluation."""
         if request.pag and self.perturbed is None:
@@ -275,6 +286,9 @@ class Pipeline(TakesLoras, TakesWords):
             rescale=request.rescale,
             interval=interval,
             projection=None if request.projection is None else Projection(*request.projection),
+            annealed=self._annealed(request, plan, noise),
+            weaker=snapshot[0],
+            weaker_scale=snapshot[1],
             perturbed=other,
             perturbed_scale=request.pag,
             clip=plan.clip,
@@ -282,6 +296,32 @@ class Pipeline(TakesLoras, TakesWords):
             threshold_max=plan.threshold_max,
             variance=plan.options.get("variance") == "learned-range",
         )
+
+    def _annealed(self, request: Request, plan: Plan, noise: Any) -> AnnealedCondition | None:
+        """CADS, where it was asked for; its noise is of the pictures' own seeds."""
+        if request.annealing is None:
+            return None
+        if not isinstance(noise, Noise):
+            raise InputError("condition_annealing draws its noise from seeds; give a seed instead of a generator")
+        low, high, scale = request.annealing
+        return AnnealedCondition(noise, plan.schedule, low, high, scale)
+
+    def _snapshot(self, weaker: "Pipeline", rows: int) -> Denoiser:
+        """The denoiser of another snapshot, where its latents, its text states and its arrays are of the same kind."""
+        unlike = [
+            f"{name} is {theirs}, here {ours}"
+            for name, theirs, ours in (
+                ("latent channels", weaker.terms.channels, self.terms.channels),
+                ("latent factor", weaker.terms.factor, self.terms.factor),
+                ("width of the text", *(p.terms.configs[0].get("cross_attention_dim") for p in (weaker, self))),
+                ("engine", *((p.machine or {}).get("engine", "torch") for p in (weaker, self))),
+            )
+            if theirs != ours
+        ]
+        if unlike:
+            raise InputError(f"weaker is no snapshot of this model: its {unlike[0]}; give an earlier or smaller one")
+        plan = plan_for(weaker.scheduler, self.terms.sampler)
+        return Denoiser(in_groups(weaker.network, rows), plan.schedule, plan.prediction)
 
     def _noise(self, request: Request, generator: Any, seed: Any) -> Any:
         """Where randomness comes from: one stream for each picture's seed, or the caller's torch generators."""
@@ -380,6 +420,7 @@ class Pipeline(TakesLoras, TakesWords):
             "guidance_rescale": request.rescale,
             "guidance_interval": request.interval,
             "guidance_projection": request.projection,
+            **({"condition_annealing": request.annealing} if request.annealing else {}),
             "pag_scale": request.pag,
             "sampler": request.sampler,
             "height": request.height,

@@ -26,7 +26,9 @@ from latentgen.processes import Processes
 from latentgen.request import Request, read_request
 
 EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
-GUIDING = ("guidance_interval", "guidance_projection", "pag_scale", "vae_tiling", "feature_cache")
+GUIDING = (
+    "guidance_interval", "guidance_projection", "condition_annealing", "pag_scale", "vae_tiling", "feature_cache",
+)  # fmt: skip
 WHOLE = (0.0, 1.0)  # of the way: no interval
 ALONE = Processes()
 Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures

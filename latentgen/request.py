@@ -11,6 +11,7 @@ from latentgen.checkpoint import Checkpoint, refuse_other_kinds
 from latentgen.diffusion.schedule.plan import from_config
 from latentgen.errors import InputError
 
+Projected = tuple[float, float | None] | tuple[float, float | None, float]  # eta, norm and momentum
 LARGEST_SEED = 2**64 - 1
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -91,7 +92,8 @@ class Request:
     prompt_weights: bool = True
     max_embeddings_multiples: int | None = None
     interval: tuple[float, float] | None = None
-    projection: tuple[float, float | None] | None = None
+    projection: Projected | None = None
+    annealing: tuple[float, float, float] | None = None
     pag: float = 0.0
     said: bool = False
     feature_cache: int = 1
@@ -119,6 +121,7 @@ def read_request(
     max_embeddings_multiples: int | None = None,
     interval: Sequence[float] | None = None,
     projection: Sequence[float | None] | None = None,
+    annealing: Sequence[float] | None = None,
     pag: float = 0.0,
     feature_cache: int = 1,
 ) -> Request:
@@ -148,6 +151,7 @@ def read_request(
         else _whole("max_embeddings_multiples", max_embeddings_multiples, 1),
         interval=terms.interval if interval is None else _interval(interval),
         projection=None if projection is None else _projection(projection),
+        annealing=None if annealing is None else _annealing(annealing),
         pag=_finite("pag_scale", pag, 0.0, math.inf),
         said=negative_prompt is not None,
         feature_cache=_whole("feature_cache", feature_cache, 1),
@@ -170,11 +174,27 @@ def _interval(parts: Sequence[float]) -> tuple[float, float] | None:
     return None if ends == (0.0, 1.0) else (ends[0], ends[1])
 
 
-def _projection(parts: Sequence[float | None]) -> tuple[float, float | None]:
-    if len(parts) != 2 or parts[0] is None:
-        raise InputError(f"guidance_projection is {list(parts)}; it must be (eta, norm), as (0, 15) or (0, None)")
+def _projection(parts: Sequence[float | None]) -> Projected:
+    if len(parts) not in (2, 3) or parts[0] is None or (parts[-1] is None and len(parts) == 3):
+        raise InputError(
+            f"guidance_projection is {list(parts)}; it must be (eta, norm) or (eta, norm, momentum), as (0, 15) or "
+            "(0, None, -0.5)"
+        )
     norm = None if parts[1] is None else _finite("guidance_projection's norm", parts[1], 1e-6, math.inf)
-    return _finite("guidance_projection's eta", parts[0], 0.0, 1.0), norm
+    eta = _finite("guidance_projection's eta", parts[0], 0.0, 1.0)
+    return (eta, norm) if len(parts) == 2 else (eta, norm, _finite("its momentum", parts[2], -0.99, 0.99))
+
+
+def _annealing(parts: Sequence[float]) -> tuple[float, float, float]:
+    if len(parts) != 3:
+        raise InputError(
+            f"condition_annealing is {list(parts)}; it must be (low, high, scale), as (0.6, 0.9, 0.1): the times "
+            "between which noise of that scale fades from the condition"
+        )
+    low, high = (_finite("condition_annealing's times", part, 0.0, 1.0) for part in parts[:2])
+    if low >= high:
+        raise InputError(f"condition_annealing's times are {low:g} and {high:g}; the lower one comes first")
+    return low, high, _finite("condition_annealing's scale", parts[2], 0.0, math.inf)
 
 
 def nearest_sampler(name: str, samplers: Iterable[str]) -> str:

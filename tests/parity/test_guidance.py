@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,62 @@ def test_projection_with_eta_1_and_no_norm_is_plain_guidance(folder: Path) -> No
     assert other.settings["guidance_projection"] == (0.0, 2.0)
 
 
+def test_projection_takes_a_momentum_which_moves_all_steps_but_the_first(folder: Path) -> None:
+    ours = Pipeline.from_pretrained(folder, engine="torch")
+    given = {**COMMON, "seed": 1, "output_type": "latent"}
+    pairs = [
+        [ours("a red apple", guidance_projection=(0.0, None, m), **{**given, "num_inference_steps": n}).images
+         for m in (0.0, -0.5)]
+        for n in (1, 4)
+    ]  # fmt: skip
+    torch.testing.assert_close(*pairs[0], rtol=0, atol=0)
+    assert (pairs[1][0] - pairs[1][1]).abs().max() > 1e-3
+
+
+def test_a_condition_annealed_is_noised_by_the_pictures_own_seed(folder: Path) -> None:
+    ours = Pipeline.from_pretrained(folder, engine="torch")
+    given = {**COMMON, "condition_annealing": (0.3, 0.8, 0.5)}
+    plain = ours(["a red apple"] * 2, **COMMON, seed=1).images
+    both = ours(["a red apple"] * 2, **given, seed=1)
+    assert np.abs(both.images - plain).max() > 1e-3
+    alone = ours("a red apple", **given, seed=2).images
+    np.testing.assert_allclose(both.images[1:], alone, atol=TOLERANCE)
+    assert both.settings["condition_annealing"] == (0.3, 0.8, 0.5)
+
+
+def test_autoguidance_is_away_from_the_weaker_snapshot_in_one_line(folder: Path) -> None:
+    ours, weaker = (Pipeline.from_pretrained(folder, engine="torch") for _ in range(2))
+    given: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent", "seed": 1}
+    plain = ours("a red apple", **given).images
+    torch.testing.assert_close(ours("a red apple", weaker=weaker, weaker_scale=3.0, **given).images, plain)
+    network = weaker.network
+    weaker.network = lambda x, time, condition: 0.7 * network(x, time, condition)
+    one, two, three = (
+        ours("a red apple", weaker=weaker, weaker_scale=scale, **given).images for scale in (1.0, 2.0, 3.0)
+    )
+    torch.testing.assert_close(one, plain)
+    assert (two - one).abs().max() > 1e-3
+    torch.testing.assert_close(three - one, 2 * (two - one), rtol=1e-3, atol=1e-4)
+    assert ours("a red apple", weaker=weaker, **given).settings["brought"] == ["weaker"]
+
+
+def test_a_model_of_other_latents_is_no_weaker_snapshot(folder: Path) -> None:
+    ours, other = (Pipeline.from_pretrained(folder, engine="torch") for _ in range(2))
+    other.terms = replace(other.terms, channels=7)
+    with pytest.raises(InputError, match="latent channels is 7, here 4"):
+        ours("a red apple", weaker=other)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"guidance_interval": (0.8, 0.2)}, "two parts of the way"),
         ({"guidance_interval": (0.0, 1.5)}, "from 0 to 1"),
         ({"guidance_projection": (None, 3)}, "must be \\(eta, norm\\)"),
+        ({"guidance_projection": (0.0, None, 1.0)}, "momentum is 1"),
+        ({"condition_annealing": (0.6, 0.9)}, "must be \\(low, high, scale\\)"),
+        ({"condition_annealing": (0.9, 0.6, 0.1)}, "the lower one comes first"),
+        ({"condition_annealing": (0.6, 0.9, 0.1), "generator": torch.Generator()}, "give a seed instead"),
         ({"pag_scale": -1}, "pag_scale"),
     ],
 )
