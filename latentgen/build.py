@@ -33,6 +33,7 @@ from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import BucketLatents, DenoiseObjective, Denoising, Latents, TextStates
 from latentgen.training.features import FeatureObjective, FeatureTerms, patch_items
 from latentgen.training.intake import Shaped, TrainingData, divide, in_shapes, keep_ledger, look_over, read_pictures
+from latentgen.training.layout import LayoutObjective
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
 from latentgen.training.sharding import shard, unsharded
@@ -123,7 +124,7 @@ class Run:
             self.say(line)
 
     def all(self) -> Path:
-        """Tokenizer, CLIP, VAE, U-Net, weights folder."""
+        """Tokenizer, CLIP, layout where it is asked for, VAE, U-Net, weights folder."""
         self.report(f"{self.recipe.name}: on {self.accelerator.device}, {self.accelerator.num_processes} process(es)")
         main = self.accelerator.is_main_process
         with alone(self.state) if main else nullcontext():
@@ -265,8 +266,28 @@ class Run:
 
     @cached_property
     def text_encoder(self) -> CLIPTextModel:
-        """CLIP's text tower, as the pipeline holds it."""
-        return create.text_tower(self.clip)
+        """CLIP's text tower, as the pipeline holds it; where the recipe asks for it, with the layout learned."""
+        return self._laid_out(create.text_tower(self.clip))
+
+    def _laid_out(self, text: CLIPTextModel) -> CLIPTextModel:
+        what, data = self.recipe.layout, self.data
+        if what is None:
+            return text
+        form = what.model_dump(exclude={"gate", "train"})
+        place = self._place("layout", form, _loop(what.train), data.fingerprint, content_of(text))
+        self._seed()
+        objective = LayoutObjective(
+            text,
+            self.words,
+            data.pixels,
+            data.captions,
+            (data.held_pixels, data.held_captions),
+            data.weights,
+            self.accelerator,
+            **form,
+        )
+        self._run("layout", objective, what.train, what.gate, place)
+        return text.eval().requires_grad_(False)
 
     @cached_property
     def unet(self) -> tuple[UNet2DConditionModel, Mapping[str, float]]:

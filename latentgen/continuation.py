@@ -1,4 +1,7 @@
-"""A run that goes on from a finished weights folder: its U-Net trains on, all else is taken as it is."""
+"""A run that goes on from a finished weights folder: its U-Net trains on, all else is taken as it is.
+
+But for a layout that the recipe asks for and the folder has not learned: its text encoder learns that first.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +65,16 @@ class Continuation(Run):
 
     @cached_property
     def text_encoder(self) -> CLIPTextModel:
-        """The text encoder it started with."""
+        """The text encoder it started with; where the recipe asks for a layout that was not learned yet, with that."""
         encoder: CLIPTextModel = load_part(self.start, "text_encoder")
-        return encoder
+        return encoder if "layout" in self._before else self._laid_out(encoder)
+
+    @cached_property
+    def _before(self) -> Mapping[str, Any]:
+        """The figures of the training before."""
+        path = self.start.folder / "metrics.json"
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -97,10 +107,9 @@ class Continuation(Run):
 
     def save(self, unet: UNet2DConditionModel, figures: Mapping[str, Any]) -> None:
         """Write the weights folder; the figures of what was taken as it is, and the steps before, stand there too."""
-        path = self.start.folder / "metrics.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        before = self._before
         trained = before.get("unet", {})
         steps = {"steps_before": trained.get("steps", 0.0) + trained.get("steps_before", 0.0)}
-        taken = {name: before[name] for name in ("clip", "vae") if name in before}
-        kept = {"tokenizer": figures["tokenizer"], **taken, "unet": {**figures["unet"], **steps}}
+        taken = {name: before[name] for name in ("clip", "layout", "vae") if name in before}
+        kept = {**figures, **taken, "unet": {**figures["unet"], **steps}}
         super().save(unet, kept)

@@ -99,6 +99,18 @@ class Clip(Section):
     train: Train
 
 
+class Layout(Section):
+    """The text encoder's last `grid`² places learn what a caption's picture looks like (`training.layout`); `keep`
+    holds its other states near what CLIP made of them.
+    """
+
+    grid: Annotated[int, Field(ge=2, le=8)] = 4
+    keep: Amount = 0.02
+    caption_dropout: Part = 0.1
+    gate: dict[str, float] = {}
+    train: Train
+
+
 class VaeLoss(Section):
     """Weights of the VAE's terms beside L1, each a mean over elements; `equivariance` is a part of the steps."""
 
@@ -176,7 +188,8 @@ class Pace(Section):
 
 
 class Recipe(Section):
-    """One trainable pipeline: a data set, four stages, and how to look at the result.
+    """One trainable pipeline: a data set, its stages, and how to look at the result. Without `layout` CLIP's text tower
+    is the text encoder as it is.
 
     `precision`: what matrix products are computed in while it trains, the weights being fp32; "auto" is bf16 where the
     hardware multiplies it (a GPU since Ampere, a CPU with AVX512-BF16 or AMX) and fp32 elsewhere.
@@ -188,6 +201,7 @@ class Recipe(Section):
     data: Data
     tokenizer: Tokenizer
     clip: Clip
+    layout: Layout | None = None
     vae: Vae
     unet: Unet
     sample: Sample

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,26 @@ def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_i
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (start, out))
     assert after["vae"] == before["vae"] and after["unet"]["steps_before"] == before["unet"]["steps"]
     assert after["unet"]["validation_loss"] < before["unet"]["validation_loss"]
+
+
+def test_a_run_that_goes_on_learns_a_layout_first_and_only_once(trained: tuple[Path, object], tmp_path: Path) -> None:
+    recipe = tmp_path / "laid.toml"
+    layout = "[layout]\ngrid = 2\n[layout.train]\nsteps = 20\nbatch = 16\nrate = 1e-3\nwarmup = 2\n"
+    recipe.write_text(f"{TINY.read_text()}\n{layout}")
+    folders = [trained[0], tmp_path / "once", tmp_path / "twice"]
+    said = []
+    for start, out in pairwise(folders):
+        command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--start", str(start)]
+        done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+    assert "layout: starts at step 0 of 20" in said[0] and "layout: " not in said[1]
+    first, once, twice = (load_file(open_folder(folder).weights["text_encoder"][0]) for folder in folders)
+    assert any(not torch.equal(value, once[name]) for name, value in first.items())
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    assert "layout" not in figures[0] and 0 < figures[1]["layout"]["validation_loss"] < 2
+    assert figures[2]["layout"] == figures[1]["layout"]
 
 
 @pytest.mark.parametrize(
