@@ -1,7 +1,7 @@
 """What the recipe keys for small models do: the same short training with each of them, judged alike; a table.
 
 usage: python scripts/compare_keys.py [--recipe pipelines/icons.toml] [--data FOLDER] [--out runs/keys]
-           [--only plain,min-snr,…] [--steps 600] [--pictures 100] [--seed 0]
+           [--only 'plain;layout;…'] [--steps 600] [--pictures 100] [--seed 0]
 
 The recipe is made small (a U-Net of 64 and 128 channels) and short, then trained once for each variant into OUT/NAME;
 stages that a variant does not touch are trained once for all. What is done is not done again. Each is evaluated on the
@@ -28,6 +28,11 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "plain": {},
         "min-snr": {"unet": {"weighting": "min-snr"}},
         "logit-normal": {"unet": {"times": "logit-normal", "times_mean": 1.0, "times_std": 1.4}},
+        "layout": {"layout": {"train": {"steps": 400}}},
+        "layout, logit-normal": {
+            "layout": {"train": {"steps": 400}},
+            "unet": {"times": "logit-normal", "times_mean": 1.0, "times_std": 1.4},
+        },
         "align": {"unet": {"align": 0.5}},
         "disperse": {"unet": {"disperse": 0.25}},
         "equivariance": {"vae": {"loss": {"equivariance": 0.5}}},
@@ -48,6 +53,11 @@ def small(recipe: Path, name: str, steps: int, seed: int) -> Recipe:
     table = read_table(recipe)
     for stage, length in (("clip", 150), ("vae", 500), ("unet", steps)):
         table[stage]["train"] |= {"steps": length, "warmup": 100 if stage == "unet" else 50}
+    for key in ("times", "times_mean", "times_std"):
+        table["unet"].pop(key, None)
+    layout = table.pop("layout", {"train": {"batch": 256, "rate": 1.5e-3, "warmup": 50}})
+    if "layout" in VARIANTS[name]:
+        table["layout"] = layout
     table["clip"]["gate"], table["vae"]["gate"] = {}, {}
     table["unet"] |= {"channels": [64, 128], "head_width": 64}
     table["unet"]["train"] |= {"batch": 32, "rate": 1.5e-3, "ema": 0.995}
@@ -78,15 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--recipe", type=Path, default=ROOT / "pipelines/icons.toml", help="the recipe")
     options.add_argument("--data", type=Path, help="captioned pictures instead of the recipe's")
     options.add_argument("--out", type=Path, default=ROOT / "runs/keys", help="where the weights folders go")
-    options.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas between them")
+    options.add_argument("--only", default=";".join(VARIANTS), help="variants, with semicolons between them")
     options.add_argument("--steps", type=int, default=600, help="of the U-Net")
     options.add_argument("--pictures", type=int, default=100, help="held-out pictures to judge by")
     options.add_argument("--seed", type=int, default=0, help="of the training")
     given = options.parse_args(arguments)
-    chosen = [name.strip() for name in given.only.split(",")]
+    chosen = [name.strip() for name in given.only.split(";")]
     unknown = [name for name in chosen if name not in VARIANTS]
     if unknown:
-        print(f"compare_keys: no variant {unknown[0]!r}; there is {', '.join(VARIANTS)}", file=sys.stderr)
+        print(f"compare_keys: no variant {unknown[0]!r}; there is {'; '.join(VARIANTS)}", file=sys.stderr)
         return 2
 
     def report(line: object) -> None:
