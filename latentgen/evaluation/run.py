@@ -307,6 +307,8 @@ def inner_figures(
     figures = {"validation loss": inside.loss}
     if inside.bits is not None:
         figures["bits per latent dimension, bound"] = inside.bits
+    if inside.pixel_bits is not None:
+        figures["bits per pixel dimension, bound"] = inside.pixel_bits
     figures["reconstruction: PSNR, dB"] = mean_figure(psnr_rows(real, inside.reconstructions), seed)
     if min(real.shape[1:3]) >= 11:
         figures["reconstruction: SSIM"] = mean_figure(ssim_rows(real, inside.reconstructions), seed)

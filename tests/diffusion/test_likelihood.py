@@ -14,6 +14,7 @@ from latentgen.diffusion.likelihood import (
     decoder_nats,
     discrete_bound,
     flow_likelihood,
+    laplace_nats,
     step_divergence,
 )
 from latentgen.diffusion.loss import learned_schedule
@@ -117,6 +118,22 @@ def test_the_decoder_over_grey_levels_sums_to_one() -> None:
         log_variance = torch.tensor(2 * math.log(std), dtype=torch.float64)
         mass = torch.exp(-decoder_nats(levels, torch.tensor(mean, dtype=torch.float64), log_variance, 256))
         assert float(mass.sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_laplace_decoders_over_grey_levels_sum_to_one_and_are_those_of_torch() -> None:
+    levels = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
+    for mean in (-1.0, -0.99, 0.003, 0.5, 1.0):
+        masses = []
+        for scale in (0.002, 0.05, 1.0):
+            mass = torch.exp(-laplace_nats(levels, torch.full_like(levels, mean), torch.tensor([scale])))
+            assert float(mass.sum()) == pytest.approx(1, abs=1e-6)
+            law = torch.distributions.Laplace(torch.tensor(mean).double(), torch.tensor(scale).double())
+            edges = law.cdf(torch.linspace(-1 - 1 / 255, 1 + 1 / 255, 257, dtype=torch.float64))
+            edges[0], edges[-1] = 0, 1
+            torch.testing.assert_close(mass, edges.diff(), atol=1e-7, rtol=1e-4)
+            masses.append(mass)
+        both = laplace_nats(levels, torch.full_like(levels, mean), torch.tensor([0.002, 1.0]))
+        torch.testing.assert_close(torch.exp(-both), (masses[0] + masses[2]) / 2, atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("build", [lambda m: gaussian(0.3, 0.5, m), two_modes], ids=["gaussian", "mixture"])
