@@ -21,7 +21,6 @@ from latentgen.diffusion.schedule import from_config
 from latentgen.durable import alone, write_file, write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
-from latentgen.models.loading import has_bf16
 from latentgen.models.onnx.export import write_graphs
 from latentgen.pixels import build as pixels
 from latentgen.recipe import Recipe, Train, read_kind, read_recipe
@@ -35,6 +34,7 @@ from latentgen.training.features import FeatureObjective, FeatureTerms, patch_it
 from latentgen.training.intake import Shaped, TrainingData, divide, in_shapes, keep_ledger, look_over, read_pictures
 from latentgen.training.layout import LayoutObjective
 from latentgen.training.loop import LoopSettings
+from latentgen.training.precision import accelerator_for
 from latentgen.training.report import write_page
 from latentgen.training.sharding import shard, unsharded
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
@@ -42,13 +42,6 @@ from latentgen.training.stage import Pace, Report, fingerprint, run_stage, setti
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
-
-PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours -> diffusers' names
-BETAS: Mapping[str, Mapping[str, Any]] = {  # ours -> diffusers' names
-    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-    "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
-}
 
 
 def train(recipe: Path, out: Path | None = None, data: Path | None = None, report: Report = print) -> Path:
@@ -67,19 +60,7 @@ def train(recipe: Path, out: Path | None = None, data: Path | None = None, repor
 
 def scheduler_config(recipe: Recipe) -> Mapping[str, Any]:
     """What diffusers' scheduler_config.json says of the recipe's diffusion."""
-    return {
-        "_class_name": "DPMSolverMultistepScheduler",
-        "num_train_timesteps": 1000,
-        **BETAS[recipe.unet.schedule],
-        "prediction_type": PREDICTIONS[recipe.unet.prediction],
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "lower_order_final": True,
-        "timestep_spacing": "trailing",
-        "final_sigmas_type": "zero",
-        "thresholding": False,
-    }
+    return finish.scheduler_config(recipe.unet.schedule, recipe.unet.prediction)
 
 
 def buckets_of(recipe: Recipe) -> Buckets | None:
@@ -115,8 +96,7 @@ class Run:
     @cached_property
     def accelerator(self) -> Accelerator:
         """Devices, precision and processes."""
-        asked = self.recipe.precision
-        return Accelerator(mixed_precision="bf16" if asked == "bf16" or (asked == "auto" and has_bf16()) else "no")
+        return accelerator_for(self.recipe.precision)
 
     def report(self, line: str) -> None:
         """One line, from the main process alone."""

@@ -19,12 +19,12 @@ from latentgen import __version__
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
-from latentgen.diffusion.guidance import AnnealedCondition, Projection, guided
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
 from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.errors import InputError
+from latentgen.guiding import guided_as, snapshot_of
 from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
 from latentgen.models.lora import Loras, TakesLoras
@@ -241,8 +241,9 @@ class Pipeline(TakesLoras, TakesWords):
         rows = at_a_time * (1 if negative is None else 2)
         network = caching(self.cached, request.feature_cache) if cached else self.network
         denoiser = Denoiser(in_groups(network, rows), plan.schedule, plan.prediction)
-        snapshot = None if weaker is None else self._snapshot(weaker, rows), weaker_scale
-        denoise = self._guided(request, plan, knots, denoiser, condition, negative, rows, noise, snapshot)
+        snapshot = None if weaker is None else snapshot_of(weaker, self, rows), weaker_scale
+        conditions = condition, negative
+        denoise = guided_as(request, plan, knots, denoiser, conditions, rows, noise, self.perturbed, snapshot)
         x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
         brought = {"generator": generator, "latents": latents, "callback_on_step_end": self._steered or None}
         brought |= {"weaker": weaker, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
@@ -257,71 +258,6 @@ class Pipeline(TakesLoras, TakesWords):
         height, width = request.height // self.terms.factor, request.width // self.terms.factor
         need = need_of(*self.terms.configs, height, width, request.guidance > 1)
         return pictures_at_a_time(batch, need, len(request), self.latent.device)
-
-    def _guided(
-        self,
-        request: Request,
-        plan: Plan,
-        knots: np.ndarray,
-        denoiser: Denoiser,
-        condition: Condition,
-        negative: Condition | None,
-        rows: int,
-        noise: Any,
-        snapshot: tuple[Denoiser | None, float],
-    ) -> Denoise:
-        """The denoiser with its conditions and every kind of guidance that was asked for; rows: of an evaluation."""
-        if request.pag and self.perturbed is None:
-            raise InputError("pag_scale needs a network whose attention can be perturbed, which this engine's cannot")
-        other = None if self.perturbed is None else replace(denoiser, network=in_groups(self.perturbed, rows))
-        interval = None
-        if request.interval is not None:
-            first, last = (round(part * request.steps) for part in request.interval)
-            interval = (float(knots[first]), float(knots[max(first, last - 1)]))
-        return guided(
-            denoiser,
-            condition,
-            negative,
-            scale=max(request.guidance, 1.0),
-            rescale=request.rescale,
-            interval=interval,
-            projection=None if request.projection is None else Projection(*request.projection),
-            annealed=self._annealed(request, plan, noise),
-            weaker=snapshot[0],
-            weaker_scale=snapshot[1],
-            perturbed=other,
-            perturbed_scale=request.pag,
-            clip=plan.clip,
-            threshold=plan.threshold,
-            threshold_max=plan.threshold_max,
-            variance=plan.options.get("variance") == "learned-range",
-        )
-
-    def _annealed(self, request: Request, plan: Plan, noise: Any) -> AnnealedCondition | None:
-        """CADS, where it was asked for; its noise is of the pictures' own seeds."""
-        if request.annealing is None:
-            return None
-        if not isinstance(noise, Noise):
-            raise InputError("condition_annealing draws its noise from seeds; give a seed instead of a generator")
-        low, high, scale = request.annealing
-        return AnnealedCondition(noise, plan.schedule, low, high, scale)
-
-    def _snapshot(self, weaker: "Pipeline", rows: int) -> Denoiser:
-        """The denoiser of another snapshot, where its latents, its text states and its arrays are of the same kind."""
-        unlike = [
-            f"{name} is {theirs}, here {ours}"
-            for name, theirs, ours in (
-                ("latent channels", weaker.terms.channels, self.terms.channels),
-                ("latent factor", weaker.terms.factor, self.terms.factor),
-                ("width of the text", *(p.terms.configs[0].get("cross_attention_dim") for p in (weaker, self))),
-                ("engine", *((p.machine or {}).get("engine", "torch") for p in (weaker, self))),
-            )
-            if theirs != ours
-        ]
-        if unlike:
-            raise InputError(f"weaker is no snapshot of this model: its {unlike[0]}; give an earlier or smaller one")
-        plan = plan_for(weaker.scheduler, self.terms.sampler)
-        return Denoiser(in_groups(weaker.network, rows), plan.schedule, plan.prediction)
 
     def _noise(self, request: Request, generator: Any, seed: Any) -> Any:
         """Where randomness comes from: one stream for each picture's seed, or the caller's torch generators."""

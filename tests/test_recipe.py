@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from latentgen import InputError
-from latentgen.build import BETAS, PREDICTIONS, scheduler_config
+from latentgen.build import scheduler_config
 from latentgen.diffusion.schedule import from_config
 from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.recipe import Recipe, read_kind, read_recipe
+from latentgen.training.finish import BETAS, PREDICTIONS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny.toml"

@@ -24,7 +24,6 @@ from latentgen.finetuning.prior import CHECKED, render_prior
 from latentgen.finetuning.prove import Proof, look, prove
 from latentgen.finetuning.settings import Chosen, Finetune, choose
 from latentgen.image import to_bytes
-from latentgen.models.loading import has_bf16
 from latentgen.models.text import TextEncoder
 from latentgen.training.cache import cached, latent_moments
 from latentgen.training.captions import CaptionTable
@@ -32,6 +31,7 @@ from latentgen.training.denoise import Latents
 from latentgen.training.draw import Draw, Order
 from latentgen.training.intake import keep_ledger
 from latentgen.training.loop import LoopSettings
+from latentgen.training.precision import accelerator_for
 from latentgen.training.sheet import contact_sheet
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, Report, duration, fingerprint, run_stage
@@ -80,8 +80,7 @@ class Run:
     @cached_property
     def accelerator(self) -> Accelerator:
         """Devices and precision."""
-        bf16 = self.asked.precision == "bf16" or (self.asked.precision == "auto" and has_bf16())
-        found = Accelerator(mixed_precision="bf16" if bf16 else "no")
+        found = accelerator_for(self.asked.precision)
         if found.num_processes > 1:
             raise InputError("finetune runs in one process; start it without torchrun or accelerate launch")
         return found

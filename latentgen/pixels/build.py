@@ -23,6 +23,7 @@ from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.pixels.weights import class_sheet, save_pixels
 from latentgen.training.intake import divide, read_pictures
 from latentgen.training.loop import LoopSettings
+from latentgen.training.precision import accelerator_for
 from latentgen.training.report import write_page
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
 
@@ -66,7 +67,7 @@ class PixelRun:
     @cached_property
     def accelerator(self) -> Accelerator:
         """Devices and processes; everything is fp32."""
-        return Accelerator(mixed_precision="no")
+        return accelerator_for("fp32")
 
     def report(self, line: str) -> None:
         """One line, from the main process alone."""

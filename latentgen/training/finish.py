@@ -8,6 +8,30 @@ from typing import Any
 
 from PIL import Image
 
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours -> diffusers' names
+BETAS: Mapping[str, Mapping[str, Any]] = {  # ours -> diffusers' names
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+}
+
+
+def scheduler_config(schedule: str, prediction: str) -> Mapping[str, Any]:
+    """What diffusers' scheduler_config.json says of a diffusion, in our names for its schedule and prediction."""
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "num_train_timesteps": 1000,
+        **BETAS[schedule],
+        "prediction_type": PREDICTIONS[prediction],
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "timestep_spacing": "trailing",
+        "final_sigmas_type": "zero",
+        "thresholding": False,
+    }
+
 
 def extra_files(
     *,

@@ -73,6 +73,7 @@ class LayoutObjective:
         if device.type == "cpu":
             text.set_attn_implementation("eager")  # as in `ClipObjective`
         self._before = copy.deepcopy(text).to(device).eval().requires_grad_(False)
+        text.requires_grad_(True)  # weights that were opened to render are frozen
         head = nn.Linear(text.config.hidden_size, 3 * PATCH**2)
         self.module = nn.ModuleDict({"text": text, "head": head}).to(device)
         self.weights = weights

@@ -48,8 +48,9 @@ def made(pixels: np.ndarray, table: CaptionTable, words: Any, **settings: Any) -
     torch.manual_seed(0)
     clip = create.clip(words, size=SIDE, patch=8, width=32, heads=2, text_layers=2, image_layers=1)
     held = pixels[:4], [f"dark on the {name}" for name in NAMES]
+    frozen = create.text_tower(clip).requires_grad_(False)  # as it comes from a finished folder
     return LayoutObjective(
-        create.text_tower(clip), words, pixels, table, held, np.ones(len(pixels)), Accelerator(),
+        frozen, words, pixels, table, held, np.ones(len(pixels)), Accelerator(),
         **{"grid": GRID, **settings},
     )  # fmt: skip
 
@@ -78,12 +79,13 @@ def test_it_learns_where_things_are_from_the_caption(pixels: np.ndarray, table: 
     objective = made(pixels, table, words, caption_dropout=0.0)
     settings = LoopSettings(steps=150, batch=12, rate=3e-3, warmup=5, ema=0.9)
     state = TrainState.start(objective.module, settings)
-    first = dict(objective.validate())
+    first, before = dict(objective.validate()), objective._before.state_dict()
     for _ in fit(objective, state, settings, Accelerator(), seed=0):
         pass
     state.swap_average()
     last = objective.validate()
     assert first["explained"] < 0.1 and last["explained"] > 0.6, (first, last)
+    assert any(not torch.equal(value, before[name]) for name, value in objective.module["text"].state_dict().items())
     sheet = objective.sheet()
     assert sheet is not None and sheet.size[0] > 4 * 64
 
