@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, StableDiffusionPAGPipeline, StableDiffusion
 
 from latentgen import InputError, Pipeline
 from latentgen.diffusion.noise import Noise
+from latentgen.render import replay
 
 TOLERANCE = 2e-4
 COMMON: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 5.0, "output_type": "np"}
@@ -144,6 +145,16 @@ def test_a_condition_annealed_is_noised_by_the_pictures_own_seed(folder: Path) -
     alone = ours("a red apple", **given, seed=2).images
     np.testing.assert_allclose(both.images[1:], alone, atol=TOLERANCE)
     assert both.settings["condition_annealing"] == (0.3, 0.8, 0.5)
+
+
+def test_a_picture_of_an_annealed_condition_is_replayed_to_the_byte(folder: Path, tmp_path: Path) -> None:
+    ours, picture = Pipeline.from_pretrained(folder, engine="torch"), tmp_path / "annealed.png"
+    steered: dict[str, Any] = {"condition_annealing": (0.3, 0.8, 0.5), "guidance_projection": (0.0, None, -0.5)}
+    plain, image = (ours("a red apple", seed=1, num_inference_steps=4, **given).images[0] for given in ({}, steered))
+    image.save(picture)
+    assert plain.tobytes() != image.tobytes()
+    again, _ = replay(picture, tmp_path / "again.png")
+    assert again.read_bytes() == picture.read_bytes()
 
 
 def test_autoguidance_is_away_from_the_weaker_snapshot_in_one_line(folder: Path) -> None:
