@@ -124,7 +124,7 @@ def _extras(base: Base) -> dict[str, bytes | str]:
 
 def _word(base: Base, settings: Finetune) -> Trainee:
     assert isinstance(base.text, TextEncoder) and settings.token is not None
-    start = start_vectors(base.text, settings.like, settings.vectors, settings.seed)
+    start = first_vectors(base.text, settings)
     word = NewWord(base.text, settings.token, start)
 
     def save(out: Path, finish: Finish) -> Path:
@@ -155,11 +155,16 @@ class _Both(nn.Module):
         return super().train(mode)
 
 
+def first_vectors(text: TextEncoder, settings: Finetune) -> torch.Tensor:
+    """What a new word starts as: (vectors, D)."""
+    assert settings.vectors is not None
+    return start_vectors(text, settings.like, settings.vectors, settings.seed)
+
+
 def untrained(base: Base, settings: Finetune) -> Pipeline:
     """The starting weights for comparison: a new word is there what it starts as."""
     pipe = _pipe(base)
     if settings.method == "textual-inversion":
         assert isinstance(pipe.text, TextEncoder) and settings.token is not None
-        start = start_vectors(pipe.text, settings.like, settings.vectors, settings.seed)
-        add_word(pipe.text, settings.token, start)
+        add_word(pipe.text, settings.token, first_vectors(pipe.text, settings))
     return pipe

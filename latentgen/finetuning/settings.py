@@ -62,7 +62,7 @@ class Finetune(BaseModel):
     token: str | None = None
     class_word: str | None = Field(None, alias="class")
     like: str | None = None
-    vectors: Positive = 1
+    vectors: Positive | None = None
     prior_pictures: Annotated[int, Field(ge=0)] | None = None
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     keep: Literal["best", "last"] | None = None
@@ -88,7 +88,7 @@ class Finetune(BaseModel):
                 raise InputError('token is missing: textual-inversion wants the new word, as --token "<my-cat>"')
             if self.text_encoder:
                 raise InputError("text_encoder is not trained by textual-inversion, which learns new words alone")
-        elif self.vectors != 1 or self.like:
+        elif self.vectors is not None or self.like:
             raise InputError(f"vectors and like are textual-inversion's; {self.method} has no new word")
         if self.token and self.method not in ("dreambooth", "textual-inversion"):
             raise InputError(f"token is dreambooth's and textual-inversion's; {self.method} learns from captions")
@@ -119,15 +119,17 @@ def choose(asked: Finetune, pictures: int, weights: int, largest: int, held: boo
     open_: dict[str, tuple[Any, str]] = {}
     batch = asked.batch or min(16 if small else 2, max(1, pictures))
     open_["batch"] = (batch, f"{how}; {few}")
-    each = {"dreambooth": 300, "textual-inversion": 300}.get(asked.method, 80)
+    each = {"dreambooth": 300, "textual-inversion": 600 if small else 300}.get(asked.method, 80)
     samples = max(1600, min(each * pictures, 9600)) if small else max(800, min(each * pictures, 6400))
     open_["steps"] = (math.ceil(samples / batch), f"{few}, each seen about {samples / pictures:.0f} times")
-    rates = {"full": (2e-4, 1e-5), "textual-inversion": (1e-2, 5e-3), "lokr": (2e-3, 3e-4)}
+    rates = {"full": (2e-4, 1e-5), "textual-inversion": (2e-2, 5e-3), "lokr": (2e-3, 3e-4)}
     kind = "full" if asked.method == "dreambooth" and asked.on == "full" else asked.method
     open_["rate"] = (rates.get(kind, (1e-3, 1e-4))[not small], f"{how}; {asked.method}")
     if asked.adapter is not None:
         open_["rank"] = (4 if pictures < 12 else 8 if pictures < 60 else 16, few)
         open_["targets"] = ("all" if small else "attention", how)
+    if asked.method == "textual-inversion":
+        open_["vectors"] = (8 if small else 1, how)
     open_["size"] = (largest, "what the weights were trained at")
     open_["hold_out"] = (0.0 if pictures < 16 or asked.method in ("dreambooth", "textual-inversion") else 0.1, few)
     open_["keep"] = ("best" if held else "last", "pictures are held out" if held else "no picture is held out")
