@@ -6,6 +6,7 @@ ways over one table of module names (`modules`), and say how a tensor's numbers 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +57,23 @@ def modules(part: str, config: Mapping[str, Any], tower: str = CLIP) -> dict[str
     if part == "vae":
         return dict(_vae(config))
     return dict(_openclip(config)) if tower == OPENCLIP else {"text_model": "text_model"}
+
+
+def ldm_layers(layers: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a U-Net's layers in the LDM layout, without the prefix; what has no place there is left out.
+
+    config: as diffusers' config.json of it. Empty for U-Nets whose blocks that layout does not know.
+    """
+    if not {"layers_per_block", "block_out_channels", "up_block_types"} <= set(config):
+        return {}
+    if not isinstance(config["layers_per_block"], int):
+        return {}
+    table = {here: there for there, here in modules("unet", config).items()}
+    found = {}
+    for layer in layers:
+        with suppress(InputError):
+            found[layer] = _translated("unet", layer, table, "the original layout")
+    return found
 
 
 def ema_name(name: str) -> str:

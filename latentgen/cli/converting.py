@@ -11,7 +11,9 @@ latentgen convert model.safetensors weights/model
 
 latentgen convert weights/model model.safetensors
 
-latentgen convert weights/my-lora my-lora.safetensors"""
+latentgen convert weights/my-lora my-lora.safetensors
+
+latentgen convert weights/my-xl-lora my-xl-lora.safetensors --base weights/xl"""
 
 
 def add(app: typer.Typer) -> None:
@@ -25,6 +27,9 @@ def convert(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A CLIP tokenizer's folder, for a file that has none beside it.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The weights an adapter is for, where they are Stable Diffusion XL's.")
+    ] = None,
 ) -> None:
     """Turn a single-file checkpoint into a folder, or a folder into a single file, and render both to compare.
 
@@ -35,7 +40,7 @@ def convert(
     from latentgen.models.lora.kohya import write_kohya
 
     if is_adapter(source):
-        typer.echo(f"the same changes within {write_kohya(source, target):.2g}", err=True)
+        typer.echo(f"the same changes within {write_kohya(source, target, base):.2g}", err=True)
         typer.echo(target)
         return
     place, difference = run(source, target, tokenizer=tokenizer)

@@ -81,9 +81,5 @@ class Base:
 
 
 def _check_fit(checkpoint: Checkpoint, settings: Finetune) -> None:
-    if checkpoint.has_second and settings.method == "textual-inversion":
-        raise InputError(f"{checkpoint.folder} has two text encoders; textual-inversion takes weights with one")
-    if checkpoint.has_second and settings.text_encoder:
-        raise InputError(f"{checkpoint.folder} has two text encoders, which are not trained; leave text_encoder off")
     if settings.text_encoder and settings.adapter == "lokr":
         raise InputError("text_encoder is not trained with lokr, which has no file form for it; use lora")

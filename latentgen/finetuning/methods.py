@@ -12,10 +12,10 @@ from latentgen.checkpoint import save_pipeline, write_folder
 from latentgen.finetuning.base import Base
 from latentgen.finetuning.settings import Finetune
 from latentgen.models.adapters import Trained, add_adapter, layers_of, text_layers, trained_weights, write_adapter
-from latentgen.models.inversion import NewWord, add_word, start_vectors, write_embedding
+from latentgen.models.inversion import new_words, start_vectors, teach, vectors_of, write_embedding
 from latentgen.models.onnx.export import write_graphs
 from latentgen.models.onnx.places import why_not
-from latentgen.models.text import TextEncoder
+from latentgen.models.text import TextEncoder, TwoTextEncoders
 from latentgen.pipeline import Pipeline
 
 Finish = Callable[[Path], None]  # called on the folder while it lies aside; what it raises leaves nothing behind
@@ -54,7 +54,7 @@ def _pipe(base: Base) -> Pipeline:
 def _networks(base: Base, settings: Finetune) -> dict[str, Any]:
     networks = {"unet": base.unet}
     if settings.text_encoder:
-        networks["text_encoder"] = base.text.model
+        networks |= zip(("text_encoder", "text_encoder_2"), (tower.model for tower in base.text.towers), strict=False)
     return networks
 
 
@@ -123,13 +123,12 @@ def _extras(base: Base) -> dict[str, bytes | str]:
 
 
 def _word(base: Base, settings: Finetune) -> Trainee:
-    assert isinstance(base.text, TextEncoder) and settings.token is not None
-    start = first_vectors(base.text, settings)
-    word = NewWord(base.text, settings.token, start)
+    assert settings.token is not None
+    words = new_words(base.text, settings.token, first_vectors(base.text, settings))
 
     def save(out: Path, finish: Finish) -> Path:
         def write(aside: Path) -> None:
-            write_embedding(aside, str(settings.token), word.vectors)
+            write_embedding(aside, str(settings.token), vectors_of(words))
             finish(aside)
 
         return write_folder(out, write)
@@ -139,15 +138,15 @@ def _word(base: Base, settings: Finetune) -> Trainee:
         pipe.load_textual_inversion(folder)
         return pipe
 
-    return Trainee(_Both(word, base.unet), True, lambda: None, save, reopen)
+    return Trainee(_Both(words, base.unet), True, lambda: None, save, reopen)
 
 
 class _Both(nn.Module):
-    """A new word's vectors, and a network that gradients pass through on their way to it."""
+    """A new word's vectors, and a network that gradients pass through on their way to them."""
 
-    def __init__(self, word: NewWord, network: nn.Module) -> None:
+    def __init__(self, words: nn.ModuleList, network: nn.Module) -> None:
         super().__init__()
-        self.word = word
+        self.words = words
         self.__dict__["network"] = network
 
     def train(self, mode: bool = True) -> "_Both":
@@ -155,16 +154,17 @@ class _Both(nn.Module):
         return super().train(mode)
 
 
-def first_vectors(text: TextEncoder, settings: Finetune) -> torch.Tensor:
-    """What a new word starts as: (vectors, D)."""
+def first_vectors(text: TextEncoder | TwoTextEncoders, settings: Finetune) -> list[torch.Tensor]:
+    """What a new word starts as: (vectors, D) for each text encoder."""
     assert settings.vectors is not None
-    return start_vectors(text, settings.like, settings.vectors, settings.seed)
+    return [start_vectors(tower, settings.like, settings.vectors, settings.seed) for tower in text.towers]
 
 
 def untrained(base: Base, settings: Finetune) -> Pipeline:
     """The starting weights for comparison: a new word is there what it starts as."""
     pipe = _pipe(base)
     if settings.method == "textual-inversion":
-        assert isinstance(pipe.text, TextEncoder) and settings.token is not None
-        add_word(pipe.text, settings.token, first_vectors(pipe.text, settings))
+        assert settings.token is not None
+        assert isinstance(pipe.text, TextEncoder | TwoTextEncoders)
+        teach(pipe.text, settings.token, first_vectors(pipe.text, settings))
     return pipe

@@ -1,7 +1,7 @@
 """What fine-tuning descends: the denoising loss on the new pictures and, for DreamBooth, on the prior as well."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -39,8 +39,7 @@ class KeptConditions:
         self._states = torch.cat([part.states.half() for part in parts if part.states is not None])
         pooled = [part.pooled for part in parts if part.pooled is not None]
         self._pooled = torch.cat(pooled) if pooled else None
-        self._sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
-        self.empty = len(texts) - 1
+        self._size, self.empty = size, len(texts) - 1
 
     def rows(self, numbers: np.ndarray) -> Condition:
         """From the kept states."""
@@ -48,20 +47,27 @@ class KeptConditions:
         states = self._states[chosen].float()
         if self._pooled is None:
             return Condition(states)
-        sizes = self._sizes.to(states.device).expand(len(numbers), -1)
-        return Condition(states, pooled=self._pooled[chosen], sizes=sizes)
+        pooled = self._pooled[chosen]
+        return Condition(states, pooled=pooled, sizes=_sizes(self._size, pooled))
+
+
+def _sizes(side: int, pooled: Tensor) -> Tensor:
+    """What Stable Diffusion XL is told of pictures `side` pixels wide that are whole: (B, 6), where `pooled` lives."""
+    told = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pooled.device)
+    return told.expand(len(pooled), -1)
 
 
 class LiveConditions:
     """Encoded at every step: for a text encoder, or a word of it, that is trained."""
 
-    def __init__(self, text: TextEncoder, texts: Sequence[str]) -> None:
-        self._text, self._texts = text, list(texts)
+    def __init__(self, text: TextEncoder | TwoTextEncoders, texts: Sequence[str], size: int) -> None:
+        self._text, self._texts, self._size = text, list(texts), size
         self.empty = len(texts) - 1
 
     def rows(self, numbers: np.ndarray) -> Condition:
         """From the encoder as it is now."""
-        return self._text.encode([self._texts[number] for number in numbers])
+        condition = self._text.encode([self._texts[number] for number in numbers])
+        return condition if condition.pooled is None else replace(condition, sizes=_sizes(self._size, condition.pooled))
 
 
 @dataclass(frozen=True)

@@ -253,8 +253,7 @@ class _Lesson:
         number = {text: place for place, text in enumerate(texts)}
         conditions: Conditions
         if trainee.live:
-            assert isinstance(base.text, TextEncoder)
-            conditions = LiveConditions(base.text, texts)
+            conditions = LiveConditions(base.text, texts, int(what.size or 0))
         else:
             conditions = KeptConditions(base.text, texts, int(what.size or 0))
         latents = self._latents("train", examples.pixels)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from latentgen.errors import InputError
+from latentgen.models.prompt import EMBEDDING
 
 NAME = "default"
 LORA_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
@@ -88,7 +90,7 @@ def adapter_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(folder: Path, kind: str, networks: Mapping[str, nn.Module]) -> Path:
-    """Write the adapters of "unet" and, it may be, "text_encoder" into a folder; gives the file.
+    """Write the adapters of "unet" and, it may be, the text encoders into a folder; gives the file.
 
     LoRA and DoRA in diffusers' form; LoKr, which diffusers has no form for, as PEFT writes one network's.
     """
@@ -131,7 +133,7 @@ def stock_pictures(
         pipe: Any = DiffusionPipeline.from_pretrained(base, safety_checker=None, torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         if adapter is not None and token is not None:
-            pipe.load_textual_inversion(adapter, weight_name="learned_embeds.safetensors")
+            _teach(pipe, adapter / EMBEDDING, token)
         elif adapter is not None and kind == "lokr":
             from peft import PeftModel
 
@@ -139,3 +141,14 @@ def stock_pictures(
         elif adapter is not None:
             pipe.load_lora_weights(adapter, weight_name=LORA_FILE)
         return pipe(**call, output_type="np").images
+
+
+def _teach(pipe: Any, file: Path, token: str) -> None:
+    """A new word in stock diffusers, which for Stable Diffusion XL takes each text encoder's vectors by themselves."""
+    held = load_file(file)
+    if len(held) == 1:
+        pipe.load_textual_inversion(file)
+        return
+    towers = (pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)
+    for vectors, (tower, words) in zip((held["clip_l"], held["clip_g"]), towers, strict=True):
+        pipe.load_textual_inversion(vectors, token=token, text_encoder=tower, tokenizer=words)

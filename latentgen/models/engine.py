@@ -100,7 +100,7 @@ def open_torch(
     from latentgen.models.compiled import check_compiling, compiled
     from latentgen.models.feature_cache import FeatureCache
     from latentgen.models.latent import Latent
-    from latentgen.models.lora.layers import module_loras
+    from latentgen.models.lora.layers import tower_loras
     from latentgen.models.network import load_unet, perturbed_network, unet_network
     from latentgen.models.text import load_text
 
@@ -111,7 +111,7 @@ def open_torch(
     loading.use_threads(threads)
     kind = loading.choose_dtype(dtype, place)
     text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
-    network, adapters = unet_network(unet), module_loras(unet=unet, text_encoder=text.model)
+    network, adapters = unet_network(unet), tower_loras(unet, (tower.model for tower in text.towers))
     for one in loras:
         adapters.load(**one)
     return Engine(

@@ -82,8 +82,9 @@ def load_part(checkpoint: Checkpoint, part: str) -> Any:
     """The network of one part ("unet", "vae", "text_encoder"), in float32 on the CPU: as training wants it."""
     with quiet():
         from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    kinds |= {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     return load_module(kinds[part], checkpoint, part, torch.device("cpu"), torch.float32)
 
 

@@ -57,6 +57,11 @@ class TextEncoder(ReadsPrompts):
         )
 
     @property
+    def towers(self) -> tuple["TextEncoder", ...]:
+        """This one."""
+        return (self,)
+
+    @property
     def window(self) -> Window:  # type: ignore[override]
         """What the tower sees at once."""
         marks = self.tokenizer
@@ -114,6 +119,11 @@ class TwoTextEncoders:
         """Both tokenizers and towers of a checkpoint."""
         first, second = (TextEncoder.load(checkpoint, device, dtype, second=which) for which in (False, True))
         return cls(first, second, bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)))
+
+    @property
+    def towers(self) -> tuple[TextEncoder, ...]:
+        """Both."""
+        return (self.first, self.second)
 
     @property
     def length(self) -> int:

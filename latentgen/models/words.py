@@ -14,21 +14,20 @@ class TakesWords:
     words: list[dict[str, Any]]
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None, *, known_as: str | None = None) -> str:
-        """Teach the text encoder a word from its embeddings (Gal et al. 2022): a .safetensors file, or its folder.
+        """Teach the text encoders a word from its embeddings (Gal et al. 2022): a .safetensors file, or its folder.
 
         token: how it is written in prompts, if not as the file says. known_as: the path that pictures' settings say.
         Returns the word. Raises InputError, one line, for a file that is none, is for another model, or a word that
         is known already.
         """
-        if not hasattr(self.text, "learned"):
+        if not hasattr(self.text, "towers"):
             self._use_torch()
-        from latentgen.models.inversion import add_word, read_embedding
-        from latentgen.models.text import TextEncoder
+        from latentgen.models.inversion import read_embedding, teach
 
-        if not isinstance(self.text, TextEncoder):
-            raise InputError("new words are for weights with one text encoder, on the torch engine; these have others")
+        if not hasattr(self.text, "towers"):
+            raise InputError("new words are for the torch engine; open the weights with engine torch")
         word, vectors, file = read_embedding(path, token)
-        add_word(self.text, word, vectors)
+        teach(self.text, word, vectors)
         said = Path(path).as_posix() if known_as is None else known_as
         self.words.append({"word": word, "path": said, "sha256": sha256(file)})
         return word

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_folder
@@ -14,6 +15,7 @@ from latentgen.models.adapters import add_adapter, layers_of, text_layers, write
 from latentgen.models.loading import load_part
 from latentgen.models.lora import write_kohya
 from latentgen.models.lora.file import is_adapter
+from latentgen.models.lora.layers import TEXT
 
 CALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 
@@ -23,7 +25,7 @@ def adapter(folder: Path, kind: str, out: Path, targets: str = "all", text: bool
     opened = open_folder(folder)
     networks = {"unet": load_part(opened, "unet")}
     if text:
-        networks["text_encoder"] = load_part(opened, "text_encoder")
+        networks |= {part: load_part(opened, part) for part in TEXT[: 1 + opened.has_second]}
     for part, network in networks.items():
         add_adapter(network, kind, 2, layers_of(network, targets) if part == "unet" else text_layers(network), 0)
         with torch.no_grad():
@@ -70,8 +72,36 @@ def test_diffusers_reads_it(text: bool, folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[1], found[0], atol=1e-4)
 
 
-def test_xl_is_refused(xl: Path, tmp_path: Path) -> None:
-    made = adapter(xl, "lora", tmp_path / "mine")
-    with pytest.raises(InputError, match="Stable Diffusion XL"):
-        write_kohya(made, tmp_path / "mine.safetensors")
-    assert not (tmp_path / "mine.safetensors").exists()
+def test_xl_has_the_original_layouts_names_and_two_text_encoders(xl: Path, tmp_path: Path) -> None:
+    made = adapter(xl, "lora", tmp_path / "mine", targets="attention", text=True)
+    file = tmp_path / "mine.safetensors"
+    with pytest.raises(InputError, match="--base"):
+        write_kohya(made, file)
+    assert not file.exists()
+    assert write_kohya(made, file, xl) <= 1e-6
+    names = set(load_file(file))
+    assert any(name.startswith("lora_unet_input_blocks_") for name in names)
+    for start in ("lora_unet_middle_block_1", "lora_te1_text_model_encoder", "lora_te2_text_model_encoder"):
+        assert any(name.startswith(start) for name in names), start
+    expected = picture(xl, made)
+    assert np.abs(expected - picture(xl, None)).max() > 2e-3
+    np.testing.assert_allclose(picture(xl, file), expected, atol=1e-4)
+    theirs = StableDiffusionXLPipeline.from_pretrained(xl)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for lora in (None, made, file):
+        if lora is not None:
+            theirs.load_lora_weights(lora)
+        found.append(theirs("a red apple", latents=noise, height=32, width=32, **CALL).images)
+        theirs.unload_lora_weights()
+    assert np.abs(found[1] - found[0]).max() > 2e-3
+    np.testing.assert_allclose(found[2], found[1], atol=1e-4)
+
+
+def test_an_xl_adapter_in_kohyas_form_is_fused_into_the_graphs(xl: Path, tmp_path: Path) -> None:
+    made = adapter(xl, "lora", tmp_path / "mine", text=True)
+    file = tmp_path / "mine.safetensors"
+    write_kohya(made, file, xl)
+    graphs = Pipeline.from_pretrained(xl, engine="onnx", loras=[{"path": str(file)}])
+    np.testing.assert_allclose(graphs("a red apple", seed=3, **CALL).images, picture(xl, file), atol=1e-3)

@@ -1,9 +1,13 @@
 """An adapter under the names and in the file form of kohya's scripts and LyCORIS, which most other programs read."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from latentgen.checkpoint import find, open_checkpoint
+from latentgen.checkpoint.keys import ldm_layers
 from latentgen.errors import InputError
 from latentgen.models.lora.file import Lora, read_lora
 from latentgen.models.lora.names import KOHYA, TOWER
@@ -16,11 +20,12 @@ _NAMES |= {"kt2": "lokr_t2"}
 LARGEST = 1e-6  # what a change that was read back may differ by: rounding
 
 
-def write_kohya(source: str | Path, target: Path) -> float:
+def write_kohya(source: str | Path, target: Path, base: str | Path | None = None) -> float:
     """Write an adapter file or folder of any form to `target`, a .safetensors file; the largest difference read back.
 
-    Raises InputError for layers of Stable Diffusion XL, whose names there are the original layout's, and where what
-    was written does not read back as the same changes (it is then removed).
+    base: the weights it is for, which have to be known for Stable Diffusion XL: the names of its layers there are the
+    original layout's, which depend on the network. Raises InputError where they are missing, and where what was
+    written does not read back as the same changes (it is then removed).
     """
     from safetensors.numpy import save_file
 
@@ -29,7 +34,9 @@ def write_kohya(source: str | Path, target: Path) -> float:
     if target.exists():
         raise InputError(f"{target} is already there; name a new place")
     lora = read_lora(source)
-    names = {layer: _name(lora, layer) for layer in lora.updates}
+    checkpoint = None if base is None else open_checkpoint(find(base))
+    config = checkpoint.config("unet") if checkpoint is not None and checkpoint.has_second else None
+    names = {layer: _name(lora, layer, config) for layer in lora.updates}
     tensors: dict[str, np.ndarray] = {}
     for layer, update in lora.updates.items():
         for name, tensor in _tensors(update).items():
@@ -44,17 +51,23 @@ def write_kohya(source: str | Path, target: Path) -> float:
     return apart
 
 
-def _name(lora: Lora, layer: str) -> str:
-    """ "unet.down_blocks.0.….to_q" -> "lora_unet_down_blocks_0_…_to_q"."""
+def _name(lora: Lora, layer: str, config: Mapping[str, Any] | None) -> str:
+    """ "unet.down_blocks.0.….to_q" -> "lora_unet_down_blocks_0_…_to_q"; config: of Stable Diffusion XL's U-Net."""
     bare = layer.removeprefix("base_model.model.")
     part, _, rest = bare.partition(".")
     if part not in KOHYA:
         part, rest = "unet", bare
-    if part == "text_encoder_2" or ".transformer_blocks.1." in rest:
-        raise InputError(f"{lora.path} is for Stable Diffusion XL; its names in kohya's form are not written here")
-    if part == "text_encoder" and not rest.startswith(TOWER):
+    if config is None and (part == "text_encoder_2" or ".transformer_blocks.1." in rest):
+        raise InputError(f"{lora.path} is for Stable Diffusion XL; say which weights it is for, as --base weights/xl")
+    if part != "unet" and not rest.startswith(TOWER):
         rest = TOWER + rest
-    return f"{KOHYA[part][0]}_{rest.replace('.', '_')}"
+    if config is not None and part == "unet":
+        known = ldm_layers([rest], config)
+        if not known:
+            raise InputError(f"{lora.path} is not for the weights named as its base, which have no layer {rest}")
+        rest = known[rest]
+    start = KOHYA[part][-1 if config is not None else 0]  # of two text encoders the first is lora_te1
+    return f"{start}_{rest.replace('.', '_')}"
 
 
 def _tensors(update: Update) -> dict[str, np.ndarray]:

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from latentgen.checkpoint.keys import ldm_layers
 from latentgen.models.lora.stack import Loras
+
+TEXT = ("text_encoder", "text_encoder_2")
 
 
 class ModuleLayers:
@@ -93,4 +96,18 @@ def _convolution(layer: nn.Conv2d, weight: torch.Tensor, x: torch.Tensor) -> tor
 
 def module_loras(**modules: nn.Module) -> Loras:
     """The adapters of a pipeline's networks, none loaded yet: unet=…, text_encoder=…, text_encoder_2=…."""
-    return Loras({part: ModuleLayers(module) for part, module in modules.items()})
+    return Loras({part: ModuleLayers(module, _original(part, module)) for part, module in modules.items()})
+
+
+def tower_loras(unet: nn.Module, towers: Iterable[nn.Module]) -> Loras:
+    """The same of a U-Net and one text encoder, or two."""
+    return module_loras(unet=unet, **dict(zip(TEXT, towers, strict=False)))
+
+
+def _original(part: str, module: Any) -> Mapping[str, Iterable[str]]:
+    """Layer -> its names in the LDM layout, by which people's files for Stable Diffusion XL know a U-Net's layers."""
+    if part != "unet":
+        return {}
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    found = ldm_layers(names, dict(module.config) if hasattr(module, "config") else {})
+    return {layer: (name,) for layer, name in found.items()}

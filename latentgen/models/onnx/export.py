@@ -22,7 +22,7 @@ from torch import nn
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
-from latentgen.models.lora.layers import module_loras
+from latentgen.models.lora.layers import TEXT, module_loras
 from latentgen.models.onnx.lighten import attend_in_one_node, say_reshapes, split_text
 from latentgen.models.onnx.places import (
     GRAPHS,
@@ -128,7 +128,7 @@ def export_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> 
     loras: what `Loras.load` takes of each. Weights that they change are held by the graphs; all others lie where they
     did. Raises InputError for a LoRA that cannot be used.
     """
-    modules = {part: _module(checkpoint, part) for part in ("unet", "text_encoder")}
+    modules = {part: _module(checkpoint, part) for part in ("unet", *TEXT[: 1 + checkpoint.has_second])}
     adapters = module_loras(**modules)
     for one in loras:
         adapters.load(**one)
