@@ -41,7 +41,7 @@ def evaluate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the weights' own")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the weights' own")] = None,
     seed: Annotated[int, typer.Option(help="Of renderings and of what is drawn.")] = 0,
-    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP or DINOv2.")] = "default",
+    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP, DINOv2 or Inception v3.")] = "default",
     clip: Annotated[str | None, typer.Option(help="A CLIP folder, for scores of captions.")] = None,
     concept: Annotated[str | None, typer.Option(help="The metadata column of what is shown.")] = None,
     style: Annotated[str | None, typer.Option(help="The metadata column of the style.")] = None,
@@ -98,7 +98,7 @@ def tune(
     ] = None,
     guidances: Annotated[str | None, typer.Option(help="Guidance scales to try.", show_default="1,2,3,4,6")] = None,
     seed: Annotated[int, typer.Option(help="Of renderings and of what is drawn.")] = 0,
-    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP or DINOv2.")] = "default",
+    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP, DINOv2 or Inception v3.")] = "default",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Search and say; leave the weights as they are.")] = False,
 ) -> None:
     """Find the best sampler, steps, guidance and average at a price, and make them the weights' defaults.

@@ -16,12 +16,13 @@ from latentgen.checkpoint import read_json
 from latentgen.durable import sha256
 from latentgen.errors import InputError
 from latentgen.evaluation.efficientnet import EfficientNetLite0
+from latentgen.evaluation.inception import InceptionV3
 from latentgen.evaluation.kept import kept
 from latentgen.models.towers import open_tower
 
 PACKAGE = Path(__file__).parents[1]
 PART, BATCH = 256, 32
-LITE = "efficientnet-lite0"
+LITE, INCEPTION = "efficientnet-lite0", "inception-v3"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Encoder:
 
 
 def open_judge(path: str | Path | None = None) -> Encoder:
-    """None or "default" is the judge that comes along; else a folder with a CLIP, DINOv2 or EfficientNet-Lite0.
+    """None or "default" is the judge that comes along; else a folder with a CLIP, DINOv2, Inception or EfficientNet.
 
     Raises InputError with one line.
     """
@@ -75,6 +76,9 @@ def open_judge(path: str | Path | None = None) -> Encoder:
             return features
 
         return Encoder(LITE, identity, see)
+    if config.get("model_type") == INCEPTION:
+        inception = InceptionV3.load(files[0])
+        return Encoder(INCEPTION, identity, lambda pixels: inception(pixels))
     tower = open_tower(folder)
     texts = tower.texts if tower.kind == "clip" else None
     return Encoder(tower.kind, f"{identity} {tower.size} {tower.mean} {tower.std}", tower.pictures, texts)

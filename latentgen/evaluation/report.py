@@ -88,12 +88,17 @@ def figures(both: Sequence[Evaluation]) -> str:
     rows = []
     for name in dict.fromkeys(name for each in both for name in each.figures if not _reference(name)):
         cells = "".join(_cells(each.figures, name) for each in both)
-        rows.append(f"<tr><td>{html.escape(name)}</td><td class=soft>{BETTER.get(name, '')}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{html.escape(name)}</td><td class=soft>{better(name)}</td>{cells}</tr>")
     return table([f"<tr><th></th><th>best</th>{head}</tr>", *rows])
 
 
 def _reference(name: str) -> bool:
     return name.endswith(REFERENCES)
+
+
+def better(name: str) -> str:
+    """What the best value of a figure is, in a word; the FID is a Fréchet distance."""
+    return BETTER.get(name.replace("FID", "Fréchet distance"), "")
 
 
 def _cells(found: dict[str, Figure], name: str) -> str:

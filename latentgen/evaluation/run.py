@@ -16,7 +16,7 @@ import numpy as np
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.data import Picture, hold_out, load_pixels, read_folder
 from latentgen.errors import InputError
-from latentgen.evaluation.encoders import Encoder, open_judge
+from latentgen.evaluation.encoders import INCEPTION, Encoder, open_judge
 from latentgen.evaluation.kept import kept
 from latentgen.evaluation.levels import Inside, Level, look_inside
 from latentgen.evaluation.metrics import (
@@ -40,6 +40,7 @@ from latentgen.image import to_bytes
 from latentgen.pipeline import Pipeline, terms_of
 
 BATCH = 8
+FRECHET = "Fréchet distance"  # the FID where Inception judges, and only there
 CONCEPTS, STYLES = ("codepoint", "concept", "label"), ("style",)
 HELD_OUT = 0.05  # of a folder where no picture is marked
 DIVERSE, EACH = 8, 4  # prompts rendered several times, and how often
@@ -151,6 +152,8 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     told = {**dict(artist.settings.items()), "seed": order.seed, "data": order.data.name}
     told |= {"judge": judge.name, "weights": checkpoint.fingerprint, "chance of own picture": 1 / len(captions)}
     likeness = (unit(ours) * unit(theirs)).sum(1)
+    if judge.name == INCEPTION:
+        figures = {name.replace(FRECHET, "FID"): figure for name, figure in figures.items()}
     return Evaluation(
         checkpoint.folder.resolve().name,
         told,
@@ -203,7 +206,7 @@ def choose(pictures: Sequence[Picture], count: int, seed: int) -> tuple[Picture,
 
 def compare(ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, Figure]:
     """Two sets of features in every way there is."""
-    found = {"Fréchet distance": frechet_figure(ours, theirs, seed), "KID": kid_figure(ours, theirs, seed)}
+    found = {FRECHET: frechet_figure(ours, theirs, seed), "KID": kid_figure(ours, theirs, seed)}
     found |= manifold_figures(theirs, ours, seed=seed)
     if len(ours) == len(theirs):
         found["own picture at 1"] = mean_figure(retrieval_rows(ours, theirs), seed)
@@ -312,7 +315,7 @@ def inner_figures(
     figures["reconstruction: PSNR, dB"] = mean_figure(psnr_rows(real, inside.reconstructions), seed)
     if min(real.shape[1:3]) >= 11:
         figures["reconstruction: SSIM"] = mean_figure(ssim_rows(real, inside.reconstructions), seed)
-    figures["reconstruction: Fréchet distance"] = frechet_figure(again, features, seed)
+    figures[f"reconstruction: {FRECHET}"] = frechet_figure(again, features, seed)
     figures["reconstruction: feature distance"] = mean_figure(1 - (unit(again) * unit(features)).sum(1), seed)
     return figures
 

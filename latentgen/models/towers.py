@@ -56,7 +56,7 @@ def open_tower(folder: Path) -> Tower:
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind not in ("clip", "dinov2"):
-        raise InputError(f"{folder} holds a {kind} model; a judge can be clip, dinov2 or efficientnet-lite0")
+        raise InputError(f"{folder} holds a {kind} model; a judge is clip, dinov2, inception-v3 or efficientnet-lite0")
     try:
         with quiet():
             from transformers import CLIPModel, CLIPTokenizerFast, Dinov2Model

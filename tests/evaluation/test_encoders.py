@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from latentgen.diffusion.noise import normal
 from latentgen.errors import InputError
 from latentgen.evaluation.efficientnet import EfficientNetLite0, same_padding
 from latentgen.evaluation.encoders import default_judge, open_judge
+from latentgen.evaluation.inception import InceptionV3
 
 
 def test_the_default_judge_gives_what_an_independent_implementation_gave() -> None:
@@ -25,6 +28,50 @@ def test_the_default_judge_gives_what_an_independent_implementation_gave() -> No
     assert top.values.tolist() == pytest.approx(expected, abs=0.02)  # convolutions are stored in fp16
     assert float(features.mean()) == pytest.approx(0.2113991, rel=0.005)
     assert float(features.norm()) == pytest.approx(25.312269, rel=0.005)
+
+
+def numbered() -> dict[str, torch.Tensor]:
+    """Weights for an Inception v3 from counters: the same everywhere."""
+    state = InceptionV3().state_dict()
+    for k, (name, value) in enumerate(state.items()):
+        if name.endswith("num_batches_tracked"):
+            continue
+        drawn = torch.from_numpy(normal(1, k, tuple(value.shape)))
+        if name.endswith("conv.weight"):
+            drawn *= (2 / value[0].numel()) ** 0.5
+        elif name.endswith("running_var"):
+            drawn = 1 + 0.1 * drawn.abs()
+        else:
+            drawn = 0.1 * drawn + name.endswith("bn.weight")
+        value.copy_(drawn)
+    return state
+
+
+def test_inception_gives_what_an_independent_implementation_gave(tmp_path: Path) -> None:
+    """The numbers are of torch-fidelity 0.4.0's extractor, which resizes as TensorFlow did, on these weights."""
+    weights = numbered()
+    (tmp_path / "config.json").write_text('{"model_type": "inception-v3"}')
+    with pytest.raises(InputError, match="safetensors"):
+        open_judge(tmp_path)
+    save_file({**weights, "fc.weight": torch.zeros(1008, 2048)}, tmp_path / "model.safetensors")
+    judge = open_judge(tmp_path)
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    pixels = torch.stack([(3 * x + y) % 256, (x * y) % 256, (5 * y + 2 * x) % 256], -1)[None].to(torch.uint8)
+    features = torch.from_numpy(judge.features(pixels.numpy()))[0]
+    assert judge.name == "inception-v3" and features.shape == (2048,)
+    top = features.topk(6)
+    assert top.indices.tolist() == [1975, 1194, 988, 2014, 63, 364]
+    assert top.values.tolist() == pytest.approx([2.1164, 1.9125, 1.8583, 1.6569, 1.6479, 1.6330], abs=2e-3)
+    assert float(features.mean()) == pytest.approx(0.2475135, rel=1e-3)
+    assert float(features.norm()) == pytest.approx(18.759460, rel=1e-3)
+    learned = (value for name, value in weights.items() if name.endswith(("weight", "bias")))
+    assert sum(value.numel() for value in learned) == 21_785_568  # Szegedy et al. 2016, without the classifier
+    del weights["Mixed_7c.branch1x1.conv.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(
+        InputError, match=r"no Inception v3 as FID takes it: Mixed_7c\.branch1x1\.conv\.weight is missing"
+    ):
+        open_judge(tmp_path)
 
 
 @pytest.mark.parametrize(("side", "expected"), [(128, (0, 1)), (97, (1, 1)), (7, (1, 1))])
