@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,19 @@ def test_the_feature_cache_is_said_with_its_price(folder: Path) -> None:
     done = ran("benchmark_render.py", "--weights", folder, "--steps", 3, "--rounds", 1, "--feature-cache", 2)
     assert done.returncode == 0, done.stderr
     assert "times as fast; PSNR to the pictures without it" in done.stdout and "(2 pictures)" in done.stdout
+
+
+def test_the_speedrun_judges_held_out_captions_and_does_not_start_where_something_is(
+    folder: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(folder, weights)
+    asked = ("--data", ROOT / "tests/data/icons", "--out", weights)
+    done = ran("speedrun.py", "--judge-only", *asked)
+    assert done.returncode in (0, 1), done.stderr
+    told = json.loads(done.stdout)
+    rank, low, high = told["rank"]
+    assert 0 < low < rank < high < 1 and low < 0.5 < high  # random weights are at chance
+    assert told["reached"] == (rank <= told["asked"]) == (done.returncode == 0) and told["seconds"] is None
+    refused = ran("speedrun.py", *asked)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "move it away" in refused.stderr
