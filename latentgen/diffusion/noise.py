@@ -6,7 +6,6 @@ step i. Picture k of a batch draws from its own seed alone, so it is the picture
 
 import math
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +21,6 @@ INITIAL = 0  # the stream of the first noise
 FIRST_STEP = 1  # step i draws from stream 1 + i
 CONDITION = 1 << 62  # streams from here on perturb conditions, by the level they are shown at
 BROWNIAN = 1 << 63  # streams from here on belong to Brownian paths
-NEAR = 0.25  # of the gap between two levels of a walk: how far from a level a Brownian path may be read for it
 
 
 def normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -43,25 +41,24 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def quick_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 of the given shape, in a third of the time of `normal`: 16 bits a number.
+    """Standard normal float32 of the given shape, in half the time of `normal`: 16 of the counter's bits a number.
 
     The inverse of the normal distribution function at the midpoints of 2^16 equal parts, looked up; the largest is
-    4.3 standard deviations. The bits are SFC64's (Doty-Humphrey 2010), which is keyed as it says: by three words, and
-    18 numbers thrown away. For the noise of steps and paths, of which there is much.
+    4.3 standard deviations. For the noise of steps and paths, of which there is much.
     """
     count = math.prod(shape)
-    words = _short(seed, stream, -(-count // 4)).view("<u2")[:count]
+    words = _raw(seed, stream, -(-count // 4)).view("<u2")[:count]
     return quantiles().take(words, mode="wrap").reshape(shape)
 
 
 class _Counter(threading.local):
-    """A thread's own generators, keyed anew for every draw: a third of what new ones cost, which ask for entropy."""
+    """A thread's own Philox, keyed anew for every draw: a third of what a new one costs, which asks for entropy."""
 
     def __init__(self) -> None:
-        self.philox, self.sfc = np.random.Philox(0), np.random.SFC64(0)
+        self.philox = np.random.Philox(0)
 
 
-_COUNTER, _WORD, _ZEROS, _THIRD = _Counter(), np.dtype("<u8"), (0, 0, 0, 0), 0x9E3779B97F4A7C15
+_COUNTER, _WORD, _ZEROS = _Counter(), np.dtype("<u8"), (0, 0, 0, 0)
 
 
 def _raw(seed: int, stream: int, count: int) -> np.ndarray:
@@ -77,19 +74,6 @@ def _raw(seed: int, stream: int, count: int) -> np.ndarray:
     }
     philox.state = state
     return np.asarray(philox.random_raw(count), dtype=_WORD)
-
-
-def _short(seed: int, stream: int, count: int) -> np.ndarray:
-    """The first `count` words of SFC64 keyed by (seed, stream), after 18 that are not used: uint64, little-endian."""
-    sfc = _COUNTER.sfc
-    state: Any = {
-        "bit_generator": "SFC64",
-        "state": {"state": np.array([seed, stream, _THIRD, 1], dtype=np.uint64)},  # the last one counts
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
-    sfc.state = state
-    return np.asarray(sfc.random_raw(18 + count)[18:], dtype=_WORD)
 
 
 @lru_cache(maxsize=1)
@@ -142,7 +126,7 @@ class Noise:
     def brownian(self, levels: Sequence[float] = ()) -> "Noise":
         """The Brownian path of the same seeds, for samplers that follow one path however many steps they take.
 
-        levels: the rising logSNR levels the walk will ask for; the path then costs less than two draws a step.
+        levels: the rising logSNR levels the walk will ask for; the path then costs about two draws a step.
         """
         return Brownian(self.seeds, levels)
 
@@ -152,21 +136,22 @@ class Brownian(Noise):
 
     The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
     same picture. The path is a Brownian tree from W(0) = 0 out to ±END: the middle of a cell is the bridge between its
-    ends and the cell's own normal number, drawn from its own counter, and halves of cells are cells. A walk told
-    beforehand reads it at middles, each level at one that is near it (`places`): no number is drawn for the level
-    alone, and increments stay exactly normal, for they are normalised by the clock that was read. A level of no walk
-    is put at the nearest multiple of 2**−UNTOLD.
+    ends and the cell's own normal number, drawn from its own counter, and halves of cells are cells. A cell that holds
+    one level of the walk is not halved: its number makes the bridge at that level, which is exact, and near what more
+    levels would find there. A level of no walk is put at the nearest multiple of 2**−UNTOLD.
     """
 
     END, DEPTH, UNTOLD = 64, 40, 8  # cells are at least 2**−DEPTH wide
-    _walk: dict[float, int]
+    _walk: dict[float, tuple[int, int]]
     _at: Callable[[int, tuple[int, ...]], Any]
+    _level: Callable[[float, tuple[int, ...]], Any]
 
     def __init__(self, seeds: Sequence[int], levels: Sequence[float] = ()) -> None:
         super().__init__(seeds)
-        object.__setattr__(self, "_walk", places(levels, self.END << self.DEPTH, 1 << self.DEPTH))
-        # the cache saves the next steps from drawing what they share; it goes when the walk does
+        object.__setattr__(self, "_walk", cells(levels, self.END << self.DEPTH, 1 << self.DEPTH))
+        # the caches save the next steps from drawing what they share; they go when the walk does
         object.__setattr__(self, "_at", lru_cache(maxsize=20)(self._drawn_at))
+        object.__setattr__(self, "_level", lru_cache(maxsize=3)(self._drawn_level))
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
         """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""
@@ -175,16 +160,29 @@ class Brownian(Noise):
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
         shape = tuple(like_.shape[1:])
-        now, after = (self._place(level) for level in span)
-        after = max(after, now + 1)
-        total = self._at(after, shape) - self._at(now, shape)
-        total *= np.float32(math.sqrt((1 << self.DEPTH) / (after - now)))
+        now, after = span
+        if not (now in self._walk and after in self._walk):
+            now, after = (round(level * 2**self.UNTOLD) / 2**self.UNTOLD for level in span)
+            after = max(after, now + 2.0**-self.UNTOLD)
+        total = self._level(after, shape) - self._level(now, shape)
+        total *= np.float32(1 / math.sqrt(after - now))
         return like(total, like_)
 
-    def _place(self, level: float) -> int:
-        """Where the tree is read for a level, in units of 2**−DEPTH."""
-        told = self._walk.get(level)
-        return round(level * (1 << self.UNTOLD)) << (self.DEPTH - self.UNTOLD) if told is None else told
+    def _drawn_level(self, level: float, shape: tuple[int, ...]) -> Any:
+        """W at a level (B, *shape) float32: the bridge over its cell."""
+        unit = 1 << self.DEPTH
+        low, high = self._walk.get(level) or (round(level * unit),) * 2
+        if low == high:
+            return self._at(low, shape)
+        width, start = (high - low) / unit, self._at(low, shape)
+        share = (level - low / unit) / width
+        bridge = self._at(high, shape) - start
+        bridge *= np.float32(share)
+        bridge += start
+        fresh = self._normal((low + high) // 2, shape)
+        fresh *= np.float32(math.sqrt(share * (1 - share) * width))
+        bridge += fresh
+        return bridge
 
     def _drawn_at(self, place: int, shape: tuple[int, ...]) -> Any:
         """W at a place of the tree, in units of 2**−DEPTH: (B, *shape) float32, or the number 0."""
@@ -206,41 +204,24 @@ class Brownian(Noise):
         return rows(quick_normal, self.seeds, BROWNIAN + (self.END << self.DEPTH) + middle, shape)
 
 
-def places(levels: Sequence[float], end: int, unit: int) -> dict[float, int]:
-    """For each level, as a multiple of 1/unit, a place of its own in the tree over ±end: what to read it at.
+def cells(levels: Sequence[float], end: int, unit: int) -> dict[float, tuple[int, int]]:
+    """For each level, as a multiple of 1/unit, the largest cell of the tree over ±end that holds no other level.
 
-    Cells are halved from (−end, 0) and (0, end) for as long as they hold levels. A middle is the place of the level
-    that it is NEAR: no further off than that share of the way to the next level. Levels of one smallest cell share
-    its lower end.
+    Cells are (low, high), halved from (−end, 0) and (0, end); a level on a middle that was needed is (middle, middle),
+    and so are levels that one smallest cell holds together.
     """
-    found: dict[float, int] = {}
-    ordered = sorted(set(levels))
-
-    def within(k: int, middle: int) -> bool:
-        """Whether the middle is near level k; before the first and after the last the way to the other side counts."""
-        off = middle / unit - ordered[k]
-        other = k + 1 if off > 0 else k - 1
-        if not 0 <= other < len(ordered):
-            other = 2 * k - other
-        gap = abs(ordered[other] - ordered[k]) if 0 <= other < len(ordered) else 2.0**-Brownian.UNTOLD
-        return abs(off) <= NEAR * gap
-
-    first = bisect_left(ordered, 0.0)
-    if ordered[first : first + 1] == [0.0]:
-        found[ordered.pop(first)] = 0
-    waiting = [(-end, 0, 0, first), (0, end, first, len(ordered))]
+    found = dict.fromkeys(levels, (0, 0))
+    waiting = [
+        (-end, 0, [level for level in levels if level < 0]),
+        (0, end, [level for level in levels if level > 0]),
+    ]
     while waiting:
-        low, high, start, stop = waiting.pop()
-        middle = (low + high) // 2
-        split = bisect_left(ordered, middle / unit, start, stop)
-        if high - low == 1:
-            found |= dict.fromkeys(ordered[start:stop], low)
-            continue
-        taken = [k for k in (split - 1, split) if start <= k < stop and within(k, middle)]
-        found |= {ordered[k]: middle for k in taken}
-        before, after = (taken[0], taken[0] + 1) if taken else (split, split)
-        if before > start:
-            waiting.append((low, middle, start, before))
-        if stop > after:
-            waiting.append((middle, high, after, stop))
+        low, high, held = waiting.pop()
+        if high - low == 1 or len(held) == 1:
+            found |= {level: (low, high if len(held) == 1 else low) for level in held}
+        elif held:
+            middle = (low + high) // 2
+            found |= {level: (middle, middle) for level in held if level * unit == middle}
+            waiting.append((low, middle, [level for level in held if level * unit < middle]))
+            waiting.append((middle, high, [level for level in held if level * unit > middle]))
     return found

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from latentgen.diffusion.denoiser import Condition, Denoiser
 from latentgen.diffusion.guidance import AnnealedCondition, Projection, bounded, guided, rescaled
-from latentgen.diffusion.noise import NEAR, Noise, places
+from latentgen.diffusion.noise import Noise, cells
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import (
     LOGSNR_MIN,
@@ -233,15 +233,17 @@ def test_brownian_increments_are_normal_independent_and_add_up() -> None:
 
 @given(levels=st.lists(st.floats(-40, 40), unique=True, min_size=1, max_size=30))
 @settings(max_examples=100, deadline=None)
-def test_a_brownian_path_is_read_near_the_levels_of_its_walk_and_in_their_order(levels: list[float]) -> None:
-    unit, ordered = 1 << 40, sorted(levels)
-    found = places(levels, 64 * unit, unit)
-    read = [found[level] for level in ordered]
-    assert set(found) == set(levels) and read == sorted(read)
-    for k, level in enumerate(ordered):
-        gaps = [abs(ordered[other] - level) for other in (k - 1, k + 1) if 0 <= other < len(ordered)]
-        assert abs(read[k] / unit - level) <= max(NEAR * max(gaps, default=2.0**-8), 1 / unit)
-    assert all(a < b for (a, b), gap in zip(pairwise(read), np.diff(ordered), strict=True) if gap * unit > 2)
+def test_a_cell_of_the_brownian_tree_holds_one_level(levels: list[float]) -> None:
+    unit = 1 << 40
+    found = cells(sorted(levels), 64 * unit, unit)
+    assert set(found) == set(levels)
+    for level, (low, high) in found.items():
+        if low == high:
+            assert abs(level - low / unit) < 2 / unit  # a middle, or one smallest cell for several
+        else:
+            assert low < level * unit < high and high - low == (high - low) & -(high - low)
+            assert low % (high - low) == 0
+            assert not any(low < other * unit < high for other in levels if other != level)
 
 
 def test_a_walk_told_beforehand_has_normal_independent_increments_and_refines_a_coarser_one() -> None:
