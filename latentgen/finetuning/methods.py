@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from latentgen.checkpoint import save_pipeline, write_folder
+from latentgen.checkpoint.write import TEXT
 from latentgen.finetuning.base import Base
 from latentgen.finetuning.settings import Finetune
 from latentgen.models.adapters import Trained, add_adapter, layers_of, text_layers, trained_weights, write_adapter
@@ -54,7 +55,7 @@ def _pipe(base: Base) -> Pipeline:
 def _networks(base: Base, settings: Finetune) -> dict[str, Any]:
     networks = {"unet": base.unet}
     if settings.text_encoder:
-        networks |= zip(("text_encoder", "text_encoder_2"), (tower.model for tower in base.text.towers), strict=False)
+        networks |= zip(TEXT, (tower.model for tower in base.text.towers), strict=False)
     return networks
 
 

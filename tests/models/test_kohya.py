@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_folder
+from latentgen.checkpoint.write import TEXT
 from latentgen.models.adapters import add_adapter, layers_of, text_layers, write_adapter
 from latentgen.models.loading import load_part
 from latentgen.models.lora import write_kohya
 from latentgen.models.lora.file import is_adapter
-from latentgen.models.lora.layers import TEXT
 
 CALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 

@@ -14,9 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from latentgen.checkpoint.keys import ldm_layers
+from latentgen.checkpoint.write import TEXT
 from latentgen.models.lora.stack import Loras
-
-TEXT = ("text_encoder", "text_encoder_2")
 
 
 class ModuleLayers:

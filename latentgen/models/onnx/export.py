@@ -20,9 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
+from latentgen.checkpoint.write import TEXT
 from latentgen.durable import write_file
 from latentgen.models.loading import load_module, quiet
-from latentgen.models.lora.layers import TEXT, module_loras
+from latentgen.models.lora.layers import module_loras
 from latentgen.models.onnx.lighten import attend_in_one_node, say_reshapes, split_text
 from latentgen.models.onnx.places import (
     GRAPHS,
