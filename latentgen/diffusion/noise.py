@@ -22,6 +22,8 @@ FIRST_STEP = 1  # step i draws from stream 1 + i
 CONDITION = 1 << 62  # streams from here on perturb conditions, by the level they are shown at
 BROWNIAN = 1 << 63  # streams from here on belong to Brownian paths
 
+LATTICE, SHIFT = 40503, 32761  # odd and nearest to 2^16 over the golden ratio; the best of 150 shifts
+
 
 def normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal float32 of the given shape: always the same for the same (seed, stream, shape).
@@ -41,14 +43,15 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def quick_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 of the given shape, in half the time of `normal`: 16 of the counter's bits a number.
+    """Standard normal float32 of the given shape, in a third of the time of `normal`: 16 of the counter's bits a pair.
 
-    The inverse of the normal distribution function at the midpoints of 2^16 equal parts, looked up; the largest is
-    4.3 standard deviations. For the noise of steps and paths, of which there is much.
+    Two numbers that lie side by side are one of the 2^16 pairs of `pairs`; the largest is 4.3 standard deviations. For
+    the noise of steps and paths, of which there is much.
     """
     count = math.prod(shape)
-    words = _raw(seed, stream, -(-count // 4)).view("<u2")[:count]
-    return quantiles().take(words, mode="wrap").reshape(shape)
+    half = (count + 1) // 2
+    words = _raw(seed, stream, -(-half // 4)).view("<u2")[:half]
+    return pairs().take(words, mode="wrap").view(np.float32)[:count].reshape(shape)
 
 
 class _Counter(threading.local):
@@ -77,11 +80,18 @@ def _raw(seed: int, stream: int, count: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def quantiles() -> np.ndarray:
-    """The normal quantiles at (k + 1/2)/2^16, of variance 1: float32 (65536,), rising."""
+def pairs() -> np.ndarray:
+    """2^16 pairs of normal numbers, evenly spread in two dimensions: float32 (65536, 2), each pair seen as one uint64.
+
+    Each number of a pair runs through the normal quantiles at the midpoints of 2^16 equal parts, of variance 1; which
+    go together is told by a shifted rank-1 lattice (Korobov 1959) of golden ratio. Mixed moments of Hermite
+    polynomials up to the sixth, which are 0 for independent numbers, are below 0.002 (0.01 for pairs drawn by lot).
+    """
     inverse = NormalDist().inv_cdf  # Wichura 1988, AS 241
     half = np.array([inverse((k + 0.5) / 65536) for k in range(32768)])
-    return np.asarray(np.concatenate([half, -half[::-1]]) / np.sqrt(np.mean(half**2)), dtype=np.float32)
+    quantiles = np.concatenate([half, -half[::-1]]) / np.sqrt(np.mean(half**2))
+    other = (np.arange(65536) * LATTICE + SHIFT) % 65536
+    return np.stack([quantiles, quantiles[other]], 1).astype(np.float32).view(np.uint64).ravel()
 
 
 def rows(normals: Callable[[int, int, tuple[int, ...]], np.ndarray], seeds: Sequence[int], *of: Any) -> np.ndarray:
@@ -176,12 +186,12 @@ class Brownian(Noise):
             return self._at(low, shape)
         width, start = (high - low) / unit, self._at(low, shape)
         share = (level - low / unit) / width
-        bridge = self._at(high, shape) - start
+        bridge = self._normal((low + high) // 2, shape)  # an array of its own, so all is done in its place
+        bridge *= np.float32(math.sqrt((1 - share) / share * width))
+        bridge += self._at(high, shape)
+        bridge -= start
         bridge *= np.float32(share)
         bridge += start
-        fresh = self._normal((low + high) // 2, shape)
-        fresh *= np.float32(math.sqrt(share * (1 - share) * width))
-        bridge += fresh
         return bridge
 
     def _drawn_at(self, place: int, shape: tuple[int, ...]) -> Any:
@@ -193,11 +203,11 @@ class Brownian(Noise):
             fresh *= np.float32(math.sqrt(self.END))
             return fresh
         half = place & -place  # of the cell whose middle this is
-        fresh *= np.float32(math.sqrt(half / (2 << self.DEPTH)))
-        middle = self._at(place - half, shape) + self._at(place + half, shape)
-        middle *= np.float32(0.5)
-        middle += fresh
-        return middle
+        fresh *= np.float32(math.sqrt(2 * half / (1 << self.DEPTH)))
+        fresh += self._at(place - half, shape)
+        fresh += self._at(place + half, shape)
+        fresh *= np.float32(0.5)
+        return fresh
 
     def _normal(self, middle: int, shape: tuple[int, ...]) -> np.ndarray:
         """The normal numbers of the cell with this middle."""

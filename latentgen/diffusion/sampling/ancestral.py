@@ -69,7 +69,7 @@ def ddpm(
             std = small * exp(0.5 * (v + 1) * math.log(large / small))
         x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - small**2, 0.0)))  # the posterior mean, eq. 7
         if not leg.simple:
-            x = x + std * drawn(noise, leg, x)
+            x += std * drawn(noise, leg, x)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 

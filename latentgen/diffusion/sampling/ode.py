@@ -174,7 +174,9 @@ def _ancestral(x: Array, x0: Array, leg: Leg, noise: Noise | None, eta: float) -
     """DDIM's step with eta."""
     std = eta * leg.next_sigma * math.sqrt(leg.ratio)
     moved = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
-    return moved if leg.simple or std == 0 else moved + std * drawn(noise, leg, x)
+    if std > 0 and not leg.simple:
+        moved += std * drawn(noise, leg, x)  # its own array
+    return moved
 
 
 def between(logsnr: float, next_logsnr: float, r: float) -> float:
