@@ -1,6 +1,7 @@
 """The one place that knows what an array is: a Python float, a NumPy array or a torch tensor.
 
-Nothing here imports torch: a tensor's own namespace is asked for through `array_api_compat`.
+Nothing here imports torch: a tensor's own namespace is asked for through `array_api_compat`. NumPy 2 is such a
+namespace itself; array_api_compat's copy of it imports all of NumPy's rooms, a tenth of a second at every start.
 """
 
 import math
@@ -22,7 +23,8 @@ def is_number(value: Any) -> bool:
 
 def namespace(value: Any) -> Any:
     """The array namespace of `value`; a plain number has NumPy's."""
-    return np if is_number(value) else array_api_compat.array_namespace(value)
+    numpy = is_number(value) or isinstance(value, np.ndarray)
+    return np if numpy else array_api_compat.array_namespace(value)
 
 
 def exp(value: Any) -> Any:
@@ -59,15 +61,15 @@ def clamp(value: Any, low: float, high: float) -> Any:
 
 def like(values: Any, model: Array) -> Array:
     """Host numbers as an array of `model`'s library, dtype and device."""
-    if array_api_compat.is_numpy_array(model):
+    if isinstance(model, np.ndarray):
         return np.asarray(values).astype(model.dtype, copy=False)
-    xp = array_api_compat.array_namespace(model)
-    return xp.asarray(values, dtype=model.dtype, device=array_api_compat.device(model))
+    xp = namespace(model)
+    return xp.asarray(values, dtype=model.dtype, device=model.device)
 
 
 def column(level: Level, x: Array) -> Any:
     """A level (B,) shaped (B, 1, …, 1) and typed as x, so that it multiplies x; a plain number is returned as it is."""
     if is_number(level):
         return float(level)
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     return xp.reshape(xp.astype(level, x.dtype, copy=False), (-1,) + (1,) * (x.ndim - 1))

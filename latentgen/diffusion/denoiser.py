@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import array_api_compat
-
-from latentgen.diffusion.array import Array, Level, column, is_number
+from latentgen.diffusion.array import Array, Level, column, is_number, namespace
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule.protocol import Schedule
 from latentgen.errors import InputError
@@ -44,7 +42,7 @@ class Condition:
             if any(other.shape[1:] != array.shape[1:] for other in rest):
                 shapes = ", ".join(str(tuple(part.shape)) for part in (array, *rest))
                 raise InputError(f"conditions that are joined must agree beyond the batch; {name} has shapes {shapes}")
-            joined[name] = array_api_compat.array_namespace(array).concat((array, *rest), axis=0)
+            joined[name] = namespace(array).concat((array, *rest), axis=0)
         return Condition(**joined)
 
     def rows(self, index: slice) -> "Condition":
@@ -92,9 +90,9 @@ def halves(out: Array, x: Array) -> tuple[Array, Array | None]:
 
 def batch_times(schedule: Schedule, x: Array, logsnr: Level) -> Array:
     """What the network is told, (B,): float64 for a float64 state, else float32 (half types cannot hold 999.5)."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     dtype = xp.float64 if x.dtype == xp.float64 else xp.float32
     time = schedule.time(logsnr)
     if is_number(time):
-        return xp.full((x.shape[0],), float(time), dtype=dtype, device=array_api_compat.device(x))
+        return xp.full((x.shape[0],), float(time), dtype=dtype, device=x.device)
     return xp.astype(xp.asarray(time), dtype, copy=False)

@@ -11,10 +11,9 @@ is one more of B. Outside the interval all of it is off (Kynkäänniemi et al. 2
 from dataclasses import dataclass, replace
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
-from latentgen.diffusion.array import Array, column, like
+from latentgen.diffusion.array import Array, column, like, namespace
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, halves
 from latentgen.diffusion.noise import CONDITION, Noise
 from latentgen.diffusion.schedule.protocol import Schedule
@@ -38,7 +37,7 @@ class Projection:
         """The difference, bounded and projected; all (B, …)."""
         if self.norm is not None:
             length = _norm(difference)
-            difference = difference * array_api_compat.array_namespace(length).clip(self.norm / (length + 1e-12), 0, 1)
+            difference = difference * namespace(length).clip(self.norm / (length + 1e-12), 0, 1)
         unit = conditional / (_norm(conditional) + 1e-12)
         parallel = _sum(difference * unit) * unit
         return difference - (1 - self.eta) * parallel
@@ -158,7 +157,7 @@ def guided(
 
 def both(denoiser: Denoiser, x: Array, logsnr: float, uncond: Condition, condition: Condition) -> tuple[Array, Array]:
     """(unconditional, conditional) raw outputs (B, …) from one evaluation of 2B."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     out = denoiser.output(xp.concat((x, x), axis=0), logsnr, uncond.join(condition))
     return out[: x.shape[0]], out[x.shape[0] :]
 
@@ -171,8 +170,8 @@ def rescaled(out: Array, reference: Array, phi: float) -> Array:
 def bounded(x0: Array, clip: float | None, threshold: float | None, threshold_max: float) -> Array:
     """x0 clipped to ±clip, or thresholded: each row clipped to its own quantile of |x0|, then divided by it."""
     if threshold is None:
-        return x0 if clip is None else array_api_compat.array_namespace(x0).clip(x0, -clip, clip)
-    xp = array_api_compat.array_namespace(x0)
+        return x0 if clip is None else namespace(x0).clip(x0, -clip, clip)
+    xp = namespace(x0)
     ordered = xp.sort(xp.reshape(xp.abs(x0), (x0.shape[0], -1)), axis=1)
     place = threshold * (ordered.shape[1] - 1)
     low = min(int(place), max(ordered.shape[1] - 2, 0))
@@ -197,15 +196,15 @@ def _as_output(denoiser: Denoiser, x0: Array, x: Array, logsnr: float) -> Array:
 
 
 def _rows(x: Array) -> Array:
-    return array_api_compat.array_namespace(x).reshape(x, (x.shape[0], -1))
+    return namespace(x).reshape(x, (x.shape[0], -1))
 
 
 def _sum(x: Array) -> Array:
-    return column(array_api_compat.array_namespace(x).sum(_rows(x), axis=1), x)
+    return column(namespace(x).sum(_rows(x), axis=1), x)
 
 
 def _mean(x: Array) -> Array:
-    return column(array_api_compat.array_namespace(x).mean(_rows(x), axis=1), x)
+    return column(namespace(x).mean(_rows(x), axis=1), x)
 
 
 def _norm(x: Array) -> Array:
@@ -214,4 +213,4 @@ def _norm(x: Array) -> Array:
 
 def _spread(x: Array) -> Array:
     """Standard deviation over all but the batch: (B, 1, …, 1)."""
-    return column(array_api_compat.array_namespace(x).std(_rows(x), axis=1), x)
+    return column(namespace(x).std(_rows(x), axis=1), x)

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import array_api_compat
-
-from latentgen.diffusion.array import Array
+from latentgen.diffusion.array import Array, namespace
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
 
@@ -32,7 +30,7 @@ def in_groups(network: Network, rows: int) -> Network:
             return network(x, time, condition)
         parts = [slice(first, first + rows) for first in range(0, len(x), rows)]
         outs = [network(x[part], time[part], condition.rows(part)) for part in parts]
-        return array_api_compat.array_namespace(x).concat(outs, axis=0)
+        return namespace(x).concat(outs, axis=0)
 
     return grouped
 
@@ -49,7 +47,7 @@ def encoded(encode: Callable[[Array], Sequence[Array]], ids: Array) -> list[Arra
     parts = [encode(ids[first : first + TEXTS]) for first in range(0, len(ids), TEXTS)]
     if len(parts) == 1:
         return list(parts[0])
-    xp = array_api_compat.array_namespace(parts[0][0])
+    xp = namespace(parts[0][0])
     return [xp.concat(column, axis=0) for column in zip(*parts, strict=True)]
 
 
@@ -66,7 +64,7 @@ def tiled(decode: Callable[[Array], Array], latents: Array, tile: int) -> Array:
     The tiles and the linear blend are those of diffusers' `enable_tiling`. What differs from the whole picture is that
     the decoder's normalisation and attention see a tile only.
     """
-    xp = array_api_compat.array_namespace(latents)
+    xp = namespace(latents)
     height, width = latents.shape[2:]
     stride = int(tile * (1 - OVERLAP))
     above: list[Array] = []
@@ -92,11 +90,11 @@ def tiled(decode: Callable[[Array], Array], latents: Array, tile: int) -> Array:
 
 def _blend(before: Array, after: Array, extent: int, axis: int) -> Array:
     """`after`, its first `extent` lines along the axis fading in over the last ones of `before`."""
-    xp = array_api_compat.array_namespace(after)
+    xp = namespace(after)
     extent = min(before.shape[axis], after.shape[axis], extent)
     shape = [1] * 4
     shape[axis] = extent
-    ramp = xp.reshape(xp.arange(extent, dtype=after.dtype, device=array_api_compat.device(after)) / extent, shape)
+    ramp = xp.reshape(xp.arange(extent, dtype=after.dtype, device=after.device) / extent, shape)
     lines = [slice(None)] * 4
     ends, starts, rest = (
         (*lines[:axis], part, *lines[axis + 1 :])

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import array_api_compat
 import numpy as np
 
-from latentgen.diffusion.array import Array, like
+from latentgen.diffusion.array import Array, like, namespace
 from latentgen.errors import InputError
 
 STEP = 1.1  # what one pair of brackets weighs
@@ -194,15 +193,15 @@ class Sheet:
     def states(self, states: Array) -> Array:
         """(P, K·L, D) from the encoder's states (N, L, D) of `ids`: weighted, then side by side."""
         states = weighted(states, self.weights)
-        xp = array_api_compat.array_namespace(states)
+        xp = namespace(states)
         each, (length, width) = self.rows.shape[0], states.shape[1:]
-        index = xp.asarray(self.rows.reshape(-1), device=array_api_compat.device(states))
+        index = xp.asarray(self.rows.reshape(-1), device=states.device)
         return xp.reshape(xp.take(states, index, axis=0), (each, self.rows.shape[1] * length, width))
 
     def pooled(self, pooled: Array) -> Array:
         """(P, D) from the encoder's pooled states (N, D): those of each prompt's first chunk, as in the web UI."""
-        xp = array_api_compat.array_namespace(pooled)
-        return xp.take(pooled, xp.asarray(self.rows[:, 0], device=array_api_compat.device(pooled)), axis=0)
+        xp = namespace(pooled)
+        return xp.take(pooled, xp.asarray(self.rows[:, 0], device=pooled.device), axis=0)
 
 
 def sheet(prompts: Sequence[Laid], window: Window) -> Sheet:
@@ -241,7 +240,7 @@ def weighted(states: Array, weights: np.ndarray) -> Array:
     heavy = (weights != 1).any(axis=1)
     if not heavy.any():
         return states
-    xp = array_api_compat.array_namespace(states)
+    xp = namespace(states)
 
     def mean(x: Array) -> np.ndarray:
         found = xp.mean(xp.reshape(x, (x.shape[0], -1)), axis=1)
@@ -258,7 +257,7 @@ def weighted(states: Array, weights: np.ndarray) -> Array:
 def alike(one: Array, other: Array) -> tuple[Array, Array]:
     """States (B, L1, D) and (B, L2, D) repeated along the tokens to one length, which attention does not notice."""
     length = math.lcm(int(one.shape[1]), int(other.shape[1]))
-    xp = array_api_compat.array_namespace(one)
+    xp = namespace(one)
     first, second = (xp.concat((x,) * (length // int(x.shape[1])), axis=1) for x in (one, other))
     return first, second
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import array_api_compat
 import numpy as np
 
-from latentgen.diffusion.array import Array
+from latentgen.diffusion.array import Array, namespace
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling.walk import Denoise, Marginal, Step, legs
 from latentgen.diffusion.schedule.protocol import LOGSNR_MAX, variance_preserving
@@ -70,7 +69,7 @@ def dormand_prince(
 
 
 def _error_norm(error: Array, before: Array, after: Array, rtol: float, atol: float) -> float:
-    xp = array_api_compat.array_namespace(before)
+    xp = namespace(before)
     scale = atol + rtol * xp.maximum(xp.abs(before), xp.abs(after))
     return float(xp.mean((error / scale) ** 2)) ** 0.5
 

@@ -10,10 +10,9 @@ and x is brought back to its own frame after each level.
 import math
 from collections.abc import Iterator
 
-import array_api_compat
 import numpy as np
 
-from latentgen.diffusion.array import Array
+from latentgen.diffusion.array import Array, namespace
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling.walk import Denoise, Marginal, Step, legs
 from latentgen.errors import InputError
@@ -92,12 +91,12 @@ def _fresh(noise: Noise | None, index: int, like: Array) -> Array:
 
 def _bounded(above: Array, below: Array) -> Array:
     """above/below, at most 1: a Langevin step longer than s² leaves the density it should stay in."""
-    xp = array_api_compat.array_namespace(above)
+    xp = namespace(above)
     return xp.where(above < below, above, below) / xp.where(below > 0, below, xp.ones_like(below))
 
 
 def _norm(x: Array) -> Array:
     """Each row's Euclidean norm, (B, 1, …, 1)."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     squares = xp.sum(xp.reshape(x * x, (x.shape[0], -1)), axis=1)
     return xp.reshape(xp.sqrt(squares), (-1,) + (1,) * (x.ndim - 1))
