@@ -10,7 +10,7 @@ from latentgen.diffusion import noise
 from latentgen.diffusion.noise import Noise
 
 
-def test_the_pairs_of_numbers_are_as_good_as_independent():
+def test_the_pairs_of_numbers_are_as_good_as_independent() -> None:
     pairs = noise.pairs().view(np.float32).reshape(65536, 2).astype(np.float64)
     orders = range(1, 7)
     one, other = (
@@ -20,7 +20,7 @@ def test_the_pairs_of_numbers_are_as_good_as_independent():
     assert stats.kstest(pairs[:, 0], "norm").pvalue > 0.999 and np.array_equal(np.sort(pairs[:, 1]), pairs[:, 0])
 
 
-def test_neighbours_of_a_step_s_noise_fall_evenly_into_the_plane():
+def test_neighbours_of_a_step_s_noise_fall_evenly_into_the_plane() -> None:
     drawn = Noise([11]).step(0, np.zeros((1, 4, 256, 256), np.float32)).reshape(-1, 2)
     cells = np.floor(stats.norm.cdf(drawn) * 16).astype(int)
     counts = np.bincount(cells[:, 0] * 16 + cells[:, 1], minlength=256)
