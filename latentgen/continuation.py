@@ -1,6 +1,7 @@
 """A run that goes on from a finished weights folder: its U-Net trains on, all else is taken as it is.
 
-But for a layout that the recipe asks for and the folder has not learned: its text encoder learns that first.
+But for a layout that the recipe asks for and the folder has not learned, which its text encoder learns first; and for
+the decoder, which is trained on for the new U-Net where the recipe asks for that.
 """
 
 from __future__ import annotations
@@ -110,6 +111,6 @@ class Continuation(Run):
         before = self._before
         trained = before.get("unet", {})
         steps = {"steps_before": trained.get("steps", 0.0) + trained.get("steps_before", 0.0)}
-        taken = {name: before[name] for name in ("clip", "layout", "vae") if name in before}
-        kept = {**figures, **taken, "unet": {**figures["unet"], **steps}}
+        taken = {name: before[name] for name in ("clip", "layout", "vae", "decoder") if name in before}
+        kept = {**taken, **figures, "unet": {**figures["unet"], **steps}}
         super().save(unet, kept)

@@ -133,6 +133,18 @@ class Vae(Section):
     train: Train
 
 
+class Decoder(Section):
+    """The VAE's decoder, trained on with the encoder frozen, on latents with noise of up to `noise` standard deviations
+    and, for the part `drawn` of them, on latents that the U-Net drew from a time of up to `depth` (`training.decoder`).
+    """
+
+    noise: Amount = 0.3
+    drawn: Part = 0.5
+    depth: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    gate: dict[str, float] = {}
+    train: Train
+
+
 class Unet(Section):
     """A UNet2DConditionModel and the diffusion it learns.
 
@@ -189,7 +201,7 @@ class Pace(Section):
 
 class Recipe(Section):
     """One trainable pipeline: a data set, its stages, and how to look at the result. Without `layout` CLIP's text tower
-    is the text encoder as it is.
+    is the text encoder as it is, without `decoder` the VAE's decoder stays as the VAE's own stage left it.
 
     `precision`: what matrix products are computed in while it trains, the weights being fp32; "auto" is bf16 where the
     hardware multiplies it (a GPU since Ampere, a CPU with AVX512-BF16 or AMX) and fp32 elsewhere.
@@ -204,6 +216,7 @@ class Recipe(Section):
     layout: Layout | None = None
     vae: Vae
     unet: Unet
+    decoder: Decoder | None = None
     sample: Sample
     defaults: Defaults = Defaults()
     pace: Pace = Pace()

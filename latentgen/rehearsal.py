@@ -84,7 +84,7 @@ class Rehearsal(Run):
         """Every stage in turn."""
         where, count = self.accelerator.device, self.accelerator.num_processes
         self.report(f"{self.recipe.name}: a rehearsal on {where}, {count} process(es)")
-        _ = self.unet
+        _ = self.finished_vae
         return self.out
 
     def disk(self) -> float:

@@ -154,7 +154,7 @@ def test_the_order_without_buckets_is_what_it_was() -> None:
 
 
 def test_a_recipe_asks_for_shapes_that_its_networks_take(tmp_path: Path) -> None:
-    from latentgen.build import buckets_of
+    from latentgen.foundations import buckets_of
     from latentgen.recipe import read_recipe
 
     text = (ROOT / "tests" / "data" / "tiny.toml").read_text()

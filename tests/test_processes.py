@@ -70,7 +70,8 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     """
     text = TINY.read_text().replace("log_seconds = 1\n", "log_seconds = 0\n")
     in_parts = text.replace("[vae.train]\n", "[vae.train]\naccumulate = 2\n")
-    in_parts = in_parts.replace("[unet.train]\n", "[unet.train]\naccumulate = 2\n")
+    for stage in ("unet", "decoder"):
+        in_parts = in_parts.replace(f"[{stage}.train]\n", f"[{stage}.train]\naccumulate = 2\n")
     recipes = {"one": in_parts, "clip": text.replace("chance = 0.01", "chance = 2"), "two": text}
     for name, recipe in recipes.items():
         (tmp_path / f"{name}.toml").write_text(recipe)
@@ -97,7 +98,7 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     assert "2 process(es)" in done.stderr and done.stderr.count("vae: starts") == 1
     assert "clip: done before" in done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "two")]
-    for stage in ("vae", "unet"):
+    for stage in ("vae", "unet", "decoder"):
         assert torch.equal(weights(two, stage), weights(one, stage)), stage
 
     parts = tmp_path / "parts.training"  # the U-Net in parts over both, as accelerate's configuration of FSDP says

@@ -21,7 +21,7 @@ from latentgen.diffusion.noise import Noise
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny.toml"
 ICONS = ROOT / "tests" / "data" / "icons"
-STAGES = ("clip", "vae", "unet")
+STAGES = ("clip", "vae", "unet", "decoder")
 
 pytestmark = pytest.mark.slow
 
@@ -229,18 +229,21 @@ def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_i
     command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--start", str(start), "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "clip: " not in done.stderr and "vae: " not in done.stderr
+    assert "clip: " not in done.stderr and "vae: " not in done.stderr and "decoder: starts" in done.stderr
 
     def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
         (path,) = open_folder(folder).weights[part]
         return load_file(path)
 
-    for part in ("text_encoder", "vae"):
+    for part in ("text_encoder", "vae"):  # but the decoder, which learns what the new U-Net draws
         before, after = weights(start, part), weights(out, part)
-        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        learned = {name for name, value in before.items() if not torch.equal(value, after[name])}
+        assert bool(learned) == (part == "vae")
+        assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in learned)
     assert any(not torch.equal(value, weights(out, "unet")[name]) for name, value in weights(start, "unet").items())
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (start, out))
-    assert after["vae"] == before["vae"] and after["unet"]["steps_before"] == before["unet"]["steps"]
+    assert after["vae"] == before["vae"] and after["decoder"]["steps"] == 12
+    assert after["unet"]["steps_before"] == before["unet"]["steps"]
     assert after["unet"]["validation_loss"] < before["unet"]["validation_loss"]
 
 

@@ -59,7 +59,7 @@ def doctor(
     buckets = None
     if what is not None:
         if what.data.buckets is not None:  # which depends on the networks' own steps
-            from latentgen.build import buckets_of
+            from latentgen.foundations import buckets_of
 
             buckets = buckets_of(what)
         pictures = hold_out(pictures, what.data.held_out, what.data.hold_out)
