@@ -3,7 +3,8 @@
     python scripts/benchmark_forms.py 50m FOLDER [--graphs]
 
 50m: a U-Net of 51 M weights at 16×16 latents (128 px), 5.7 GFLOP a forward pass of one row, with a small autoencoder
-and CLIP. sd15: the three networks of Stable Diffusion 1.5 in their sizes, at 256 px. Tokenizers are small ones.
+and CLIP. sd15: the three networks of Stable Diffusion 1.5 in their sizes, at 256 px. 50m-sd: the U-Net of 50m with the
+autoencoder and CLIP of sd15, as somebody trains one who takes them from a checkpoint. Tokenizers are small ones.
 """
 
 import argparse
@@ -42,6 +43,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
         "text": {"width": 768, "layers": 12, "heads": 12, "vocabulary": 49408},
     },
 }
+FORMS["50m-sd"] = {**FORMS["sd15"], "unet": FORMS["50m"]["unet"]}
 NAMES = ("icons", *FORMS)  # icons: the embedded weights
 
 

@@ -1,6 +1,6 @@
 """Training the U-Net against the way of diffusers' text-to-image example: samples a second, same network, same batch.
 
-    python scripts/benchmark_train.py [--weights FOLDER | --form 50m] [--data FOLDER] [--batch 32] [--steps 10]
+    python scripts/benchmark_train.py [--weights FOLDER | --form 50m|50m-sd] [--data FOLDER] [--batch 32] [--steps 10]
 
 latentgen: `training.loop.fit` on `DenoiseObjective`, moments of latents and text states cached beforehand (the time
 that takes is shown, and is not in the rate). diffusers: at each step pictures are read and captions tokenised by a
