@@ -39,8 +39,8 @@ class Order:
     """What `latentgen render` was asked for; None is the weights' own default.
 
     size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
-    folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling, compile: as the
-    pipeline's.
+    folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling, compile,
+    guidance_interval: as the pipeline's.
     """
 
     prompts: Sequence[str]
@@ -60,6 +60,7 @@ class Order:
     feature_cache: int = 1
     vae_tiling: bool | None = None
     compile: bool = False
+    guidance_interval: tuple[float, float] | None = None
 
 
 def render(
@@ -130,6 +131,7 @@ def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None
         seed=seed,
         sampler=order.sampler,
         prompt_weights=order.prompt_weights,
+        interval=order.guidance_interval,
         max_embeddings_multiples=order.max_embeddings_multiples,
         feature_cache=order.feature_cache,
     )
@@ -160,7 +162,7 @@ def _settings(request: Request, order: Order, rows: Sequence[int]) -> dict[str, 
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
         "guidance_rescale": request.rescale,
-        "guidance_interval": request.interval,
+        "guidance_interval": request.interval or WHOLE,
         "sampler": request.sampler,
         "height": request.height,
         "width": request.width,

@@ -57,6 +57,7 @@ def ours(folder: Path) -> Render:
 
     def render(prompts: list[str], latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
         call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+        call |= {"guidance_interval": (0.0, 1.0)}  # as diffusers', whatever the weights' own default
         return np.asarray(pipe(prompts, latents=latents, seed=0, output_type="np", **call).images)
 
     return render
@@ -107,7 +108,8 @@ def shell_seconds(asked: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds from starting a process to one PNG on the disk, by engine."""
     steps, guidance, sampler = str(asked.steps), str(asked.guidance), sampler_of(folder)
     out = {engine: str(asked.scratch / f"{engine}.png") for engine in ENGINES}
-    options = ["--steps", steps, "--guidance", guidance, "--sampler", sampler, "--seed", "0", "--weights", str(folder)]
+    options = ["--steps", steps, "--guidance", guidance, "--guidance-interval", "0", "1", "--sampler", sampler]
+    options += ["--seed", "0", "--weights", str(folder)]
     mine = [sys.executable, "-m", "latentgen.cli", "render", PROMPTS[0], *options, "--out", out["latentgen"]]
     other = [sys.executable, "-c", SHORTEST, str(folder), PROMPTS[0], steps, guidance, out["diffusers"]]
     seconds = {}
@@ -169,6 +171,7 @@ def price_of_cache(asked: argparse.Namespace, folder: Path) -> None:
     pipe = Pipeline.from_pretrained(folder, engine="torch")
     prompts = [PROMPTS[k % len(PROMPTS)] for k in range(asked.batch)]
     call: dict[str, Any] = {"num_inference_steps": asked.steps, "guidance_scale": asked.guidance, "output_type": "np"}
+    call |= {"guidance_interval": (0.0, 1.0)}
     seconds: dict[int, list[float]] = {1: [], asked.feature_cache: []}
     errors = []
     for turn in range(asked.rounds + 1):

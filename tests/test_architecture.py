@@ -147,9 +147,10 @@ def test_the_mathematics_knows_neither_networks_nor_files(path: Path) -> None:
     assert not [call for call in calls(path) if call == "open"]
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if room(p) not in ("foundations", "build", "cli", "continuation", "rehearsal", "pixels")], ids=relative
-)
+KNOW_RECIPES = ("foundations", "build", "cli", "continuation", "rehearsal", "pixels")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) not in KNOW_RECIPES], ids=relative)
 def test_only_who_makes_objects_of_recipes_knows_them(path: Path) -> None:
     assert "recipe" not in own_rooms(path)
 

@@ -161,6 +161,7 @@ def test_a_mistake_in_the_shell_gets_one_line_and_exit_code_2(arguments: list[st
     [
         (["--steps", "0"], "--steps is 0; it must be 1 or more"),
         (["--guidance", "nan"], "--guidance is nan"),
+        (["--guidance-interval", "0.8", "0.2"], "is [0.8, 0.2]; it must be two parts of the way"),
         (["--size", "30"], "height 30 is not a multiple of 4; the nearest that are: 28 and 32"),
         (["--size", "32x30x3"], "--size is '32x30x3'"),
         (["--size", "big"], "it must be pixels as 64, or WIDTHxHEIGHT as 96x64"),

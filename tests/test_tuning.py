@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from latentgen import Pipeline, cli
@@ -131,6 +132,10 @@ def test_what_was_rendered_before_tuning_is_replayed_to_the_byte(own: Path, tmp_
     write_defaults(own, {"num_inference_steps": 2, "guidance_interval": (0.0, 0.5)})
     again, remarks = replay(picture, tmp_path / "b.png")
     assert again.read_bytes() == picture.read_bytes(), remarks
+    write_defaults(own, {"num_inference_steps": 4})
+    whole, part = Order(["a cat"], seed=2, guidance_interval=(0.0, 1.0)), Order(["a cat"], seed=2)
+    (same,), (other,) = (render(order, tmp_path / f"{n}.png", str(own)) for n, order in enumerate((whole, part)))
+    assert Image.open(same).tobytes() == Image.open(picture).tobytes() != Image.open(other).tobytes()
 
 
 def test_diffusers_opens_the_folder_as_before(own: Path) -> None:

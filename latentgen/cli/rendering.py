@@ -46,6 +46,14 @@ def render(
         float | None,
         typer.Option(help="How hard to follow the prompt; 1 is off.", show_default="the weights' own"),
     ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            help="The part of the steps guided, from 0 (noise) to 1 (clean); fewer are faster.",
+            metavar="FIRST LAST",
+            show_default="the weights' own, mostly 0 1",
+        ),
+    ] = None,
     negative: Annotated[str, typer.Option(help="What to keep away from.", show_default="nothing")] = "",
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first picture; picture k has seed + k.", show_default="a fresh one")
@@ -127,6 +135,7 @@ def render(
         from latentgen.pixels.render import render_files
 
         refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile}
+        refused |= {"guidance_interval": guidance_interval}
         refuse_for_pixels(negative=negative, size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:
@@ -156,6 +165,7 @@ def render(
         feature_cache,
         vae_tiling,
         compile,
+        guidance_interval,
     )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, None if among.rank else progress, among))

@@ -85,6 +85,7 @@ def _call(base: Base, size: int) -> dict[str, Any]:
     return {
         "num_inference_steps": STEPS,
         "guidance_scale": guidance,
+        "guidance_interval": (0.0, 1.0),  # diffusers knows no other, whatever the weights' own default
         "height": size,
         "width": size,
         "sampler": base.sampler,

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentgen import InputError, Pipeline, finetune
+from latentgen.checkpoint.defaults import write_defaults
 from latentgen.finetuning.settings import Finetune, choose
 from latentgen.recipe import explained, read_table
 
@@ -109,6 +110,16 @@ def test_a_full_run_opens_with_its_own_graphs(folder: Path, pictures: Path, tmp_
     assert ours.machine is not None and ours.machine["engine"] == "onnx"
     expected = Pipeline.from_pretrained(out, engine="torch")("a red apple", seed=1, **CALL).images
     np.testing.assert_allclose(ours("a red apple", seed=1, **CALL).images, expected, atol=1e-3)
+
+
+def test_weights_with_a_guidance_interval_of_their_own_are_proved_too(
+    folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(folder, tmp_path / "own")
+    write_defaults(own, {"guidance_scale": 5.0, "guidance_interval": (0.2, 0.6)})
+    out = finetune(pictures, base=own, out=tmp_path / "mine", method="lora", **FAST)
+    proof = json.loads((out / "metrics.json").read_text())["proof"]
+    assert proof["saved"] <= 2e-3 and proof["stock"] <= 2e-3 < proof["changed"]
 
 
 def test_an_adapters_folder_says_how_it_is_used(folder: Path, pictures: Path, tmp_path: Path) -> None:
