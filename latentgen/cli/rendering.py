@@ -135,8 +135,15 @@ def render(
         from latentgen.pixels.render import render_files
 
         refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile}
-        refused |= {"guidance_interval": guidance_interval}
-        refuse_for_pixels(negative=negative, size=size, lora=lora, max_chunks=max_chunks, **refused)
+        refused |= {"negative": bool(negative), "guidance_interval": guidance_interval is not None}
+        refuse_for_pixels(size=size, lora=lora, max_chunks=max_chunks, **refused)
+            guidance_interval=guidance_interval,
+            negative=negative,
+            size=size,
+            lora=lora,
+            max_chunks=max_chunks,
+            **refused,
+        )
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:
             return  # a pixel model's pictures are small: the first process renders them all

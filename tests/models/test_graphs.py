@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
+from onnx import helper, numpy_helper
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_folder
@@ -18,6 +21,7 @@ from latentgen.durable import sha256
 from latentgen.models.engine import EngineNote
 from latentgen.models.onnx import export
 from latentgen.models.onnx.session import Told
+from latentgen.models.onnx.widen import BFLOAT16, FLOAT, FLOAT16, widened
 
 
 def both(engines: dict[str, Pipeline], prompt: Any, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +52,73 @@ def test_a_graph_made_ready_is_kept_and_gives_the_same_picture_bit_for_bit(folde
     assert {path.name for path in kept} == {"graph.onnx", "weights.bin", "hashes.json"} and len(kept) == 12
     np.testing.assert_array_equal(pixels_of(folder), first)
     assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*") if path.is_file()} == kept
+
+
+def half_graph(folder: Path, kind: int) -> bytes:
+    """y = x·Wᵀ + b + u, W turned and b being halves of one kind in a file; v, too, which is an output twice."""
+    random = np.random.default_rng(0)
+    values = {"w": random.standard_normal((600, 500)), "b": random.standard_normal(600), "v": np.ones((3, 2))}
+    nodes, weights, start = [], [], 16
+    with (folder / "w.bin").open("wb") as file:
+        file.write(b"0" * start)
+        for name, each in values.items():
+            half = torch.from_numpy(each).to(torch.bfloat16 if kind == BFLOAT16 else torch.float16)
+            raw = half.view(torch.int16).numpy().tobytes()
+            file.write(raw)
+            tensor = onnx.TensorProto(name=name, data_type=kind, dims=each.shape)
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", "w.bin"), ("offset", start), ("length", len(raw))):
+                tensor.external_data.add(key=key, value=str(value))
+            weights.append(tensor)
+            nodes.append(helper.make_node("Cast", [name], [f"{name}:float32"], to=FLOAT))
+            start += len(raw)
+    nodes += [
+        helper.make_node("Transpose", ["w:float32"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned"], ["product"]),
+        helper.make_node("Add", ["product", "b:float32"], ["sum"]),
+        helper.make_node("Add", ["sum", "u"], ["y"]),
+        helper.make_node("Transpose", ["v:float32"], ["z"]),
+        helper.make_node("Identity", ["v:float32"], ["plain"]),
+    ]
+    weights.append(numpy_helper.from_array(np.full(600, 2, np.float32), "u"))
+    told = [helper.make_tensor_value_info(name, FLOAT, None) for name in ("x", "y", "z", "plain")]
+    graph = helper.make_graph(nodes, "half", told[:1], told[1:], weights)
+    opset = [helper.make_opsetid("", 17)]
+    made: bytes = helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+    return made
+
+
+def computed(graph: bytes, folder: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.random.default_rng(1).standard_normal((2, 500)).astype(np.float32)})
+
+
+@pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16])
+def test_weights_widened_beforehand_give_the_same_numbers_to_the_bit(tmp_path: Path, kind: int) -> None:
+    graph, place = half_graph(tmp_path, kind), tmp_path / "wide"
+    place.mkdir()
+    made = widened(graph, tmp_path, place)
+    for found, expected in zip(computed(made, place), computed(graph, tmp_path), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    left = onnx.load_model_from_string(made).graph
+    assert {tensor.data_type for tensor in left.initializer} == {FLOAT}
+    assert [node.op_type for node in left.node] == ["MatMul", "Add", "Add", "Transpose", "Identity"]
+    (tmp_path / "w.bin").write_bytes(b"short")
+    with pytest.raises((OSError, ValueError)):
+        widened(graph, tmp_path, place)
+
+
+def test_a_copy_gives_the_picture_that_is_made_without_any(
+    folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pixels_of(folder)
+    copies = sorted(own_cache.iterdir())
+    monkeypatch.setattr("latentgen.models.onnx.ready.ROOM", 0)
+    monkeypatch.setattr("latentgen.models.onnx.ready.machine_code", lambda: "another machine")
+    np.testing.assert_array_equal(pixels_of(folder), first)
+    assert sorted(own_cache.iterdir()) == copies and len(copies) == 4
 
 
 @pytest.mark.parametrize("file", ["graph.onnx", "weights.bin", "hashes.json"])

@@ -36,6 +36,7 @@ from latentgen.models.onnx.places import (
     layout,
     weights_folder,
 )
+from latentgen.models.onnx.widen import wide
 
 OPSET = 18
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -276,15 +277,8 @@ def _stored(files: tuple[Path, ...]) -> dict[bytes, Stored]:
             size = (last - first) // parts
             for start_of in range(first, last, size or 1):
                 stored = Stored(file.name, start_of, size, kind)
-                places.setdefault(_digest(_widened(raw[start_of : start_of + size], kind)), stored)
+                places.setdefault(_digest(wide(raw[start_of : start_of + size], kind)), stored)
     return places
-
-
-def _widened(raw: np.ndarray, kind: int) -> np.ndarray:
-    """Stored bytes as float32 numbers."""
-    if kind == TensorProto.BFLOAT16:
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return raw.view("<f4" if kind == TensorProto.FLOAT else "<f2").astype(np.float32)
 
 
 def _point(

@@ -22,6 +22,7 @@ from typing import Any
 from latentgen.checkpoint import Checkpoint
 from latentgen.durable import sha256
 from latentgen.models.onnx.places import cache_folder, layout
+from latentgen.models.onnx.widen import WIDE
 
 ROOM = 6 << 30  # bytes that all copies may take
 SHARE = 0.25  # of the free disk that one may take
@@ -61,21 +62,22 @@ class Ready:
         shutil.rmtree(self.folder, ignore_errors=True)
         return None
 
-    def make(self, load: Callable[[Path | None], Any], size: int) -> Any:
-        """What `load` makes, told where to leave the copy, or None where it cannot be kept. size: about, in bytes."""
+    def make(self, write: Callable[[Path], None], size: int) -> bool:
+        """Have `write`, told where, leave the copy; whether it is there. size: about, in bytes."""
         aside = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.writing")
         try:
             aside.mkdir(parents=True)
             if size > min(ROOM, SHARE * shutil.disk_usage(aside).free):
-                return load(None)
-            loaded = load(aside / GRAPH)
+                return False
+            write(aside / GRAPH)
+            (aside / WIDE).unlink(missing_ok=True)
             files = {path.name: sha256(path) for path in aside.iterdir()}
             (aside / HASHES).write_text(json.dumps(files), encoding="utf-8")
             aside.rename(self.folder)
             self._make_room()
-            return loaded
+            return True
         except OSError:  # no place to keep it: a picture can be rendered all the same
-            return load(None)
+            return False
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

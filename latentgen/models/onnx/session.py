@@ -17,6 +17,7 @@ from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
+from latentgen.models.onnx.widen import widened
 
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
 OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
@@ -48,26 +49,35 @@ def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -
     """
     held = graph.read_bytes()
     ready = Ready.of(checkpoint, part, held, str(onnxruntime.__version__))
-    if ready is not None:
-        kept = ready.open(lambda path: _session(str(path), threads, optimised=True))
-        if kept is not None:
-            return kept
-    checkpoint.verify()
 
-    def load(keep: Path | None) -> Any:
-        return _checked_session(checkpoint, part, graph, held, threads, keep)
+    def load(path: Path) -> Any:
+        return _session(str(path), threads, optimised=True)
 
-    return load(None) if ready is None else ready.make(load, widened_size(checkpoint, part))
+    def make(path: Path) -> None:
+        _checked_session(checkpoint, part, graph, held, threads, path)
+
+    kept = None if ready is None else ready.open(load)
+    if kept is None:
+        checkpoint.verify()
+        if ready is not None and ready.make(make, widened_size(checkpoint, part)):
+            kept = ready.open(load)
+    return _checked_session(checkpoint, part, graph, held, threads, None) if kept is None else kept
 
 
 def _checked_session(
     checkpoint: Checkpoint, part: str, graph: Path, held: bytes, threads: int, keep: Path | None
 ) -> Any:
-    """A session of a graph (its bytes, and where they lie) and of the weights it points to. keep: where it is left."""
+    """A session of a graph (its bytes, and where they lie) and of the weights it points to.
+
+    keep: where it is left for later sessions, which read it in less memory than this one would take to compute.
+    """
     weights = weights_folder(checkpoint, part)
     wrong = f"{graph} cannot be run with the weights in {weights}"
     try:
-        session = _session(held, threads, weights=weights, keep=keep)
+        if keep is None:
+            session = _session(held, threads, weights=weights)
+        else:
+            session = _session(widened(held, weights, keep.parent), threads, weights=keep.parent, keep=keep)
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
         raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
@@ -89,6 +99,7 @@ def _session(
     if weights is not None:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
     if keep is not None:
+        options.add_session_config_entry("session.disable_prepacking", "1")  # it computes nothing
         options.optimized_model_filepath = str(keep)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
         options.add_session_config_entry(

@@ -1,0 +1,85 @@
+"""Half-precision weights as float32 in a file, tensor by tensor, before ONNX Runtime makes a graph ready.
+
+Left to itself it widens and turns them one after the other in memory and keeps the most of both: 2.2 times what the
+weights take in float32. Weights that lie widened on the disk are mapped, and it needs 1.2 times.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WIDE = "widened.bin"
+FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # of ONNX's TensorProto, which is slow to import
+ALIGNED = 64  # bytes
+
+
+def widened(graph: bytes, weights: Path, folder: Path) -> bytes:
+    """The graph with each half-precision weight, and the Cast and the Transpose that follow it, as one of float32.
+
+    weights: where the graph's external data is; folder: where `WIDE` is written. Raises OSError or ValueError where
+    the files do not hold what the graph says.
+    """
+    import onnx
+
+    made = onnx.load_model_from_string(graph)
+    users: dict[str, list[Any]] = defaultdict(list)
+    for node in made.graph.node:
+        for name in node.input:
+            users[name].append(node)
+    outputs = {value.name for value in made.graph.output}
+    kept, said = [], set()  # what is an initializer then; the names that nodes need not compute any more
+    with (folder / WIDE).open("wb") as file:
+        for tensor in made.graph.initializer:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            if tensor.data_type not in (FLOAT16, BFLOAT16) or not place or not _is_cast(users[tensor.name]):
+                kept.append(tensor)
+                continue
+            name = users[tensor.name][0].output[0]
+            values = wide(_mapped(weights / place["location"], place), tensor.data_type).reshape(tuple(tensor.dims))
+            said.add(name)
+            if name not in outputs and [node.op_type for node in users[name]] == ["Transpose"]:
+                (turn,) = users[name]
+                values, name = values.transpose(_order(turn, values.ndim)), turn.output[0]
+                said.add(name)
+            file.write(bytes(-file.tell() % ALIGNED))
+            start = file.tell()
+            file.write(np.ascontiguousarray(values).tobytes())
+            outside = onnx.TensorProto(name=name, data_type=FLOAT, dims=values.shape)
+            outside.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", WIDE), ("offset", start), ("length", file.tell() - start)):
+                outside.external_data.add(key=key, value=str(value))
+            kept.append(outside)
+    nodes = [node for node in made.graph.node if not said & set(node.output)]
+    del made.graph.node[:], made.graph.initializer[:]
+    made.graph.node.extend(nodes)
+    made.graph.initializer.extend(kept)
+    whole: bytes = made.SerializeToString()
+    return whole
+
+
+def wide(raw: np.ndarray, kind: int) -> np.ndarray:
+    """Stored bytes as float32 numbers; kind: of ONNX's TensorProto."""
+    if kind == BFLOAT16:
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return raw.view("<f4" if kind == FLOAT else "<f2").astype(np.float32)
+
+
+def _is_cast(nodes: Sequence[Any]) -> bool:
+    """Whether all that is done with a weight is to widen it."""
+    if [node.op_type for node in nodes] != ["Cast"]:
+        return False
+    return any(each.name == "to" and each.i == FLOAT for each in nodes[0].attribute)
+
+
+def _order(node: Any, count: int) -> list[int]:
+    """The axes of a Transpose; without any they are turned round."""
+    axes = [list(each.ints) for each in node.attribute if each.name == "perm"]
+    return axes[0] if axes else list(reversed(range(count)))
+
+
+def _mapped(file: Path, place: dict[str, str]) -> np.ndarray:
+    start, length = int(place.get("offset", 0)), int(place.get("length", 0))
+    return np.memmap(file, np.uint8, "r", start, (length or file.stat().st_size - start,))
