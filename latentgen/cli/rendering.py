@@ -137,13 +137,6 @@ def render(
         refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile}
         refused |= {"negative": bool(negative), "guidance_interval": guidance_interval is not None}
         refuse_for_pixels(size=size, lora=lora, max_chunks=max_chunks, **refused)
-            guidance_interval=guidance_interval,
-            negative=negative,
-            size=size,
-            lora=lora,
-            max_chunks=max_chunks,
-            **refused,
-        )
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:
             return  # a pixel model's pictures are small: the first process renders them all
