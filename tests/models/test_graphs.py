@@ -55,22 +55,26 @@ def test_a_graph_made_ready_is_kept_and_gives_the_same_picture_bit_for_bit(folde
 
 
 def half_graph(folder: Path, kind: int) -> bytes:
-    """y = x·Wᵀ + b + u, W turned and b being halves of one kind in a file; v, too, which is an output twice."""
+    """y = x·Wᵀ + b + u, W turned and b being numbers of one kind in a file; v, too, which is an output twice."""
     random = np.random.default_rng(0)
     values = {"w": random.standard_normal((600, 500)), "b": random.standard_normal(600), "v": np.ones((3, 2))}
+    kinds = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
     nodes, weights, start = [], [], 16
     with (folder / "w.bin").open("wb") as file:
         file.write(b"0" * start)
         for name, each in values.items():
-            half = torch.from_numpy(each).to(torch.bfloat16 if kind == BFLOAT16 else torch.float16)
-            raw = half.view(torch.int16).numpy().tobytes()
+            stored = torch.from_numpy(each).to(kinds[kind])
+            raw = stored.view(torch.uint8).numpy().tobytes()
             file.write(raw)
             tensor = onnx.TensorProto(name=name, data_type=kind, dims=each.shape)
+            if kind == FLOAT:
+                tensor.name = f"{name}:float32"
+            else:
+                nodes.append(helper.make_node("Cast", [name], [f"{name}:float32"], to=FLOAT))
             tensor.data_location = onnx.TensorProto.EXTERNAL
             for key, value in (("location", "w.bin"), ("offset", start), ("length", len(raw))):
                 tensor.external_data.add(key=key, value=str(value))
             weights.append(tensor)
-            nodes.append(helper.make_node("Cast", [name], [f"{name}:float32"], to=FLOAT))
             start += len(raw)
     nodes += [
         helper.make_node("Transpose", ["w:float32"], ["turned"], perm=[1, 0]),
@@ -95,7 +99,7 @@ def computed(graph: bytes, folder: Path) -> Any:
     return session.run(None, {"x": np.random.default_rng(1).standard_normal((2, 500)).astype(np.float32)})
 
 
-@pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("kind", [FLOAT, FLOAT16, BFLOAT16])
 def test_weights_widened_beforehand_give_the_same_numbers_to_the_bit(tmp_path: Path, kind: int) -> None:
     graph, place = half_graph(tmp_path, kind), tmp_path / "wide"
     place.mkdir()

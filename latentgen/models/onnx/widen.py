@@ -1,4 +1,4 @@
-"""Half-precision weights as float32 in a file, tensor by tensor, before ONNX Runtime makes a graph ready.
+"""Weights as float32 in a file, tensor by tensor, before ONNX Runtime makes a graph ready.
 
 Left to itself it widens and turns them one after the other in memory and keeps the most of both: 2.2 times what the
 weights take in float32. Weights that lie widened on the disk are mapped, and it needs 1.2 times.
@@ -17,7 +17,7 @@ ALIGNED = 64  # bytes
 
 
 def widened(graph: bytes, weights: Path, folder: Path) -> bytes:
-    """The graph with each half-precision weight, and the Cast and the Transpose that follow it, as one of float32.
+    """The graph with each weight outside it, and the Cast and the Transpose that follow, as one of float32.
 
     weights: where the graph's external data is; folder: where `WIDE` is written. Raises OSError or ValueError where
     the files do not hold what the graph says.
@@ -34,12 +34,16 @@ def widened(graph: bytes, weights: Path, folder: Path) -> bytes:
     with (folder / WIDE).open("wb") as file:
         for tensor in made.graph.initializer:
             place = {entry.key: entry.value for entry in tensor.external_data}
-            if tensor.data_type not in (FLOAT16, BFLOAT16) or not place or not _is_cast(users[tensor.name]):
+            if not place:
                 kept.append(tensor)
                 continue
-            name = users[tensor.name][0].output[0]
+            name = tensor.name
             values = wide(_mapped(weights / place["location"], place), tensor.data_type).reshape(tuple(tensor.dims))
-            said.add(name)
+            if tensor.data_type != FLOAT:
+                if not _is_cast(users[name]):
+                    raise ValueError(f"{name} is of half precision and is not widened")
+                name = users[name][0].output[0]
+                said.add(name)
             if name not in outputs and [node.op_type for node in users[name]] == ["Transpose"]:
                 (turn,) = users[name]
                 values, name = values.transpose(_order(turn, values.ndim)), turn.output[0]
@@ -61,7 +65,7 @@ def widened(graph: bytes, weights: Path, folder: Path) -> bytes:
 
 
 def wide(raw: np.ndarray, kind: int) -> np.ndarray:
-    """Stored bytes as float32 numbers; kind: of ONNX's TensorProto."""
+    """Stored bytes as float32 numbers; kind: of ONNX's TensorProto, one of the three."""
     if kind == BFLOAT16:
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return raw.view("<f4" if kind == FLOAT else "<f2").astype(np.float32)
