@@ -20,7 +20,7 @@ from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.evaluation.metrics import Figure
 from latentgen.evaluation.run import Order, evaluate
-from latentgen.recipe import Recipe, read_as, read_table
+from latentgen.recipe import Recipe, explained, read_table
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -55,6 +55,8 @@ def small(recipe: Path, name: str, steps: int, seed: int) -> Recipe:
         table[stage]["train"] |= {"steps": length, "warmup": 100 if stage == "unet" else 50}
     for key in ("times", "times_mean", "times_std"):
         table["unet"].pop(key, None)
+    for key in ("kind", "decoder"):
+        table.pop(key, None)
     layout = table.pop("layout", {"train": {"batch": 256, "rate": 1.5e-3, "warmup": 50}})
     if "layout" in VARIANTS[name]:
         table["layout"] = layout
@@ -65,7 +67,7 @@ def small(recipe: Path, name: str, steps: int, seed: int) -> Recipe:
     for section, keys in VARIANTS[name].items():
         for key, value in keys.items():
             table[section][key] = {**table[section].get(key, {}), **value} if isinstance(value, dict) else value
-    return read_as(Recipe, recipe, {**table, "seed": seed})
+    return explained(Recipe, {**table, "seed": seed}, f"recipe {recipe}")
 
 
 def told(figure: Figure | None) -> str:
