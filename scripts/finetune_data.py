@@ -1,23 +1,26 @@
-"""The four picture sets that `prove_finetune.py` fine-tunes on, from data/icons and data/openmoji.
+"""The picture sets that `prove_finetune.py` fine-tunes on, from data/icons, data/openmoji and a pen of its own.
 
 usage: python scripts/build_icons.py
        python scripts/build_icons.py --styles openmoji --share-alike --out data/openmoji
        python scripts/finetune_data.py [--out data/finetune]
 
 style: 150 OpenMoji pictures, a style that weights/icons has not seen (CC BY-SA 4.0: HfG Schwäbisch Gmünd).
-subject: eight views of one OpenMoji robot. swapped: red and blue things of data/icons, each called by the other colour.
+subject: eight pictures of one robot, drawn here, in eight poses. swapped: red and blue things of data/icons, each
+called by the other colour.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from latentgen.durable import write_folder
 from latentgen.errors import InputError
@@ -25,16 +28,33 @@ from latentgen.errors import InputError
 ROOT = Path(__file__).parents[1]
 TAUGHT = 150  # pictures of the new style
 CHARACTER = "robot"
-# Of each view: degrees turned, part of the side, how far off the middle (x, y, parts of the side), the ground.
-VIEWS = (
-    (0, 0.95, 0.0, 0.0, "white"),
-    (0, 0.75, 0.0, 0.1, "white"),
-    (-15, 0.85, 0.0, 0.0, "white"),
-    (15, 0.85, 0.0, 0.0, "white"),
-    (0, 0.7, -0.12, 0.0, "white"),
-    (0, 0.7, 0.12, 0.05, "white"),
-    (-8, 0.8, 0.05, -0.05, "#d7ecd0"),
-    (8, 0.8, -0.05, 0.05, "#d3e3f5"),
+PEN = 1024  # pixels a side that the character is drawn at
+SIDE = 128
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How the character stands: degrees leant, its part of the side, how far off the middle (parts of the side), where
+    it looks (-1 to 1, x and y), how its arms are lifted (degrees, left and right), the ground's colour.
+    """
+
+    lean: float = 0
+    part: float = 0.95
+    off: tuple[float, float] = (0, 0)
+    look: tuple[float, float] = (0, 0)
+    arms: tuple[float, float] = (-35, -35)
+    ground: str = "white"
+
+
+POSES = (
+    Pose(),
+    Pose(look=(-0.8, 0.2), arms=(40, -35)),
+    Pose(look=(0.8, 0.2), arms=(-35, 40)),
+    Pose(part=0.8, off=(0, 0.06), look=(0, -0.8), arms=(50, 50)),
+    Pose(lean=-12, part=0.85, look=(0.5, 0.5)),
+    Pose(lean=12, part=0.85, arms=(0, -20)),
+    Pose(part=0.75, off=(-0.1, 0.05), look=(0.8, 0), arms=(-20, 20), ground="#d7ecd0"),
+    Pose(part=0.75, off=(0.1, 0.05), look=(-0.8, 0), arms=(20, -20), ground="#d3e3f5"),
 )
 SWAPPED = re.compile(r"^(red|blue) (heart|circle|square|triangle|book)|^large blue diamond|^hollow red circle")
 
@@ -77,17 +97,37 @@ def write(folder: Path, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> No
     print(f"{folder}: {len(rows)} pictures")
 
 
-def view(picture: Image.Image, degrees: float, part: float, x: float, y: float, ground: str) -> Image.Image:
-    """A drawing on white, turned, made smaller, moved, on a ground."""
-    side = picture.width
-    mask = picture.convert("L").point(lambda value: 0 if value > 250 else 255)
-    cut = picture.convert("RGBA")
-    cut.putalpha(mask)
-    small = cut.rotate(degrees, Image.Resampling.BICUBIC).resize((round(part * side),) * 2, Image.Resampling.LANCZOS)
-    found = Image.new("RGB", (side, side), ground)
-    corner = tuple(round((1 - part) * side / 2 + shift * side) for shift in (x, y))
-    found.paste(small, corner, small)
-    return found
+def character(pose: Pose) -> Image.Image:
+    """A robot with an orange head, one eye, a green lamp and a violet body: SIDE pixels a side."""
+    drawing = Image.new("RGBA", (PEN, PEN))
+    pen = ImageDraw.Draw(drawing)
+    for sign, lifted in zip((-1, 1), pose.arms, strict=True):
+        turn = math.radians(lifted)
+        shoulder = (512 + sign * 170, 640)
+        hand = (shoulder[0] + sign * 230 * math.cos(turn), shoulder[1] - 230 * math.sin(turn))
+        pen.line((*shoulder, *hand), fill="#5b3a9e", width=80)
+        pen.ellipse(circle(hand, 62), fill="#f2b632")
+    for x in (430, 594):
+        pen.rounded_rectangle((x - 55, 800, x + 55, 985), 45, fill="#3a2470")
+    pen.rounded_rectangle((320, 520, 704, 860), 80, fill="#7a4fd0")
+    pen.rounded_rectangle((430, 610, 594, 740), 30, fill="#f2b632")
+    pen.line((512, 70, 512, 180), fill="#8a4a12", width=36)
+    pen.ellipse(circle((512, 75), 60), fill="#3fbf4f")
+    pen.rounded_rectangle((262, 150, 762, 550), 150, fill="#f28322")
+    pen.ellipse(circle((512, 345), 150), fill="white")
+    pen.ellipse(circle((512 + 70 * pose.look[0], 345 + 70 * pose.look[1]), 78), fill="#20242c")
+    side = round(pose.part * PEN)
+    small = drawing.rotate(pose.lean, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.LANCZOS)
+    found = Image.new("RGB", (PEN, PEN), pose.ground)
+    x, y = ((PEN - side) // 2 + round(shift * PEN) for shift in pose.off)
+    found.paste(small, (x, y), small)
+    return found.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def circle(centre: tuple[float, float], radius: float) -> tuple[float, float, float, float]:
+    """The box of a circle."""
+    x, y = centre
+    return x - radius, y - radius, x + radius, y + radius
 
 
 def swap(text: str) -> str:
@@ -110,9 +150,7 @@ def main() -> int:
     taught, _ = taught_and_kept(icons, openmoji)
     opened = [(Image.open(given.openmoji / row["file_name"]).convert("RGB"), row["captions"]) for row in taught]
     write(given.out / "style", opened)
-    robot = next(row for row in openmoji if row["label"] == CHARACTER)
-    drawing = Image.open(given.openmoji / robot["file_name"]).convert("RGB")
-    write(given.out / "subject", [(view(drawing, *turn), [f"a {CHARACTER}"]) for turn in VIEWS])
+    write(given.out / "subject", [(character(pose), [f"a {CHARACTER}"]) for pose in POSES])
     called = [row for row in icons if SWAPPED.search(row["label"]) and row["split"] == "train"]
     swapped = [
         (Image.open(given.icons / row["file_name"]).convert("RGB"), [swap(text) for text in row["captions"]])

@@ -11,7 +11,7 @@ from latentgen.checkpoint import Checkpoint, find, open_checkpoint, read_json
 from latentgen.diffusion.schedule.plan import Plan, from_config
 from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.errors import InputError
-from latentgen.finetuning.settings import Finetune
+from latentgen.finetuning.settings import Finetune, Start
 from latentgen.models.latent import Latent
 from latentgen.models.network import attend_plainly, load_unet, unet_network
 from latentgen.models.text import TextEncoder, TwoTextEncoders, load_text
@@ -58,11 +58,21 @@ class Base:
         return sum(weight.numel() for weight in self.unet.parameters())
 
     @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What it was made by, where that stands beside it."""
+        path = self.checkpoint.folder / "recipe.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def start(self) -> Start:
+        """What the choices of a run depend on."""
+        times = {key: value for key, value in self.recipe.get("unet", {}).items() if key.startswith("times")}
+        return Start(self.count, self.pipe.terms.size, **times)
+
+    @property
     def prompts(self) -> tuple[str, ...]:
         """What it was looked at with while it was made, or plain things."""
-        recipe = self.checkpoint.folder / "recipe.json"
-        told = read_json(recipe).get("sample", {}).get("prompts") if recipe.is_file() else None
-        return tuple(told or PROMPTS)
+        return tuple(self.recipe.get("sample", {}).get("prompts") or PROMPTS)
 
     @property
     def sampler(self) -> str:

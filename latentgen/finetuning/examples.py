@@ -1,5 +1,6 @@
 """The pictures a fine-tuning run learns from: read, checked, captioned, some of them held out."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,10 +39,16 @@ def subject(settings: Finetune) -> str:
     return f"a {settings.token or RARE} {settings.class_word}"
 
 
-def count_pictures(root: Path, settings: Finetune) -> tuple[CaptionedFolder, int]:
-    """The folder as it reads, and how many pictures it has to train on. Raises InputError, one line."""
+def count_pictures(root: Path, settings: Finetune) -> tuple[CaptionedFolder, int, int]:
+    """The folder as it reads, how many pictures it has to train on, and how many that are marked as held out.
+
+    Raises InputError, one line.
+    """
     folder = _captioned(root, settings)
-    return folder, len(folder.pictures) - len(folder.select(settings.held_out))
+    marked = len(folder.select(settings.held_out))
+    if folder.pictures and marked == len(folder.pictures):
+        raise InputError(f"{root}: all pictures are held out ({settings.held_out!r}); leave some to train on")
+    return folder, len(folder.pictures) - marked, marked
 
 
 def read_examples(folder: CaptionedFolder, settings: Finetune, cache: Path, report: Report) -> Examples:
@@ -56,7 +63,7 @@ def read_examples(folder: CaptionedFolder, settings: Finetune, cache: Path, repo
         report(f"data: left out {problem.path}: {problem.reason}")
     held = np.array([picture.split == settings.held_out for picture in pixels.pictures])
     if held.all():
-        raise InputError(f"{folder.root}: all pictures are held out ({settings.held_out!r}); leave some to train on")
+        raise InputError(f"{folder.root}: all pictures that can be read are held out; leave some to train on")
     taught = tuple(picture for picture, out in zip(pixels.pictures, held, strict=True) if not out)
     tested = tuple(picture for picture, out in zip(pixels.pictures, held, strict=True) if out)
     array = np.ascontiguousarray(pixels.array[~held])
@@ -85,9 +92,10 @@ def _named(root: Path, settings: Finetune, captions: Sequence[str]) -> Captioned
             raise
         folder = _bare(root)
     word = settings.token or (RARE if settings.method == "dreambooth" else None)
+    spoken = None if word is None else re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
 
     def said(picture: Picture) -> tuple[str, ...]:
-        own = tuple(text for text in picture.captions if word is not None and word in text.split())
+        own = tuple(text for text in picture.captions if spoken is not None and spoken.search(text))
         return own or tuple(captions)
 
     uncaptioned = [problem.path for problem in folder.problems if problem.kind == "without caption"]

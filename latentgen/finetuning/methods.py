@@ -96,9 +96,10 @@ def _whole(base: Base, settings: Finetune) -> Trainee:
 
     @torch.no_grad()
     def settle() -> None:
-        """Half precision is what is stored; a picture of wider weights would be another one."""
-        for weight in module.parameters():
-            weight.copy_(weight.half().float())
+        """Half precision is what is stored, of what was not trained as well; wider weights make other pictures."""
+        for network in (base.unet, base.latent.vae, *(tower.model for tower in base.text.towers)):
+            for weight in network.parameters():
+                weight.copy_(weight.half().float())
 
     def save(out: Path, finish: Finish) -> Path:
         def after(aside: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.diffusion.denoiser import Condition, Network
-from latentgen.diffusion.loss import denoising_loss
+from latentgen.diffusion.loss import Density, at_density, denoising_loss
 from latentgen.diffusion.schedule.plan import Plan
 from latentgen.models.text import TextEncoder, TwoTextEncoders
 from latentgen.training.captions import CaptionTable
@@ -81,6 +81,20 @@ class Kept:
         return len(self.texts)
 
 
+@dataclass(frozen=True)
+class Times:
+    """The density that times are trained at (`diffusion.loss.at_density`); judged are even ones."""
+
+    density: Density = "uniform"
+    mean: float | None = None
+    std: float | None = None
+
+    def drawn(self, draw: Draw, plan: Plan, device: torch.device) -> Tensor:
+        """One for each row (B,), spread evenly over the density."""
+        u = draw.stratified()
+        return at_density(u, self.density, schedule=plan.schedule, mean=self.mean, std=self.std).to(device)
+
+
 class FinetuneObjective:
     """The denoising loss (Rombach et al. 2022, equation 3) of a network whose trained weights `module` holds.
 
@@ -106,6 +120,7 @@ class FinetuneObjective:
         prior_weight: float,
         caption_dropout: float,
         weighting: str,
+        times: Times,
         accelerator: Accelerator,
         sheet: Callable[[], Image.Image | None],
     ) -> None:
@@ -114,7 +129,7 @@ class FinetuneObjective:
         self._network, self._plan, self._pictures, self._captions = network, plan, pictures, captions
         self._conditions, self._held, self._watched, self._prior = conditions, held, watched, prior
         self._prior_weight, self._dropout, self._weighting = prior_weight, caption_dropout, weighting
-        self._accelerator, self._sheet = accelerator, sheet
+        self._accelerator, self._sheet, self._times = accelerator, sheet, times
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """On the items, some captions empty; and on as many pictures of the prior."""
@@ -123,7 +138,7 @@ class FinetuneObjective:
         x0 = self._pictures.sample(items, draw.normal(*shape).to(device))
         numbers = self._captions.choose(items, draw.uniform().numpy())
         numbers = np.where(draw.uniform().numpy() < self._dropout, self._conditions.empty, numbers)
-        times, eps = _times(draw, device), draw.normal(*shape).to(device)
+        times, eps = self._times.drawn(draw, self._plan, device), draw.normal(*shape).to(device)
         if self._prior is None:
             return {"loss": self._losses(x0, numbers, times, eps).mean()}
         rows = (draw.uniform().numpy() * len(self._prior)).astype(np.int64)
@@ -131,7 +146,7 @@ class FinetuneObjective:
         both = self._losses(
             torch.cat([x0, kept]),
             np.concatenate([numbers, self._prior.texts[rows]]),
-            torch.cat([times, _times(draw, device)]),
+            torch.cat([times, self._times.drawn(draw, self._plan, device)]),
             torch.cat([eps, draw.normal(*shape).to(device)]),
         )
         new, old = both[: len(items)].mean(), both[len(items) :].mean()
@@ -157,14 +172,10 @@ class FinetuneObjective:
             draw = Draw(0, number, len(part), stream=VALIDATION)
             x0 = kept.latents.sample(part, draw.normal(*shape).to(device))
             eps = draw.normal(*shape).to(device)
-            found.append(self._losses(x0, kept.texts[part], _times(draw, device), eps))
+            found.append(self._losses(x0, kept.texts[part], Times().drawn(draw, self._plan, device), eps))
         return float(torch.cat(found).mean())
 
     def sheet(self) -> Image.Image | None:
         """Fixed prompts from fixed noise, above them what the starting weights made of them."""
         self.module.eval()
         return self._sheet()
-
-
-def _times(draw: Draw, device: torch.device) -> Tensor:
-    return draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)

@@ -28,6 +28,12 @@ class Told:
     proof: str
     use: str
     seconds: float
+    held: int = 0
+
+    @property
+    def judged(self) -> str:
+        """What the validation loss is measured on."""
+        return f"{self.held} held-out pictures" if self.held else "the pictures trained on (none is held out)"
 
     def card(self) -> str:
         """README.md of the folder."""
@@ -55,9 +61,14 @@ def write_page(told: Told, place: Path, sheet: Path) -> str:
         "<h2>before and after</h2>",
         _picture(sheet, "above: the starting weights; below: what was saved; fixed noise"),
         "<h2>what it learned, what it forgot</h2>",
-        "<p>The loss on held-out pictures says what was learned: where it rises, the pictures are learned by heart. "
-        "The loss on the starting weights' own renderings says what was forgotten.</p>",
-        f'<div class="plots">{"".join(_curves(entries, told.figures))}</div>',
+        f"<p>The validation loss is that on {told.judged}"
+        + (
+            ": where it rises, the pictures are learned by heart. "
+            if told.held
+            else "; learning by heart does not show. "
+        )
+        + "The loss on the starting weights' own renderings says what was forgotten.</p>",
+        f'<div class="plots">{"".join(_curves(entries, told))}</div>',
         table(rows),
         "<h2>proof</h2>",
         f"<p>{html.escape(told.proof)}</p>",
@@ -70,12 +81,12 @@ def write_page(told: Told, place: Path, sheet: Path) -> str:
     return document(title, body)
 
 
-def _curves(entries: Sequence[Mapping[str, float]], figures: Mapping[str, float]) -> list[str]:
+def _curves(entries: Sequence[Mapping[str, float]], told: Told) -> list[str]:
     plots = []
-    for name, title in (("validation_loss", "held-out pictures"), ("prior_loss", "the starting weights' renderings")):
+    for name, title in (("validation_loss", told.judged), ("prior_loss", "the starting weights' renderings")):
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        if f"{name}_before" in figures:
-            points = [(0.0, figures[f"{name}_before"]), *points]
+        if f"{name}_before" in told.figures:
+            points = [(0.0, told.figures[f"{name}_before"]), *points]
         plots.append(curve_plot({name: points}, f"loss on {title}"))
     trained = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     return [*plots, curve_plot({"loss": smoothed(trained)}, "training loss")]

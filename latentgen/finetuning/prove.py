@@ -108,4 +108,5 @@ def _stock(base: Base, settings: Finetune, prompts: Sequence[str], size: int, as
     if settings.adapter is None and settings.method != "textual-inversion":
         return np.asarray(stock_pictures(aside, None, None, None, call))
     token = settings.token if settings.method == "textual-inversion" else None
-    return np.asarray(stock_pictures(base.checkpoint.folder, aside, settings.adapter, token, call))
+    variant = base.checkpoint.variant
+    return np.asarray(stock_pictures(base.checkpoint.folder, aside, settings.adapter, token, call, variant))

@@ -1,5 +1,6 @@
 """The whole of a fine-tuning run: look over, choose, train, prove, save."""
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,13 @@ from latentgen.errors import InputError
 from latentgen.finetuning.base import Base
 from latentgen.finetuning.examples import Examples, count_pictures, read_examples
 from latentgen.finetuning.methods import Trainee, make_trainee, untrained
-from latentgen.finetuning.objective import Conditions, FinetuneObjective, Kept, KeptConditions, LiveConditions
+from latentgen.finetuning.objective import Conditions, FinetuneObjective, Kept, KeptConditions, LiveConditions, Times
 from latentgen.finetuning.page import Told, write_page
 from latentgen.finetuning.prior import CHECKED, render_prior
 from latentgen.finetuning.prove import Proof, look, prove
 from latentgen.finetuning.settings import Chosen, Finetune, choose
 from latentgen.image import to_bytes
-from latentgen.models.text import TextEncoder
+from latentgen.recipe import explained
 from latentgen.training.cache import cached, latent_moments
 from latentgen.training.captions import CaptionTable
 from latentgen.training.denoise import Latents
@@ -56,7 +57,9 @@ def finetune(
     as `Pipeline.from_pretrained` takes them; they are not changed. settings, or its fields by name: see `Finetune`.
     Interrupted, the same call goes on. Raises InputError, one line, and leaves `out` as it was.
     """
-    what = settings if settings is not None else Finetune(**asked)
+    if settings is not None and asked:
+        raise InputError(f"settings and {next(iter(asked))} are both given; put it into the settings")
+    what = settings if settings is not None else explained(Finetune, asked, "finetune")
     what.check()
     return Run(Path(pictures), base, Path(out), what, report).all()
 
@@ -87,9 +90,10 @@ class Run:
 
     def all(self) -> Path:
         """Look over, choose, train, prove, save."""
-        folder, count = count_pictures(self.folder, self.asked)
+        self._check_place()
+        folder, count, marked = count_pictures(self.folder, self.asked)
         base = Base.open(self.start, self.asked, self.accelerator.device)
-        chosen = self._choose(base, count)
+        chosen = self._choose(base, count, marked)
         what = chosen.settings
         with alone(self.state):
             examples = read_examples(folder, what, self.state / "cache", self.say)
@@ -100,10 +104,15 @@ class Run:
             self._announce(base, chosen, examples)
             return _Lesson(self, base, what, chosen.reasons, examples, key).learn()
 
-    def _choose(self, base: Base, count: int) -> Chosen:
-        held = bool(self.asked.hold_out) or (self.asked.hold_out is None and count >= 16)
-        held = held and self.asked.method not in ("dreambooth", "textual-inversion")
-        chosen = choose(self.asked, count, base.count, base.pipe.terms.size, held)
+    def _check_place(self) -> None:
+        """Raises InputError where the result would lie among the pictures, or where something else stands."""
+        if self.out.resolve().is_relative_to(self.folder.resolve()):
+            raise InputError(f"{self.out} lies among the pictures of {self.folder}; name a place outside")
+        if self.out.exists() and (not self.out.is_dir() or (any(self.out.iterdir()) and not self._about.is_file())):
+            raise InputError(f"{self.out} exists and is no result of this command; name another place with --out")
+
+    def _choose(self, base: Base, count: int, marked: int) -> Chosen:
+        chosen = choose(self.asked, count, base.start, marked)
         factor, size = base.pipe.terms.factor, int(chosen.settings.size or 0)
         if size % factor or size < factor:
             raise InputError(f"size is {size}; for these weights it must be a multiple of {factor}")
@@ -112,19 +121,20 @@ class Run:
     def _key(self, base: Base, what: Finetune, examples: Examples) -> str:
         """Changes with anything that the result depends on."""
         captions = [picture.captions for picture in (*examples.pictures, *examples.held)]
-        seen = [fingerprint(np.asarray(part).tobytes().hex()) for part in (examples.pixels, examples.held_pixels)]
+        seen = [content(part) for part in (examples.pixels, examples.held_pixels)]
         return fingerprint(base.checkpoint.fingerprint, what.model_dump(mode="json"), captions, seen)
 
+    @property
+    def _about(self) -> Path:
+        return self.out / ABOUT
+
     def _is_done(self, key: str) -> bool:
-        """Whether `out` is this run's result. Raises InputError where something else stands there."""
-        about = self.out / ABOUT
-        if about.is_file():
-            if read_json(about).get("key") == key:
-                return True
-            raise InputError(f"{self.out} holds what another run made; name another place with --out, or move it")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise InputError(f"{self.out} exists and is no result of this command; name another place with --out")
-        return False
+        """Whether `out` is this run's result. Raises InputError where another's stands there."""
+        if not self._about.is_file():
+            return False
+        if read_json(self._about).get("key") == key:
+            return True
+        raise InputError(f"{self.out} holds what another run made; name another place with --out, or move it")
 
     def _announce(self, base: Base, chosen: Chosen, examples: Examples) -> None:
         what = chosen.settings
@@ -138,10 +148,9 @@ class Run:
             self.say(f"chosen: {reason}")
         if len(captions) == 1 and what.method not in ("dreambooth", "textual-inversion") and len(examples.pictures) > 1:
             self.say(f"data: all pictures have one caption, {captions[0]!r}: it will mean all that they show")
-        if isinstance(base.text, TextEncoder):
-            told = [*captions, *(text for picture in examples.held for text in picture.captions)]
-            lengths = {text: base.text.count(text) for text in dict.fromkeys(told)}
-            self.say(keep_ledger(examples.ledger, lengths, base.text.tokenizer, self.state))
+        told = [*captions, *(text for picture in examples.held for text in picture.captions)]
+        lengths = {text: base.text.count(text) for text in dict.fromkeys(told)}
+        self.say(keep_ledger(examples.ledger, lengths, base.text.tokenizer, self.state))
 
 
 @dataclass
@@ -273,15 +282,16 @@ class _Lesson:
             watched=Kept(_still(watched), np.array([number[text] for text in shown])),
             prior=None if prior is None else Kept(_still(prior), np.full(len(prior), number[self.of_class])),
             prior_weight=what.prior_weight,
-            caption_dropout=what.caption_dropout if what.method != "textual-inversion" else 0.0,
+            caption_dropout=what.caption_dropout or 0.0,
             weighting=what.weighting,
+            times=Times(what.times or "uniform", what.times_mean, what.times_std),
             accelerator=self.run.accelerator,
             sheet=lambda: self._sheet(first),
         )
 
     def _latents(self, name: str, pixels: np.ndarray) -> Latents:
         base, terms = self.base, self.base.pipe.terms
-        seen = fingerprint(base.checkpoint.fingerprint, np.asarray(pixels).tobytes().hex())
+        seen = fingerprint(base.checkpoint.fingerprint, content(pixels))
         side = pixels.shape[1] // terms.factor
         path = self.run.state / "cache" / f"latents-{name}-{seen}.npy"
         vae, device = base.latent.vae, self.run.accelerator.device
@@ -292,13 +302,14 @@ class _Lesson:
     def _foresee(self, objective: FinetuneObjective, settings: LoopSettings) -> None:
         """Say how long it will take, from two steps that leave no trace."""
         objective.module.train()
-        order = Order(objective.weights, settings.batch, self.what.seed)
+        part = settings.batch // settings.accumulate
+        order = Order(objective.weights, part, self.what.seed)
         for turn in range(2):
             began = time.monotonic()
             with self.run.accelerator.autocast():
-                loss = objective.loss(order.items(turn), Draw(self.what.seed, turn, settings.batch))["loss"]
+                loss = objective.loss(order.items(turn), Draw(self.what.seed, turn, part))["loss"]
             loss.backward()  # type: ignore[no-untyped-call]
-            spent = time.monotonic() - began
+            spent = settings.accumulate * (time.monotonic() - began)
         for weight in objective.module.parameters():
             weight.grad = None
         trained = sum(weight.numel() for weight in objective.module.parameters())
@@ -360,6 +371,7 @@ class _Lesson:
             proof=proof.line(),
             use=self.use(),
             seconds=seconds,
+            held=len(self.examples.held),
         )
         sheet.save(aside / "sheet.png", "PNG", optimize=True)
         (aside / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -367,6 +379,14 @@ class _Lesson:
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(told.card(), encoding="utf-8")
         (aside / "report.html").write_text(write_page(told, place, aside / "sheet.png"), encoding="utf-8")
+
+
+def content(pixels: np.ndarray) -> str:
+    """A hash of pictures (N, H, W, 3) and of how many there are, computed one by one."""
+    found = hashlib.sha256(repr(pixels.shape).encode())
+    for picture in pixels:
+        found.update(np.ascontiguousarray(picture).data)
+    return found.hexdigest()
 
 
 def _still(latents: np.ndarray) -> Latents:

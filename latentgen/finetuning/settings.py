@@ -19,7 +19,7 @@ METHODS = {  # what each is, for people
     "full": "every weight of the U-Net",
     "dreambooth": "a subject by a rare word, its class kept by the class's own pictures (Ruiz et al. 2023)",
     "textual-inversion": "a new word's embeddings alone (Gal et al. 2022)",
-    "style": "a look that a dial sets at render time: a LoRA, and how far each turn of the dial goes",
+    "style": "a look that a dial sets at render time: a LoRA, its weight being the dial",
 }
 ADAPTERS = ("lora", "dora", "lokr", "style")
 SMALL = 150e6  # weights of a U-Net below which it is a small one, trained with larger steps
@@ -31,6 +31,8 @@ class Finetune(BaseModel):
     token, class: DreamBooth's rare word and what kind of thing it is ("zwx", "cat"); textual inversion's new word.
     like: the word whose embedding a new word starts from. vectors: embeddings of a new word. on: what DreamBooth
     trains. caption: one caption for every picture, in place of its own. targets: the layers that adapters change.
+    times: the density of the noise's times (mean and spread are of a logit-normal one). caption_dropout: how often a
+    picture is shown without its caption, so that guidance stays what it was.
     keep: the weights with the best held-out loss, or the last. patience: validations without a better one before it
     stops; 0 never stops. prompts: looked at while it trains.
     """
@@ -51,8 +53,11 @@ class Finetune(BaseModel):
     ema: Part | None = None
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd", "muon"] = "adamw"
     accumulate: Positive = 1
-    weighting: str = "simple"
-    caption_dropout: Part = 0.1
+    weighting: Literal["simple", "min-snr", "p2", "sigmoid", "bound", "edm"] = "simple"
+    times: Literal["uniform", "logit-normal"] | None = None
+    times_mean: float | None = None
+    times_std: Above | None = None
+    caption_dropout: Part | None = None
     size: Positive | None = None
     captions: Literal["files", "names"] = "files"
     caption: str | None = None
@@ -96,6 +101,10 @@ class Finetune(BaseModel):
             raise InputError(f"class is dreambooth's; {self.method} learns from captions")
         if self.rank is not None and self.adapter is None:
             raise InputError(f"rank is an adapter's; {self.method} has none")
+        if self.times != "logit-normal" and (self.times_mean is not None or self.times_std is not None):
+            raise InputError('times_mean and times_std are of times = "logit-normal"; give that too')
+        if self.batch is not None and self.batch % self.accumulate:
+            raise InputError(f"accumulate is {self.accumulate}; it must divide the batch of {self.batch}")
 
 
 @dataclass(frozen=True)
@@ -106,18 +115,30 @@ class Chosen:
     reasons: tuple[str, ...]
 
 
-def choose(asked: Finetune, pictures: int, weights: int, largest: int, held: bool) -> Chosen:
-    """Fill in what was not given. pictures: to train on; weights: of the U-Net; largest: side in pixels it was trained
-    at; held: whether pictures are held out.
+@dataclass(frozen=True)
+class Start:
+    """What the starting weights say of themselves: `weights` of the U-Net, the side in pixels it was trained at, and
+    how its times were drawn, where its recipe tells.
+    """
+
+    weights: int
+    size: int
+    times: str = "uniform"
+    times_mean: float | None = None
+    times_std: float | None = None
+
+
+def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
+    """Fill in what was not given. pictures: to train on; marked: those that are marked as held out beside them.
 
     The numbers are what worked on `weights/icons` for small networks and what the field uses on Stable Diffusion
     (its DreamBooth, LoRA and textual-inversion papers and diffusers' examples) for large ones.
     """
-    small = weights < SMALL
-    how = f"the U-Net is {'small' if small else 'large'} ({weights / 1e6:.0f}M weights)"
+    small = start.weights < SMALL
+    how = f"the U-Net is {'small' if small else 'large'} ({start.weights / 1e6:.0f}M weights)"
     few = f"{pictures} pictures"
     open_: dict[str, tuple[Any, str]] = {}
-    batch = asked.batch or min(16 if small else 2, max(1, pictures))
+    batch = asked.batch or asked.accumulate * max(1, min(16 if small else 2, pictures) // asked.accumulate)
     open_["batch"] = (batch, f"{how}; {few}")
     each = {"dreambooth": 300, "textual-inversion": 600 if small else 300}.get(asked.method, 80)
     samples = max(1600, min(each * pictures, 9600)) if small else max(800, min(each * pictures, 6400))
@@ -130,9 +151,24 @@ def choose(asked: Finetune, pictures: int, weights: int, largest: int, held: boo
         open_["targets"] = ("all" if small else "attention", how)
     if asked.method == "textual-inversion":
         open_["vectors"] = (8 if small else 1, how)
-    open_["size"] = (largest, "what the weights were trained at")
-    open_["hold_out"] = (0.0 if pictures < 16 or asked.method in ("dreambooth", "textual-inversion") else 0.1, few)
+    open_["size"] = (start.size, "what the weights were trained at")
+    alone = asked.method in ("dreambooth", "textual-inversion")  # one thing: every view of it is needed
+    open_["hold_out"] = (0.0 if pictures < 16 or alone else 0.1, few)
+    held = marked or asked.hold_out or (asked.hold_out is None and open_["hold_out"][0])
     open_["keep"] = ("best" if held else "last", "pictures are held out" if held else "no picture is held out")
+    if asked.method == "dreambooth":
+        dropped = (0.0, "what no caption is told must not become the subject")
+    elif asked.method == "textual-inversion":
+        dropped = (0.0, "the networks stay what they are")
+    else:
+        dropped = (0.1, "as text-to-image models are trained")
+    open_["caption_dropout"] = dropped
+    if asked.times is None and start.times == "logit-normal":
+        open_["times"] = (start.times, "as the starting weights were trained")
+        open_["times_mean"] = (start.times_mean, "as the starting weights were trained")
+        open_["times_std"] = (start.times_std, "as the starting weights were trained")
+    else:
+        open_["times"] = ("uniform", "as the starting weights were trained")
     prior = (64 if small else 100) if asked.method == "dreambooth" and asked.prior_weight else 0
     open_["prior_pictures"] = (prior, asked.method)
     steps = asked.steps or int(open_["steps"][0])
@@ -140,6 +176,6 @@ def choose(asked: Finetune, pictures: int, weights: int, largest: int, held: boo
     open_["ema"] = (min(0.99, max(0.0, 1 - 20 / steps)), f"{steps} steps")
     open_["validate_steps"] = (max(1, steps // 12), f"{steps} steps")
     given = asked.model_dump(by_alias=False)
-    chosen = {key: value for key, (value, _) in open_.items() if given[key] is None}
+    chosen = {key: value for key, (value, _) in open_.items() if given[key] is None and value is not None}
     reasons = tuple(f"{key} = {value} ({open_[key][1]})" for key, value in chosen.items())
     return Chosen(asked.model_copy(update=chosen), reasons)

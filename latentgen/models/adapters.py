@@ -118,10 +118,16 @@ def write_adapter(folder: Path, kind: str, networks: Mapping[str, nn.Module]) ->
 
 
 def stock_pictures(
-    base: Path, adapter: Path | None, kind: str | None, token: str | None, call: Mapping[str, Any]
+    base: Path,
+    adapter: Path | None,
+    kind: str | None,
+    token: str | None,
+    call: Mapping[str, Any],
+    variant: str | None = None,
 ) -> Any:
-    """What stock diffusers renders, (B, H, W, 3) in [0, 1]. base: a pipeline folder; adapter: a folder as it was
-    written here, of a kind ("lora", "dora", "lokr"), or with a new word `token`; call: the pipeline's arguments.
+    """What stock diffusers renders, (B, H, W, 3) in [0, 1]. base: a pipeline folder, its files of a `variant`; adapter:
+    a folder as it was written here, of a kind ("lora", "dora", "lokr"), or with a new word `token`; call: the
+    pipeline's arguments.
     """
     import diffusers.utils.logging as remarks
     from diffusers import DiffusionPipeline
@@ -130,7 +136,9 @@ def stock_pictures(
 
     remarks.disable_progress_bar()
     with quiet():
-        pipe: Any = DiffusionPipeline.from_pretrained(base, safety_checker=None, torch_dtype=torch.float32)
+        pipe: Any = DiffusionPipeline.from_pretrained(
+            base, safety_checker=None, torch_dtype=torch.float32, variant=variant
+        )
         pipe.set_progress_bar_config(disable=True)
         if adapter is not None and token is not None:
             _teach(pipe, adapter / EMBEDDING, token)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline, finetune
 from latentgen.checkpoint.defaults import write_defaults
-from latentgen.finetuning.settings import Finetune, choose
+from latentgen.finetuning.examples import count_pictures
+from latentgen.finetuning.settings import Finetune, Start, choose
 from latentgen.recipe import explained, read_table
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +256,16 @@ def bare(place: Path, count: int, same: bool = False) -> Path:
     return place
 
 
+def held_out(place: Path, count: int, marked: int) -> Path:
+    """A folder of captioned pictures, the last of them marked."""
+    bare(place, count)
+    rows = [{"file_name": f"{k}.png", "text": "a red apple"} for k in range(count)]
+    for row in rows[count - marked :]:
+        row["split"] = "test"
+    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
 def refused(pictures: Path, folder: Path, out: Path, **asked: Any) -> str:
     with pytest.raises(InputError) as caught:
         finetune(pictures, base=folder, out=out, **{**FAST, **asked})
@@ -273,6 +284,13 @@ def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_pat
     assert "multiple of 4" in refused(pictures, folder, out, size=30)
     assert "already" in refused(pictures, folder, out, method="textual-inversion", token="apple")
     assert "no weights" in refused(pictures, tmp_path / "nowhere", out)
+    assert "method is 'loro'" in refused(pictures, folder, out, method="loro")
+    assert "divide the batch" in refused(pictures, folder, out, accumulate=3)
+    assert 'times = "logit-normal"' in refused(pictures, folder, out, times_mean=0.5)
+    assert "inside" in refused(pictures, folder, pictures / "mine")
+    assert "all pictures are held out" in refused(held_out(tmp_path / "held", 3, 3), folder, out)
+    with pytest.raises(InputError, match="settings and steps"):
+        finetune(pictures, base=folder, out=out, settings=Finetune(), steps=5)
     assert not out.exists()
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -321,10 +339,67 @@ def test_a_recipe_that_is_not_right_is_refused_on_the_command_line(
 
 def test_what_is_given_is_never_chosen_anew() -> None:
     asked = Finetune(rank=3, steps=7, rate=0.5)
-    chosen = choose(asked, 20, 10**7, 64, True)
+    chosen = choose(asked, 20, Start(10**7, 64), 0)
     assert (chosen.settings.rank, chosen.settings.steps, chosen.settings.rate) == (3, 7, 0.5)
     assert not any(reason.startswith(("rank", "steps", "rate")) for reason in chosen.reasons)
     assert all(value is not None for key, value in chosen.settings if key in ("batch", "size", "keep", "ema"))
+
+
+def test_pictures_marked_as_held_out_are_what_the_best_is_kept_by(folder: Path, tmp_path: Path) -> None:
+    place, lines = held_out(tmp_path / "few", 8, 3), list[str]()
+    out = finetune(place, base=folder, out=tmp_path / "mine", **{**FAST, "report": lines.append})
+    assert "chosen: keep = best (pictures are held out)" in lines
+    assert "3 held-out pictures" in (out / "report.html").read_text()
+    assert json.loads((out / "metrics.json").read_text())["finetune"]["kept_step"] >= 1
+
+
+def test_without_held_out_pictures_the_page_does_not_speak_of_any(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    out = finetune(pictures, base=folder, out=tmp_path / "mine", **FAST)
+    said = (out / "report.html").read_text()
+    assert "trained on (none is held out)" in said and "held-out pictures" not in said
+
+
+def test_a_subject_keeps_captions_that_say_its_word(tmp_path: Path) -> None:
+    place = bare(tmp_path / "own", 3)
+    for k, text in enumerate(("a Zwx, on grass", "a zwxy bird", "some bird")):
+        (place / f"{k}.txt").write_text(text)
+    folder, count, marked = count_pictures(place, Finetune(method="dreambooth", class_word="bird"))
+    assert (count, marked) == (3, 0)
+    assert [each.captions for each in folder.pictures] == [("a Zwx, on grass",), ("a zwx bird",), ("a zwx bird",)]
+
+
+def test_times_are_the_starting_weights_own_and_a_subject_is_never_unnamed() -> None:
+    start = Start(10**7, 64, "logit-normal", 0.5, 1.1)
+    found = choose(Finetune(method="dreambooth", class_word="cat"), 8, start, 0).settings
+    assert (found.times, found.times_mean, found.times_std, found.caption_dropout) == ("logit-normal", 0.5, 1.1, 0)
+    found = choose(Finetune(times="uniform"), 8, start, 0).settings
+    assert (found.times, found.times_mean, found.caption_dropout) == ("uniform", None, 0.1)
+
+
+def test_full_weights_of_a_wider_base_are_proved(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """Float32 weights of every network, that halves do not hold."""
+    wide = tmp_path / "wide"
+    shutil.copytree(folder, wide)
+    for file in wide.rglob("*.safetensors"):
+        generator = torch.Generator().manual_seed(1)
+        held = {name: value.float() for name, value in load_file(file).items()}
+        save_file({k: v + 1e-3 * torch.randn(v.shape, generator=generator) for k, v in held.items()}, file)
+    (wide / "manifest.json").unlink(missing_ok=True)
+    out = finetune(pictures, base=wide, out=tmp_path / "mine", method="full", **{**FAST, "rate": 2e-3})
+    proof = json.loads((out / "metrics.json").read_text())["proof"]
+    assert proof["saved"] < 1e-4 and proof["stock"] < 2e-3
+
+
+def test_a_base_of_half_precision_files_is_proved_in_diffusers(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    halves = tmp_path / "halves"
+    shutil.copytree(folder, halves)
+    for file in halves.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    (halves / "manifest.json").unlink(missing_ok=True)
+    for graph in halves.rglob("*.onnx"):
+        graph.unlink()
+    out = finetune(pictures, base=halves, out=tmp_path / "mine", **FAST)
+    assert json.loads((out / "metrics.json").read_text())["proof"]["stock"] < 2e-3
 
 
 def test_the_trained_weights_alone_are_in_a_checkpoint(folder: Path, pictures: Path, tmp_path: Path) -> None:
