@@ -44,12 +44,15 @@ class Stored:
 
 
 def store(folder: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> Path:
-    """Keep the averages of a step, by width, in half precision: `folder/average-STEP/WIDTH.safetensors`."""
+    """Keep the averages of a step, by width, in half precision: `folder/average-STEP/WIDTH.safetensors`.
+
+    A tensor with a number beyond that precision's range is kept as it is. Raises InputError where one is not finite.
+    """
+    halves = {width: {name: _halved(name, value, step) for name, value in of.items()} for width, of in averages.items()}
 
     def write(aside: Path) -> None:
-        for width, tensors in averages.items():
-            halved = {name: value.detach().half().contiguous() for name, value in tensors.items()}
-            save_file(halved, aside / f"{width:g}.safetensors")
+        for width, tensors in halves.items():
+            save_file(tensors, aside / f"{width:g}.safetensors")
         (aside / "step.json").write_text(json.dumps({"step": step}) + "\n")
 
     return write_folder(folder / f"average-{step:08d}", write)
@@ -90,6 +93,16 @@ def synthesise(kept: Sequence[Stored], step: int, width: float) -> dict[str, Ten
         for name, value in load_file(each.path).items():
             total[name] = total.get(name, torch.zeros(value.shape)) + float(factor) * value.float()
     return total
+
+
+def _halved(name: str, value: Tensor, step: int) -> Tensor:
+    value = value.detach().contiguous()
+    half = value.half()
+    if bool(torch.isfinite(half).all()):
+        return half
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"the average of {name} is not finite at step {step} and is not kept; lower the rate")
+    return value
 
 
 def _overlap(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:

@@ -124,13 +124,20 @@ class TrainState:
 
     @torch.no_grad()
     def flaw(self) -> str | None:
-        """The first weight, trained or averaged, that is not finite; None where all are."""
-        named = {name: weight for name, weight in self.module.named_parameters() if name in self.average}
-        checked: list[Mapping[str, Tensor]] = [named, self.average, *self.powers.values()]
-        for tensors in checked:
+        """The first weight, average or moment that is not finite; None where all are. For every process at once."""
+        names: dict[Tensor, str] = {weight: name for name, weight in self.module.named_parameters()}
+        named: dict[str, Tensor] = {name: weight for weight, name in names.items() if name in self.average}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for weight, entries in self.optimizer.state.items():
+            for kind, value in entries.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    moments.setdefault(kind, {})[f"{kind} of {names[weight]}"] = value
+        for tensors in (named, self.average, *self.powers.values(), *moments.values()):
             norms = torch.stack([whole(norm) for norm in torch._foreach_norm(list(tensors.values()))])
-            if not bool(torch.isfinite(norms).all()):
-                return next((n for n, value in tensors.items() if not bool(torch.isfinite(whole(value)).all())), None)
+            if not bool(torch.isfinite(norms).all()):  # or so large that its square is not
+                for name, value in tensors.items():
+                    if not bool(torch.isfinite(whole(value)).all()):
+                        return name
         return None
 
     @torch.no_grad()

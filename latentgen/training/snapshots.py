@@ -1,6 +1,7 @@
 """Checkpoints of a training run: written aside, proved, renamed; a torn one is refused by name, the one before used."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,7 @@ class Snapshots:
         Of a state in parts every process gives its own, and the main one alone writes.
         Raises InputError where it cannot be written, or a weight is not finite: nothing is replaced by what is broken.
         """
-        flaw = state.flaw()
-        if flaw is not None:
-            raise InputError(
-                f"{flaw} is not finite at step {state.step}, which is not saved; lower the rate: the same command "
-                "goes on from the checkpoint before"
-            )
-
+        _refuse_what_is_not_finite(state)
         whole_state = state.tensors()
         if not main:
             return
@@ -58,9 +53,13 @@ class Snapshots:
             shutil.rmtree(old)
 
     def save_best(self, state: TrainState, figure: str, value: float, sign: int, main: bool = True) -> bool:
-        """Keep the averaged weights where they are better than the best so far; whether the main process did."""
+        """Keep the averaged weights where they are better than the best so far; whether the main process did.
+
+        A figure that is not finite is no better than any. Raises InputError where a weight is not finite.
+        """
+        _refuse_what_is_not_finite(state)
         average = {name: whole(each) for name, each in state.average.items()}
-        if not main:
+        if not main or not math.isfinite(value):
             return False
         place = self.folder / BEST
         if _flaw(place) is None:
@@ -105,6 +104,15 @@ class Snapshots:
                 break
             refused.append(f"checkpoint {folder} is refused: {flaw}")
         return refused
+
+
+def _refuse_what_is_not_finite(state: TrainState) -> None:
+    flaw = state.flaw()
+    if flaw is not None:
+        raise InputError(
+            f"{flaw} is not finite at step {state.step}, which is not saved; lower the rate: the same command "
+            "goes on from the checkpoint before"
+        )
 
 
 def _flaw(folder: Path) -> str | None:

@@ -62,3 +62,12 @@ def test_a_kept_average_is_itself() -> None:
 def test_without_kept_averages_nothing_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no averages were kept"):
         synthesise(stored(tmp_path), 10, 0.1)
+
+
+def test_numbers_beyond_half_precision_are_kept_and_those_that_are_not_finite_refused(tmp_path: Path) -> None:
+    store(tmp_path, 10, {0.1: {"large": torch.tensor([1e5, -3.0]), "small": torch.tensor([0.5])}})
+    found = synthesise(stored(tmp_path), 10, 0.1)
+    assert found["large"].tolist() == [1e5, -3.0] and found["small"].tolist() == [0.5]
+    with pytest.raises(InputError, match="the average of large is not finite at step 11"):
+        store(tmp_path, 11, {0.1: {"large": torch.tensor([float("inf")])}})
+    assert [path.name for path in tmp_path.iterdir()] == ["average-00000010"]

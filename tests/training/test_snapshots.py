@@ -119,6 +119,18 @@ def test_what_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
+def test_moments_that_are_not_finite_are_never_saved_and_numbers_that_are_large_are(tmp_path: Path) -> None:
+    broken = state_at(5)
+    weight = broken.module.get_parameter("0.weight")
+    broken.optimizer.state[weight]["exp_avg"].fill_(1e30)  # its square is beyond float32
+    Snapshots(tmp_path).save(broken)
+    broken.optimizer.state[weight]["exp_avg_sq"][0, 0, 0, 0] = float("inf")
+    broken.step = 6
+    with pytest.raises(InputError, match=r"exp_avg_sq of 0\.weight is not finite at step 6"):
+        Snapshots(tmp_path).save(broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
 def test_nothing_is_removed_before_its_successor_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = Snapshots(tmp_path, keep=1)
     snapshots.save(state_at(4))
@@ -145,3 +157,21 @@ def test_the_best_weights_are_kept_beside_the_newest(tmp_path: Path) -> None:
     assert Snapshots(tmp_path).save_best(state_at(4), "psnr", 20.0, 1)  # another figure: no comparison
     assert Snapshots(tmp_path).save_best(state_at(5), "psnr", 21.0, 1)
     assert not Snapshots(tmp_path).save_best(state_at(6), "psnr", 20.5, 1)
+
+
+@pytest.mark.parametrize(("sign", "worse"), [(-1, float("nan")), (1, float("nan")), (1, float("inf"))])
+def test_a_figure_that_is_not_finite_is_never_the_best(tmp_path: Path, sign: int, worse: float) -> None:
+    snapshots = Snapshots(tmp_path)
+    assert not snapshots.save_best(state_at(1), "loss", worse, sign)
+    assert snapshots.save_best(state_at(2), "loss", 0.3, sign)
+    assert not snapshots.save_best(state_at(3), "loss", worse, sign)
+    assert snapshots.best_step() == 2
+
+
+def test_weights_that_are_not_finite_are_never_the_best(tmp_path: Path) -> None:
+    snapshots, broken = Snapshots(tmp_path), state_at(3)
+    snapshots.save_best(state_at(2), "loss", 0.3, -1)
+    broken.average["0.weight"][0, 0, 0, 0] = float("inf")
+    with pytest.raises(InputError, match=r"0\.weight is not finite at step 3"):
+        snapshots.save_best(broken, "loss", 0.2, -1)
+    assert snapshots.best_step() == 2
