@@ -39,16 +39,16 @@ def write_file(target: Path, data: bytes) -> None:
         sync_folder(target.parent)
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
+def write_folder(target: Path, write: Callable[[Path], None], *, prove: bool = False) -> Path:
     """Call `write(aside)` on an empty folder beside `target`, add the manifest, sync, and swap it into place at once.
 
     The manifest (`manifest.json`) holds the SHA-256 and the size of every file that `write` made. Whatever stood in
     the old folder and is not in the old manifest (a training run's state, somebody's notes) is carried over, so only
     what we wrote is ever replaced. The old folder is removed only after the new one stands in its place; killed at any
-    moment, one of the two is there, whole.
+    moment, one of the two is there, whole. prove: the new one is read back before it takes the old one's place.
 
-    Returns `target`. Raises InputError when the disk is full, the place cannot be written, or a file that is not ours
-    stands where one of ours would go; the old folder is then as it was.
+    Returns `target`. Raises InputError when the disk is full, the place cannot be written, what was written does not
+    read back, or a file that is not ours stands where one of ours would go; the old folder is then as it was.
     """
     target = Path(target).resolve()  # through a link: what it points to is replaced, not the link
     aside = target.with_name(f".{target.name}.writing")
@@ -67,10 +67,29 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
                 for name in names:
                     _sync(Path(folder, name))
                 sync_folder(Path(folder))
+            if prove and (flaw := torn(aside)) is not None:
+                raise InputError(f"{target} does not read back as it was written ({flaw}); look at the disk")
             _swap(aside, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def torn(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_folder` wrote; None where every file is what its manifest says."""
+    try:
+        hashes = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        hashes = {}
+    if not hashes:
+        return f"its {MANIFEST} is missing or torn"
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != expected:
+            return f"{name} was altered or torn"
+    return None
 
 
 @contextmanager

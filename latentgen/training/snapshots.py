@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentgen.durable import MANIFEST, sha256, write_folder
+from latentgen.durable import saying_what_failed, torn, write_folder
 from latentgen.errors import InputError
 from latentgen.training.loop import TrainState
 from latentgen.training.sharding import put, whole
@@ -25,12 +26,15 @@ class Snapshots:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self._proved: set[Path] = set()  # once read and found whole; not read again at every save
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def save(self, state: TrainState, main: bool = True) -> None:
         """Write the state of this step; only when it is read back whole are the oldest removed.
+
+        `keep` whole ones stay, this one among them; torn ones count for nothing, and go when those kept are newer.
 
         Of a state in parts every process gives its own, and the main one alone writes.
         Raises InputError where it cannot be written, or a weight is not finite: nothing is replaced by what is broken.
@@ -45,12 +49,23 @@ class Snapshots:
                 save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
             (folder / "state.json").write_text(json.dumps({key: getattr(state, key) for key in COUNTS}) + "\n")
 
-        target = write_folder(self.folder / f"step-{state.step:08d}", write)
-        torn = _flaw(target)
-        if torn is not None:
-            raise InputError(f"checkpoint {target} does not read back as it was written ({torn}); look at the disk")
-        for old in self._all()[: -self.keep]:
-            shutil.rmtree(old)
+        target = self.folder / f"step-{state.step:08d}"
+        _write(target, write)
+        self._proved.add(target)
+        with saying_what_failed(self.folder):
+            self._remove_old(target)
+
+    def _remove_old(self, newest: Path) -> None:
+        others = [folder for folder in reversed(self._all()) if folder != newest and self._is_whole(folder)]
+        kept = [newest, *others[: self.keep - 1]]
+        for folder in self._all() if len(kept) == self.keep else ():
+            if folder.name < min(each.name for each in kept):
+                shutil.rmtree(folder)
+
+    def _is_whole(self, folder: Path) -> bool:
+        if folder not in self._proved and torn(folder) is None:
+            self._proved.add(folder)
+        return folder in self._proved
 
     def save_best(self, state: TrainState, figure: str, value: float, sign: int, main: bool = True) -> bool:
         """Keep the averaged weights where they are better than the best so far; whether the main process did.
@@ -62,7 +77,7 @@ class Snapshots:
         if not main or not math.isfinite(value):
             return False
         place = self.folder / BEST
-        if _flaw(place) is None:
+        if torn(place) is None:
             known = json.loads((place / "best.json").read_text())
             if known["figure"] == figure and known["value"] * sign >= value * sign:
                 return False
@@ -71,18 +86,18 @@ class Snapshots:
             save_file({key: each.contiguous() for key, each in average.items()}, folder / "average.safetensors")
             (folder / "best.json").write_text(json.dumps({"figure": figure, "value": value, "step": state.step}) + "\n")
 
-        write_folder(place, write)
+        _write(place, write)
         return True
 
     def best_step(self) -> int | None:
         """The step of the weights that did best; None where none are kept, or they are torn."""
         place = self.folder / BEST
-        return None if _flaw(place) is not None else int(json.loads((place / "best.json").read_text())["step"])
+        return None if torn(place) is not None else int(json.loads((place / "best.json").read_text())["step"])
 
     def load_best(self, module: nn.Module) -> dict[str, Any] | None:
         """Put the weights that did best into the module; what is known of them (figure, value, step), or None."""
         place = self.folder / BEST
-        if _flaw(place) is not None:
+        if torn(place) is not None:
             return None
         named, kept = dict(module.named_parameters()), load_file(place / "average.safetensors")
         with torch.no_grad():
@@ -94,8 +109,9 @@ class Snapshots:
         """Load the newest whole checkpoint into `state`, if there is one; returns a line for each that was refused."""
         refused = []
         for folder in reversed(self._all()):
-            flaw = _flaw(folder)
+            flaw = torn(folder)
             if flaw is None:
+                self._proved.add(folder)
                 files = {path.stem: path for path in folder.glob("*.safetensors")}
                 kept = json.loads((folder / "state.json").read_text())
                 state.load({name: load_file(path) for name, path in files.items()}, kept["step"])
@@ -106,6 +122,14 @@ class Snapshots:
         return refused
 
 
+def _write(target: Path, write: Callable[[Path], None]) -> None:
+    """`write_folder`, read back before it takes the place of what was there; a torn one there is of no use."""
+    with saying_what_failed(target):
+        if target.is_dir() and torn(target) is not None:
+            shutil.rmtree(target)
+    write_folder(target, write, prove=True)
+
+
 def _refuse_what_is_not_finite(state: TrainState) -> None:
     flaw = state.flaw()
     if flaw is not None:
@@ -113,18 +137,3 @@ def _refuse_what_is_not_finite(state: TrainState) -> None:
             f"{flaw} is not finite at step {state.step}, which is not saved; lower the rate: the same command "
             "goes on from the checkpoint before"
         )
-
-
-def _flaw(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None if every file is what its manifest says."""
-    try:
-        hashes = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return f"its {MANIFEST} is missing or torn"
-    for name, expected in hashes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if sha256(path) != expected:
-            return f"{name} was altered or torn"
-    return None

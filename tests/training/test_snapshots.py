@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from latentgen.durable import write_folder
+from latentgen import durable
 from latentgen.errors import InputError
 from latentgen.training.loop import LoopSettings, TrainState
 from latentgen.training.snapshots import Snapshots
@@ -78,9 +78,24 @@ def no_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"files": ')
 
 
+def odd_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[]")
+
+
+def empty_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"files": {}}')
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
-    [(torn, "model"), (altered, "optimizer"), (lost, "average"), (no_manifest, "manifest")],
+    [
+        (torn, "model"),
+        (altered, "optimizer"),
+        (lost, "average"),
+        (no_manifest, "manifest"),
+        (odd_manifest, "manifest"),
+        (empty_manifest, "manifest"),
+    ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
     tmp_path: Path, damage: object, named: str
@@ -131,21 +146,44 @@ def test_moments_that_are_not_finite_are_never_saved_and_numbers_that_are_large_
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
+def lying(path: Path) -> None:
+    """A disk that says it has what it has lost."""
+    if path.suffix == ".safetensors":
+        path.write_bytes(path.read_bytes()[:-5])
+
+
 def test_nothing_is_removed_before_its_successor_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = Snapshots(tmp_path, keep=1)
     snapshots.save(state_at(4))
-
-    def failing(target: Path, write: object) -> Path:
-        write_folder(target, write)  # type: ignore[arg-type]
-        torn(target)  # a disk that lies
-        return target
-
-    monkeypatch.setattr("latentgen.training.snapshots.write_folder", failing)
+    snapshots.save_best(state_at(4), "loss", 0.4, -1)
+    monkeypatch.setattr(durable, "_sync", lying)
     with pytest.raises(InputError, match="does not read back"):
         snapshots.save(state_at(5))
+    with pytest.raises(InputError, match="does not read back"):
+        snapshots.save_best(state_at(5), "loss", 0.3, -1)
     back = state_at(0)
     snapshots.restore(back)
     assert equal(back, state_at(4))
+    assert snapshots.best_step() == 4
+
+
+def test_torn_checkpoints_are_not_kept_in_place_of_whole_ones(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path)
+    for step in (4, 5):
+        snapshots.save(state_at(step))
+    torn(tmp_path / "step-00000004")
+    no_manifest(tmp_path / "step-00000005")
+    again = Snapshots(tmp_path)
+    fresh = state_at(0)
+    assert len(again.restore(fresh)) == 2 and fresh.step == 0
+    left = []
+    for step in (1, 2, 3, 5, 6):
+        again.save(state_at(step))
+        back = state_at(0)
+        Snapshots(tmp_path).restore(back)
+        assert equal(back, state_at(step))
+        left.append([int(path.name.removeprefix("step-")) for path in sorted(tmp_path.glob("step-*"))])
+    assert left == [[1, 4, 5], [1, 2, 4, 5], [2, 3, 4, 5], [3, 4, 5], [5, 6]]
 
 
 def test_the_best_weights_are_kept_beside_the_newest(tmp_path: Path) -> None:
