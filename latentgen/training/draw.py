@@ -1,9 +1,12 @@
 """Order and noise as pure functions of (seed, step): a resumed run sees what the uninterrupted one would have seen."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+WHOLE, BLOCK = 256, 32  # rows of a batch that are drawn in one; of a block of a larger batch
 ORDER, STEP, VALIDATION, TURNS = 1, 2, 3, 4  # streams: numbers drawn for one purpose never depend on another's
 
 LEAST_TURNS, MOST_TURNS = 8, 2**17  # of the rarest bucket in a round of turns, so that its share comes out; of a round
@@ -15,9 +18,11 @@ def _key(*parts: int) -> int:
 
 
 class Draw:
-    """The random numbers of one step, drawn on the host for the whole batch; each process keeps its own rows.
+    """The random numbers of one step, drawn on the host; each process draws those of its own rows.
 
-    So the numbers an item gets do not depend on the device or on how many processes share the batch.
+    So the numbers an item gets do not depend on the device or on how many processes share the batch, in how many
+    parts. Rows are drawn in blocks, each from a stream of its own: a batch of up to WHOLE rows is one block, drawn
+    whole; of a larger one only those blocks of BLOCK rows are drawn that hold some of `rows` (a slice of step 1).
     """
 
     def __init__(self, seed: int, step: int, total: int, rows: slice = slice(None), *, stream: int = STEP) -> None:
@@ -25,14 +30,27 @@ class Draw:
         self.total = total
         self.rows = rows
         self._generator = torch.Generator().manual_seed(_key(stream, seed, step))
+        self._blocks, self._own = [(self._generator, total)], rows  # own: the rows, among those that are drawn
+        if total > WHOLE:
+            start, stop, _ = rows.indices(total)
+            first, end = start // BLOCK, max(start // BLOCK + 1, -(-stop // BLOCK))
+            self._own = slice(start - first * BLOCK, stop - first * BLOCK)
+            self._blocks = [  # a key that ends in 0 is the key without it, so blocks count from 1
+                (torch.Generator().manual_seed(_key(stream, seed, step, 1 + block)), min(BLOCK, total - block * BLOCK))
+                for block in range(first, end)
+            ]
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, (rows, *shape) float32."""
-        return torch.randn((self.total, *shape), generator=self._generator)[self.rows]
+        return self._drawn(torch.randn, shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), (rows, *shape) float32."""
-        return torch.rand((self.total, *shape), generator=self._generator)[self.rows]
+        return self._drawn(torch.rand, shape)
+
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        parts = [draw((count, *shape), generator=generator) for generator, count in self._blocks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[self._own]
 
     def shared(self, count: int) -> list[float]:
         """Uniform numbers in [0, 1) that are the same for every row, on every process."""

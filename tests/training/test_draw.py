@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentgen.training.draw import VALIDATION, Draw, Order
+from latentgen.training.draw import STEP, VALIDATION, Draw, Order, _key
 
 BATCH = 7
 
@@ -59,16 +59,52 @@ def test_weights_hold_on_average() -> None:
     np.testing.assert_allclose(counts / counts.sum(), np.array([0.25, 1.0, 2.5]) / 3.75, atol=0.03)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_rows_do_not_depend_on_how_many_processes_share_the_batch(parts: int) -> None:
+@pytest.mark.parametrize("total", [8, 256, 264, 2048])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_rows_do_not_depend_on_how_many_processes_share_the_batch(parts: int, total: int) -> None:
     def drawn(rows: slice) -> list[torch.Tensor]:
-        draw = Draw(5, 17, 8, rows)
-        return [draw.uniform(), draw.normal(2, 3), draw.uniform(2), draw.stratified(), draw.normal(1)]
+        draw = Draw(5, 17, total, rows)
+        told = [draw.uniform(), draw.normal(2, 3), draw.uniform(2), draw.stratified()]
+        shared.append(draw.shared(3))
+        return [*told, draw.normal(1)]
 
-    share = 8 // parts
+    shared: list[list[float]] = []
+    share = total // parts
     split = [drawn(slice(part * share, (part + 1) * share)) for part in range(parts)]
     for whole, pieces in zip(drawn(slice(None)), zip(*split, strict=True), strict=True):
-        assert torch.equal(whole, torch.cat(pieces))
+        assert len(whole) == total and torch.equal(whole, torch.cat(pieces))
+    assert all(each == shared[0] for each in shared)
+
+
+@pytest.mark.parametrize("total", [1, 100, 256])
+def test_a_batch_of_up_to_256_rows_has_the_numbers_it_had_when_every_batch_was_drawn_whole(total: int) -> None:
+    draw, before = Draw(5, 17, total), torch.Generator().manual_seed(_key(STEP, 5, 17))
+    assert torch.equal(draw.normal(2, 3), torch.randn((total, 2, 3), generator=before))
+    assert torch.equal(draw.uniform(), torch.rand(total, generator=before))
+    assert draw.shared(2) == torch.rand(2, generator=before).tolist()
+    assert torch.equal(draw.normal(1), torch.randn((total, 1), generator=before))
+
+
+def test_a_part_of_a_large_batch_draws_hardly_more_than_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    real = torch.randn
+
+    def counted(shape: tuple[int, ...], **named: object) -> torch.Tensor:
+        drawn.append(shape[0])
+        return real(shape, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "randn", counted)
+    for rows, most in ((slice(64, 96), 32), (slice(2040, 2048), 32), (slice(100, 200), 128), (slice(0, 2048), 2048)):
+        drawn.clear()
+        assert len(Draw(0, 0, 2048, rows).normal(4)) == rows.stop - rows.start
+        assert sum(drawn) == most
+
+
+def test_every_row_of_a_large_batch_has_numbers_of_its_own() -> None:
+    found = Draw(0, 0, 1000).normal(64)
+    assert not set(Draw(0, 0, 1000).shared(64)) & set(Draw(0, 0, 1000).uniform(64).flatten().tolist())
+    assert len(found.unique()) > 0.999 * found.numel()
+    assert abs(float(found.mean())) < 0.02 and float(found.std()) == pytest.approx(1, abs=0.02)
 
 
 def test_step_seed_and_stream_each_change_the_numbers() -> None:
