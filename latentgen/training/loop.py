@@ -200,9 +200,9 @@ def fit(
     """Train from `state.step` to `settings.steps`, yielding after every optimiser step.
 
     Each process computes its rows of the global batch, in `settings.accumulate` parts; gradients are averaged over
-    processes, so that the weights are those of a single process, in one part, up to rounding. A step whose gradient is
-    not finite is skipped and counted. Raises InputError when the batch does not divide, and NotFinite when PATIENCE
-    steps in a row were skipped.
+    processes, so that the weights are those of a single process, in one part, up to rounding. A step whose loss or
+    gradient is not finite, on any process, is skipped and counted on all. Raises InputError when the batch does not
+    divide, and NotFinite when PATIENCE steps in a row were skipped.
     """
     world, parts = accelerator.num_processes, settings.accumulate
     if settings.batch % (world * parts):
@@ -227,8 +227,9 @@ def fit(
                 losses = objective.loss(items[rows], draw)
             (losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]
             found.append({name: value.detach() for name, value in losses.items()})
-        _average_gradients(trained, accelerator)
-        norm = float(whole(nn.utils.clip_grad_norm_(trained, settings.clip)))
+        total = torch.stack([losses["loss"] for losses in found]).sum()
+        broken = _average_gradients(trained, total - total, accelerator)  # 0, or NaN where a loss is not finite
+        norm = float(whole(nn.utils.clip_grad_norm_(trained, settings.clip)) + broken)
         rate = settings.rate_at(step) * state.slowed
         if math.isfinite(norm):
             for group in state.optimizer.param_groups:
@@ -268,11 +269,19 @@ def checkpoint_activations(module: nn.Module) -> int:
     return sum(checkpoint_activations(part) for part in module.children())
 
 
-def _average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """The mean of every process's gradients, in one exchange of one flat buffer; those in parts are means already."""
-    if accelerator.num_processes == 1 or any(isinstance(weight, DTensor) for weight in weights):
-        return
+def _average_gradients(weights: list[nn.Parameter], broken: Tensor, accelerator: Accelerator) -> Tensor:
+    """The mean of every process's gradients, in one exchange of one flat buffer; those in parts are means already.
+
+    broken: a scalar that is 0 or NaN; the one returned is NaN where any process's is.
+    """
+    if accelerator.num_processes == 1:
+        return broken
+    if any(isinstance(weight, DTensor) for weight in weights):
+        return accelerator.reduce(broken, reduction="mean")
     gradients = [weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights]
-    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
-    for weight, gradient, part in zip(weights, gradients, flat.split([w.numel() for w in weights]), strict=True):
+    told = torch.cat([*(gradient.flatten() for gradient in gradients), broken.to(weights[0]).reshape(1)])
+    flat = accelerator.reduce(told, reduction="mean")
+    sizes = [weight.numel() for weight in weights]
+    for weight, gradient, part in zip(weights, gradients, flat[:-1].split(sizes), strict=True):
         weight.grad = gradient.copy_(part.view_as(gradient))
+    return flat[-1]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,10 +42,11 @@ class Regression:
         self.weights = np.ones(11)
         self.data = torch.randn(11, 2, 6, 6)
         self.bad = bad
+        self.added: dict[int, float] = {}  # what is added to the loss of some steps
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         x = self.data[items]
-        loss = (self.module(x + draw.normal(2, 6, 6)) - x).square().mean()
+        loss = (self.module(x + draw.normal(2, 6, 6)) - x).square().mean() + self.added.get(draw.step, 0.0)
         return {"loss": loss * math.nan if draw.step in self.bad else loss}
 
     def validate(self) -> Mapping[str, float]:
@@ -136,6 +138,39 @@ def test_gradients_that_are_not_finite_never_reach_the_weights() -> None:
         before = {name: value.clone() for name, value in now.items()}
     assert state.skipped == 3
     assert all(torch.isfinite(value).all() for value in flat(state).values())
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights_even_where_its_gradient_is() -> None:
+    objective, state = start()
+    objective.added = {3: math.inf, 8: math.nan}
+    before: dict[str, Tensor] = {}
+    for progress in fit(objective, state, SETTINGS, Accelerator(), seed=1):
+        unchanged = all(torch.equal(value, before.get(name, value + 1)) for name, value in flat(state).items())
+        assert unchanged == (progress.step - 1 in objective.added) == (not math.isfinite(progress.norm))
+        before = {name: value.clone() for name, value in flat(state).items()}
+    assert state.skipped == 2
+
+
+def test_a_step_along_a_huge_gradient_is_as_long_as_the_clipped_one() -> None:
+    """Of a loss c·w, by plain descent: the weights move by rate · clip along -c / |c|, whatever the length of c."""
+    settings = LoopSettings(
+        steps=2, batch=1, rate=0.1, warmup=1, decay=0.0, clip=0.5, optimizer="sgd", betas=(0.0, 0.9), weight_decay=0.0
+    )
+    for length, moved in ((1e6, 0.1 * 0.5), (0.02, 0.1 * 0.02)):  # the second is within the bound, and left alone
+        objective, state = start(settings=settings)
+        weights = list(objective.module.parameters())
+        direction = [torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) for weight in weights]
+        size = torch.stack([part.square().sum() for part in direction]).sum().sqrt()
+        before = [weight.detach().clone() for weight in weights]
+
+        def loss(items: np.ndarray, draw: Draw, c: list[Tensor] = direction, a: Tensor = length / size) -> Any:
+            return {"loss": torch.stack([(a * p * w).sum() for p, w in zip(c, weights, strict=True)]).sum()}  # noqa: B023
+
+        objective.loss = loss  # type: ignore[method-assign]
+        progress = next(fit(objective, state, settings, Accelerator(), seed=1))
+        assert progress.norm == pytest.approx(length, rel=1e-4)  # of the whole gradient, as it was
+        for weight, old, part in zip(weights, before, direction, strict=True):
+            torch.testing.assert_close(weight.detach(), old - moved * part / size, atol=1e-6, rtol=1e-5)
 
 
 def test_a_loop_that_stays_broken_says_so() -> None:
