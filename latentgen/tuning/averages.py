@@ -39,12 +39,19 @@ def weights_of(checkpoint: Checkpoint, kept: list[Stored], width: float) -> dict
     """
     files = checkpoint.weights["unet"]
     header = {name: told for file in files for name, told in check_safetensors(file).items() if name != "__metadata__"}
-    made = synthesise(kept, max(each.step for each in kept), width)
+    made = _of_unet(synthesise(kept, max(each.step for each in kept), width))
     shapes = {name: tuple(told["shape"]) for name, told in header.items()}
     if {name: tuple(value.shape) for name, value in made.items()} != shapes:
         raise InputError(f"the averages beside {checkpoint.folder} are of another network; train it to its end first")
     kind = "fp16" if any(told["dtype"] == "F16" for told in header.values()) else "fp32"
     return stored("unet", made, kind)
+
+
+def _of_unet(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the U-Net, where it was trained beside a network of its own for `align` (`training.features`)."""
+    if not any(name.startswith("alignment.") for name in tensors):
+        return dict(tensors)
+    return {name.removeprefix("unet."): value for name, value in tensors.items() if name.startswith("unet.")}
 
 
 def trial(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], place: Path) -> Path:
