@@ -151,15 +151,26 @@ class TrainState:
             averaged.copy_(kept)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state as named tensors, whole, by file: what a checkpoint holds."""
+        """The state as named tensors, whole, by file: what a checkpoint holds.
+
+        Plain numbers that an optimiser keeps (bitsandbytes counts steps so) are in a file of their own.
+        """
         names: dict[Tensor, str] = {weight: name for name, weight in self.module.named_parameters()}
-        moments = {
+        kept = {
             f"{key}/{names[weight]}": value
             for weight, entries in self.optimizer.state.items()
             for key, value in entries.items()
+            if value is not None
+        }
+        moments = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+        numbers = {
+            name: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            for name, value in kept.items()
+            if name not in moments
         }
         powers = {f"average-{width:g}": dict(average) for width, average in self.powers.items()}
         told = {"model": self.module.state_dict(), "average": self.average, "optimizer": moments, **powers}
+        told |= {"numbers": numbers} if numbers else {}
         return {file: {name: whole(value) for name, value in tensors.items()} for file, tensors in told.items()}
 
     @torch.no_grad()
@@ -178,9 +189,13 @@ class TrainState:
         for key, value in tensors["optimizer"].items():
             kind, name = key.split("/", 1)
             weight = named[name]
-            kept = torch.empty_like(weight) if value.shape == weight.shape else torch.empty_like(value)
+            like = weight if value.shape == weight.shape else value  # in the weight's own memory format
+            kept = torch.empty_like(like, dtype=value.dtype, device=weight.device if value.ndim else None)
             put(kept, value)
-            self.optimizer.state[weight][kind] = kept.detach()  # in the weight's own memory format
+            self.optimizer.state[weight][kind] = kept.detach()
+        for key, value in tensors.get("numbers", {}).items():
+            kind, name = key.split("/", 1)
+            self.optimizer.state[named[name]][kind] = value.item()
         self.step = step
 
 

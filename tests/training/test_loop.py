@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from latentgen import InputError
 from latentgen.training.draw import Draw
 from latentgen.training.loop import PATIENCE, LoopSettings, NotFinite, TrainState, fit
+from latentgen.training.optimizer import OPTIMIZERS
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, run_stage
 
@@ -224,6 +225,47 @@ def test_other_optimisers_learn_and_resume_to_the_bit(tmp_path: Path, name: str)
     for _ in fit(objective, second, settings, Accelerator(), seed=1):
         pass
     assert all(torch.equal(value, flat(second)[key]) for key, value in flat(whole).items())
+
+
+class EightBit(torch.optim.Optimizer):
+    """Descent that keeps what bitsandbytes' optimisers keep: a count of Python's, moments in 8 bits, a shared table."""
+
+    def __init__(self, groups: Any, lr: float) -> None:
+        super().__init__(groups, {"lr": lr})
+        self.table = torch.linspace(-1, 1, 256)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state |= {"step": 0, "scale": 1.5, "unused": None, "state1": torch.full_like(weight, 128).byte()}
+                    state |= {"qmap1": self.table, "absmax1": torch.zeros(3)}
+                assert isinstance(state["step"], int) and isinstance(state["scale"], float)
+                assert state["state1"].dtype == torch.uint8
+                state["step"] += 1
+                momentum = 0.5 * state["qmap1"][state["state1"].long()] + weight.grad.clamp(-0.5, 0.5)
+                state["state1"] = ((momentum + 1) * 127.5).round().byte()
+                state["absmax1"] += 1 / state["step"]
+                weight -= group["lr"] * state["scale"] * momentum
+
+
+def test_an_optimiser_of_eight_bits_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "eight", lambda groups, what: EightBit(groups, what.rate))  # type: ignore[arg-type]
+    settings = replace(SETTINGS, optimizer="eight")
+    objective, whole = start(settings=settings)
+    for progress in fit(objective, whole, settings, Accelerator(), seed=1):
+        if progress.step == 11:
+            Snapshots(tmp_path).save(whole)
+    objective, second = start(settings=settings)
+    Snapshots(tmp_path).restore(second)
+    assert second.step == 11
+    for _ in fit(objective, second, settings, Accelerator(), seed=1):
+        pass
+    expected, found = flat(whole), flat(second)
+    assert expected.keys() == found.keys() and expected["numbers/step/0.weight"].item() == 30
+    assert all(torch.equal(value, found[key]) and value.dtype == found[key].dtype for key, value in expected.items())
 
 
 def test_an_unknown_optimiser_is_refused() -> None:
