@@ -116,9 +116,8 @@ def nearest(features: np.ndarray, shelf: np.ndarray) -> np.ndarray:
 def subject(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
     """DreamBooth."""
     teach("subject", "subject", start, out)
-    pipe = Pipeline.from_pretrained(start, engine="torch")
-    name = pipe.load_lora(out, 0.0)
-    return recognised(pipe, lambda on: pipe.set_lora_weight(name, float(on)), f"a {TOKEN} {CLASS}", out, judge)
+    plain, tuned = (Pipeline.from_pretrained(weights, engine="torch") for weights in (start, out))
+    return recognised(plain, tuned, f"a {TOKEN} {CLASS}", out, judge)
 
 
 def word(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
@@ -127,17 +126,16 @@ def word(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
     pipe = Pipeline.from_pretrained(start, engine="torch")
     plain = Pipeline.from_pretrained(start, engine="torch")
     pipe.load_textual_inversion(out)
-    return recognised((plain, pipe), lambda on: None, WORD, out, judge)
+    return recognised(plain, pipe, WORD, out, judge)
 
 
-def recognised(pipes: Any, turn: Any, name: str, out: Path, judge: Encoder) -> dict[str, Any]:
+def recognised(plain: Pipeline, tuned: Pipeline, name: str, out: Path, judge: Encoder) -> dict[str, Any]:
     """How near to the subject's pictures what is rendered is, before and after; how far other prompts moved.
 
     What is near is asked of pictures that went through the autoencoder, the subject's and all others alike: no
     rendering can be nearer to a picture than the autoencoder lets it. The best that is possible is the subject's own
     pictures, each compared with the other seven; the least is another noise for the same prompt.
     """
-    plain, tuned = pipes if isinstance(pipes, tuple) else (pipes, pipes)
     views = read(sorted((ROOT / "data/finetune/subject").glob("*.png")))
     own = judge.features(through(plain, views))
     icons = [row for row in rows_of(ROOT / "data/icons") if row["group"] not in ("flags", "symbols")]
@@ -146,11 +144,9 @@ def recognised(pipes: Any, turn: Any, name: str, out: Path, judge: Encoder) -> d
     new = [form.format(name) for form in ("{}", *ELSEWHERE)] * 3
     before = [text.replace(name, f"a {CLASS}") for text in new]
     of_class = [f"a {CLASS}", f"a {CLASS}, noto emoji style", f"a {CLASS}, twemoji", f"a {CLASS} on the grass"]
-    turn(0)
     first, untaught = pixels(plain, before), pixels(plain, new)
     kept = {part: pixels(plain, asked, 100) for part, asked in (("class", of_class), ("others", OTHERS))}
     anew = {part: pixels(plain, asked, 200) for part, asked in (("class", of_class), ("others", OTHERS))}
-    turn(1)
     made = pixels(tuned, new)
     after = {part: pixels(tuned, asked, 100) for part, asked in (("class", of_class), ("others", OTHERS))}
     show(out.with_suffix(".png"), [first, made], new, 7)

@@ -238,12 +238,19 @@ class _Lesson:
         return render_prior(self.base, prompts, size, cache, "pictures to measure forgetting on", self.run.say, 1000)
 
     def _prior(self) -> np.ndarray | None:
-        count = int(self.what.prior_pictures or 0)
-        if not count:
-            return None
-        cache, size = self.run.state / "cache", int(self.what.size or 0)
-        prompts = [self.of_class] * count
-        return render_prior(self.base, prompts, size, cache, f"pictures of {self.of_class!r}", self.run.say, 5000)
+        cache, size, told = self.run.state / "cache", int(self.what.size or 0), self._prior_prompts
+        what = f"pictures of {self.of_class!r} and of other things"
+        return render_prior(self.base, told, size, cache, what, self.run.say, 5000) if told else None
+
+    @property
+    def _prior_prompts(self) -> list[str]:
+        """The class and, in turn with it, what the starting weights were looked at with: neither is to change."""
+        others = self.base.prompts
+        return [
+            told
+            for turn in range(int(self.what.prior_pictures or 0))
+            for told in (self.of_class, others[turn % len(others)])
+        ]
 
     @property
     def of_class(self) -> str:
@@ -255,7 +262,7 @@ class _Lesson:
     ) -> FinetuneObjective:
         base, what, examples = self.base, self.what, self.examples
         shown = [base.prompts[k % len(base.prompts)] for k in range(len(watched))]
-        texts = self._texts([*shown, *([self.of_class] if prior is not None else [])])
+        texts = self._texts([*shown, *self._prior_prompts])
         table = CaptionTable(examples.pictures)
         if table.texts != texts[: len(table.texts)]:
             raise InputError("a caption is empty; write what the picture shows")
@@ -280,7 +287,7 @@ class _Lesson:
             conditions,
             held=held,
             watched=Kept(_still(watched), np.array([number[text] for text in shown])),
-            prior=None if prior is None else Kept(_still(prior), np.full(len(prior), number[self.of_class])),
+            prior=None if prior is None else Kept(_still(prior), np.array([number[t] for t in self._prior_prompts])),
             prior_weight=what.prior_weight,
             caption_dropout=what.caption_dropout or 0.0,
             weighting=what.weighting,

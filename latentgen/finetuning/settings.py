@@ -29,6 +29,7 @@ class Finetune(BaseModel):
     """A fine-tuning run. None is chosen from the pictures and the weights, and said with the reason.
 
     token, class: DreamBooth's rare word and what kind of thing it is ("zwx", "cat"); textual inversion's new word.
+    prior_pictures: of the class, and as many again of other things, rendered by the starting weights and kept to.
     like: the word whose embedding a new word starts from. vectors: embeddings of a new word. on: what DreamBooth
     trains. caption: one caption for every picture, in place of its own. targets: the layers that adapters change.
     times: the density of the noise's times (mean and spread are of a logit-normal one). caption_dropout: how often a
@@ -40,7 +41,7 @@ class Finetune(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     method: Literal["lora", "dora", "lokr", "full", "dreambooth", "textual-inversion", "style"] = "lora"
-    on: Literal["lora", "full"] = "lora"
+    on: Literal["lora", "full"] | None = None
     rank: Positive | None = None
     targets: Literal["attention", "all"] | None = None
     text_encoder: bool = False
@@ -81,7 +82,7 @@ class Finetune(BaseModel):
     def adapter(self) -> str | None:
         """The kind of adapter that is trained: "lora", "dora" or "lokr"; None for whole weights and new words."""
         if self.method == "dreambooth":
-            return "lora" if self.on == "lora" else None
+            return None if self.on == "full" else "lora"
         return {"lora": "lora", "style": "lora", "dora": "dora", "lokr": "lokr"}.get(self.method)
 
     def check(self) -> None:
@@ -138,6 +139,9 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
     how = f"the U-Net is {'small' if small else 'large'} ({start.weights / 1e6:.0f}M weights)"
     few = f"{pictures} pictures"
     open_: dict[str, tuple[Any, str]] = {}
+    if asked.method == "dreambooth" and asked.on is None:
+        open_["on"] = ("full" if small and asked.rank is None and asked.targets is None else "lora", how)
+        asked = asked.model_copy(update={"on": open_["on"][0]})
     batch = asked.batch or asked.accumulate * max(1, min(16 if small else 2, pictures) // asked.accumulate)
     open_["batch"] = (batch, f"{how}; {few}")
     each = {"dreambooth": 300, "textual-inversion": 600 if small else 300}.get(asked.method, 80)
@@ -169,13 +173,13 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
         open_["times_std"] = (start.times_std, "as the starting weights were trained")
     else:
         open_["times"] = ("uniform", "as the starting weights were trained")
-    prior = (64 if small else 100) if asked.method == "dreambooth" and asked.prior_weight else 0
+    prior = (32 if small else 100) if asked.method == "dreambooth" and asked.prior_weight else 0
     open_["prior_pictures"] = (prior, asked.method)
     steps = asked.steps or int(open_["steps"][0])
     open_["warmup"] = (max(1, min(100, steps // 20)), f"{steps} steps")
     open_["ema"] = (min(0.99, max(0.0, 1 - 20 / steps)), f"{steps} steps")
     open_["validate_steps"] = (max(1, steps // 12), f"{steps} steps")
-    given = asked.model_dump(by_alias=False)
-    chosen = {key: value for key, (value, _) in open_.items() if given[key] is None and value is not None}
+    given = {key for key, value in asked.model_dump(by_alias=False).items() if value is not None} - {"on"}
+    chosen = {key: value for key, (value, _) in open_.items() if key not in given and value is not None}
     reasons = tuple(f"{key} = {value} ({open_[key][1]})" for key, value in chosen.items())
     return Chosen(asked.model_copy(update=chosen), reasons)

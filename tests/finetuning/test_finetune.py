@@ -58,7 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
         {"method": "style"},
         {"method": "full", "rate": 2e-3},
         {"method": "full", "text_encoder": True, "rate": 2e-3},
-        {"method": "dreambooth", "class": "bird", "prior_pictures": 3},
+        {"method": "dreambooth", "on": "lora", "class": "bird", "prior_pictures": 3},
         {"method": "dreambooth", "on": "full", "class": "bird", "prior_pictures": 3, "rate": 2e-3},
         {"method": "textual-inversion", "token": "<my-bird>", "like": "bird", "rate": 0.5},
         {"method": "textual-inversion", "token": "<two>", "vectors": 2, "rate": 0.5},
@@ -91,7 +91,7 @@ def test_what_is_saved_renders_as_in_memory_here_and_in_diffusers(
         {"method": "dora", "targets": "all"},
         {"method": "full", "rate": 2e-3},
         {"method": "full", "text_encoder": True, "rate": 2e-3},
-        {"method": "dreambooth", "class": "bird", "prior_pictures": 3},
+        {"method": "dreambooth", "on": "lora", "class": "bird", "prior_pictures": 3},
         {"method": "textual-inversion", "token": "<two>", "vectors": 2, "rate": 0.5},
     ],
     ids=lambda method: "-".join(str(value) for value in method.values()),
@@ -372,6 +372,10 @@ def test_times_are_the_starting_weights_own_and_a_subject_is_never_unnamed() -> 
     start = Start(10**7, 64, "logit-normal", 0.5, 1.1)
     found = choose(Finetune(method="dreambooth", class_word="cat"), 8, start, 0).settings
     assert (found.times, found.times_mean, found.times_std, found.caption_dropout) == ("logit-normal", 0.5, 1.1, 0)
+    assert (
+        found.on == "full"
+        and choose(Finetune(method="dreambooth", class_word="cat", rank=4), 8, start, 0).settings.on == "lora"
+    )
     found = choose(Finetune(times="uniform"), 8, start, 0).settings
     assert (found.times, found.times_mean, found.caption_dropout) == ("uniform", None, 0.1)
 
