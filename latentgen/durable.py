@@ -5,12 +5,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from latentgen.errors import InputError
 
@@ -133,20 +136,28 @@ def saying_what_failed(target: Path) -> Iterator[None]:
     """Turn the system's refusals (a full disk, a read-only place) into the one line a person can act on."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _number_of(error)
+        if number is None and isinstance(error, SafetensorError):
+            raise  # not the system's
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"no space left on the disk while writing {target}: nothing was changed there; free some and run again"
             ) from error
-        raise InputError(
-            f"cannot write {target}: {error.strerror or error}; name a place that can be written"
-        ) from error
+        why = os.strerror(number) if number else error
+        raise InputError(f"cannot write {target}: {why}; name a place that can be written") from error
 
 
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable; systems that cannot open a folder (Windows) do without."""
     if sys.platform != "win32":
         _sync(folder)
+
+
+def _number_of(error: SafetensorError) -> int | None:
+    """The system's number of an error that safetensors met; None where it is one of its own."""
+    found = re.search(r"(?:os error|code:) (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _sync(path: Path) -> None:

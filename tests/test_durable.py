@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from latentgen import durable
 from latentgen.durable import recover, write_file, write_folder
 from latentgen.errors import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 def full(*_: Any) -> None:
@@ -147,3 +150,36 @@ def test_a_killed_write_leaves_the_old_folder_and_the_next_one_clears_up(tmp_pat
     assert (tmp_path / "w/part/weights").read_text() == "one"
     write_folder(tmp_path / "w", writer("two"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit that Linux has")
+def test_what_the_disk_refuses_to_safetensors_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; import numpy as np\n"
+        "from safetensors.numpy import save_file; from latentgen.durable import write_folder\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "try:\n"
+        "    write_folder(Path(sys.argv[1]), lambda aside: save_file({'x': np.zeros(10_000)}, aside / 'x.st'))\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)"
+    )
+    write_folder(tmp_path / "w", writer("one"))
+    before = contents(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "w")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.startswith(f"InputError cannot write {tmp_path / 'w'}: File too large"), ran.stdout
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "said", ["I/O error: No space left on device (os error 28)", "IoError(Os { code: 28, kind: X })"]
+)
+def test_a_full_disk_is_known_by_what_safetensors_says(tmp_path: Path, said: str) -> None:
+    def write(aside: Path) -> None:
+        raise SafetensorError(f"Error while serializing: {said}")
+
+    with pytest.raises(InputError, match="no space left on the disk"):
+        write_folder(tmp_path / "w", write)
+    with pytest.raises(SafetensorError, match="of its own"), durable.saying_what_failed(tmp_path):
+        raise SafetensorError("of its own")
