@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,25 +25,49 @@ if TYPE_CHECKING:
 
 
 def cached(path: Path, shape: tuple[int, ...], dtype: type, parts: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
-    """The array kept in `path` (.npy), memory-mapped; computed part after part, aside, if it is not there."""
-    if not path.is_file():
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
-            row = 0
-            for part in parts():
-                array[row : row + len(part)] = part
-                row += len(part)
-            array.flush()
-            aside.replace(path)
-        except OSError as error:
-            raise InputError(f"cannot write the cache {path}: {error.strerror or error}; free space there") from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink()
+    """The array kept in `path` (.npy), memory-mapped; computed part after part, aside, if it is not there.
+
+    One that is torn, or of another shape or type, is as good as not there.
+    """
+    if (found := _kept(path, shape, dtype)) is not None:
+        return found
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
+        _allot(aside)
+        row = 0
+        for part in parts():
+            array[row : row + len(part)] = part
+            row += len(part)
+        array.flush()
+        aside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write the cache {path}: {error.strerror or error}; free space there") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
     kept: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return kept
+
+
+def _kept(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return found if found.shape == shape and found.dtype == dtype else None
+
+
+def _allot(path: Path) -> None:
+    """Have the disk set aside what a mapped file may fill: a full one says so now, and kills no write to memory."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system that cannot
+                    raise
 
 
 @dataclass(frozen=True)
@@ -82,9 +107,12 @@ def cached_items(folder: Path, items: Items, report: Callable[[str], None] = lam
 
 
 def key_of(content: bytes | np.ndarray) -> bytes:
-    """The digest of one item: its pixels, or its text in UTF-8."""
-    data = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
-    return hashlib.sha256(data).digest()[:KEY]
+    """The digest of one item: its pixels, and their shape where it is not square; or its text in UTF-8."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()[:KEY]
+    height, width = content.shape[:2]
+    shape = b"" if height == width else f"{height} x {width};".encode()
+    return hashlib.sha256(shape + np.ascontiguousarray(content).tobytes()).digest()[:KEY]
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Caches are kept item by item: of a changed set only what changed is computed; pixels never have to fit in memory."""
 
+import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,6 +59,42 @@ def test_a_cut_computation_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stopped"):
         cached_items(tmp_path, Items("x", [b"a" * 16, b"b" * 16], (1,), np.float32, torn))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_the_same_bytes_and_another_shape_have_rows_of_their_own(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    wide = np.full((2, 32, 64, 3), 255, np.uint8)
+    tall = wide.reshape(2, 64, 32, 3)
+    for pixels in (wide, tall, wide):
+        found = cached_items(tmp_path, latent_items(parts["vae"], pixels, CPU))
+        expected = np.concatenate(list(latent_moments(parts["vae"], pixels, CPU)))
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    square = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert key_of(square) == hashlib.sha256(square.tobytes()).digest()[:16]  # as ever, so what was kept stays valid
+
+
+def test_an_array_of_another_shape_or_a_torn_one_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "array.npy"
+    for damage in (lambda: np.save(path, np.ones((3, 2), np.float32)), lambda: path.write_bytes(b"\x93NUMPY")):
+        damage()
+        found = cache.cached(path, (2, 3), np.float32, lambda: iter([np.full((2, 3), 7, np.float32)]))
+        assert found.shape == (2, 3) and (found == 7).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has no posix_fallocate")
+def test_the_disk_sets_a_cache_aside_before_it_is_filled(tmp_path: Path) -> None:
+    """A write to a mapped page that a full disk has no block for kills the process."""
+    held: list[int] = []
+
+    def parts() -> Iterator[np.ndarray]:
+        (aside,) = tmp_path.iterdir()
+        held.append(aside.stat().st_blocks * 512)
+        yield np.zeros((256, 1024), np.float32)
+
+    cache.cached(tmp_path / "array.npy", (256, 1024), np.float32, parts)
+    assert held[0] >= 2**20
 
 
 def test_one_changed_picture_is_one_picture_for_the_vae(
