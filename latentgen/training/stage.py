@@ -92,10 +92,11 @@ def run_stage(
     main = accelerator.is_main_process
     done = folder / "done.json"
     enough = state.step == settings.steps or _stalled(snapshots, state.step, pace)
-    if done.is_file() and enough:
+    kept: Mapping[str, float] = json.loads(done.read_text())["figures"] if done.is_file() else {}
+    if enough and kept.get("steps") == state.step:  # figures of fewer steps stay where a longer run missed its gate
         state.swap_average()
-        kept: Mapping[str, float] = json.loads(done.read_text())["figures"]
         report(f"{name}: done before ({state.step} steps), {_line(kept)}")
+        _hold(name, gate, kept, settings)
         return kept
     if state.step > settings.steps:
         raise InputError(f"{name} has already trained {state.step} steps; give steps = {state.step} or more")

@@ -1,5 +1,6 @@
 """The loop: rates, averages, refused gradients; and a run that stopped ends where one that did not ends, to the bit."""
 
+import json
 import math
 import os
 import signal
@@ -304,6 +305,20 @@ def test_a_gate_that_does_not_hold_stops_the_run_and_keeps_the_checkpoints(tmp_p
         stage(tmp_path, SETTINGS, {"psnr": 1}, [])
     assert not (tmp_path / "done.json").exists()
     assert (tmp_path / "checkpoints" / "step-00000030").is_dir()
+
+
+def test_a_stage_that_is_done_holds_the_gate_it_has_now(tmp_path: Path) -> None:
+    lines: list[str] = []
+    reached = stage(tmp_path, SETTINGS, {"weight": -1e9}, lines).validate()["weight"]
+    stage(tmp_path, SETTINGS, {"weight": reached - 1e-3}, lines)
+    with pytest.raises(InputError, match=r"toy does not pass its gate: weight is .* below .*raise steps"):
+        stage(tmp_path, SETTINGS, {"weight": reached + 1}, lines)
+    longer = replace(SETTINGS, steps=35)
+    with pytest.raises(InputError, match=r"does not pass its gate.*after 35 steps"):
+        stage(tmp_path, longer, {"weight": 1e9}, lines)
+    further = stage(tmp_path, longer, {}, lines).validate()["weight"]
+    assert abs(further - reached) > 1e-6  # or the next line would compare nothing
+    assert json.loads((tmp_path / "done.json").read_text())["figures"]["weight"] == further
 
 
 class Exploding(Regression):
