@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -78,6 +78,11 @@ class Icon:
     @property
     def file_name(self) -> str:
         return f"images/{self.style.name}/{self.concept.codepoint}.webp"
+
+    @property
+    def label(self) -> str:
+        """As its style shows it."""
+        return without_colours(self.concept.label) if self.style.mono else self.concept.label
 
 
 # ---- packages
@@ -204,6 +209,9 @@ class Gallery:
 def draw_style(style: Style, names: Names, options: Options, folder: Path, progress: Progress) -> list[Icon]:
     """Draws one style into `folder`; returns its pictures in order."""
     chosen = list(drawings(style, read_package(style.package, options.cache), names, options))
+    if style.mono:
+        apart = names.told_apart([drawing.concept for drawing in chosen])
+        chosen = [drawing for drawing in chosen if drawing.concept.codepoint in apart]
     task: TaskID = progress.add_task(style.name, total=len(chosen))
     (folder / "images" / style.name).mkdir(parents=True)
     gallery, icons = Gallery(len(chosen)), []
@@ -234,18 +242,23 @@ def is_held_out(icon: Icon, styles_of_concept: int) -> bool:
 def metadata(icons: Sequence[Icon]) -> list[dict[str, Any]]:
     """The rows of metadata.jsonl."""
     styles = Counter(icon.concept.codepoint for icon in icons)
-    return [_row(icon, is_held_out(icon, styles[icon.concept.codepoint])) for icon in icons]
+    owners: defaultdict[str, set[str]] = defaultdict(set)  # label -> the concepts that are called so, in any style
+    for icon in icons:
+        owners[icon.label].add(icon.concept.codepoint)
+    taken = {key: {label for label, own in owners.items() if own - {key}} for key in styles}
+    keyed = [(icon.concept.codepoint, icon) for icon in icons]
+    return [_row(icon, is_held_out(icon, styles[key]), taken[key]) for key, icon in keyed]
 
 
-def _row(icon: Icon, held_out: bool) -> dict[str, Any]:
+def _row(icon: Icon, held_out: bool, taken: set[str]) -> dict[str, Any]:
     concept, style = icon.concept, icon.style
-    said = captions(concept.label, concept.tags, concept.kind, style.phrase, mono=style.mono)
+    said = captions(concept.label, concept.tags, concept.kind, style.phrase, mono=style.mono, taken=taken)
     return {
         "file_name": icon.file_name,
         "text": said[0],
         "captions": said,
         "split": "test" if held_out else "train",
-        "label": without_colours(concept.label) if style.mono else concept.label,
+        "label": icon.label,
         "style": style.name,
         "codepoint": concept.codepoint,
         "kind": concept.kind,

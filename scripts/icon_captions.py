@@ -2,12 +2,13 @@
 
 A caption is only worth as much as it is true of the very drawing it stands under. So keywords that name a colour are
 left out (they are Unicode's: "black sun with rays" is yellow nearly everywhere), and in the black-and-white style the
-colours it cannot show are taken out of labels too ("red apple" is "apple" there).
+colours it cannot show are taken out of labels too ("red apple" is "apple" there). And it is worth little if it is the
+name of another drawing: a rabbit's face is no "rabbit" in a set that has a whole one.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 COLOURS = (
     "red|orange|yellow|green|blue|purple|violet|pink|brown|grey|gray|gold|golden|silver|bronze|blond|blonde|brunette|"
@@ -269,7 +270,7 @@ def with_article(name: str) -> str:
     counted = name.split(" ", 1)[0] in {"a", "an", "the", "no", "two", "three"}
     if plural or counted or last in MASS or head.split(" ", 1)[0] in PLURAL_WITHOUT_S:
         return name
-    if name.startswith(("sun ", "flag of ", "Statue", "map of", "milky way", "kaaba", "Tokyo")):
+    if name == "sun" or name.startswith(("sun ", "flag of ", "Statue", "map of", "milky way", "kaaba", "Tokyo")):
         return f"the {name}"
     vowel = SPOKEN_VOWEL.search(name) and not SPOKEN_U.search(name)
     return f"{'an' if vowel else 'a'} {name}"
@@ -298,23 +299,30 @@ def keywords(label: str, unicode_words: Sequence[str], other_words: Sequence[str
     return tuple(words.values())
 
 
-def everyday_names(label: str, kind: str, mono: bool) -> tuple[str, ...]:
-    """What else people call it, at most two: from the table; for things also the label without its colour."""
+def everyday_names(label: str, kind: str, mono: bool, taken: Container[str] = ()) -> tuple[str, ...]:
+    """What else people call it, at most two: from the table; for things also the label without its colour.
+
+    taken: the labels of other concepts. A name of several that is nobody's label ("globe") is everybody's.
+    """
     names = list(EVERYDAY.get(label, ()))
     if kind == "object" and not label.endswith(" heart"):  # "a heart" is the red one, an apple may be green
         names.append(without_colours(label))
     if label.startswith("clock showing"):
         names.append("clock")
     shown = without_colours(label) if mono else label
-    return tuple(name for name in dict.fromkeys(names) if name != shown and not (mono and names_colour(name)))[:2]
+    free = (name for name in dict.fromkeys(names) if name != shown and name not in taken)
+    return tuple(name for name in free if not (mono and names_colour(name)))[:2]
 
 
-def captions(label: str, tags: Sequence[str], kind: str, phrase: str, *, mono: bool = False) -> tuple[str, ...]:
+def captions(
+    label: str, tags: Sequence[str], kind: str, phrase: str, *, mono: bool = False, taken: Container[str] = ()
+) -> tuple[str, ...]:
     """Captions of a picture, the main one first: long and short, with the style in words and without.
 
-    `phrase` names the style ("noto emoji"); `mono` is the black-and-white style; `kind` is object, person, symbol, ...
+    `phrase` names the style ("noto emoji"); `mono` is the black-and-white style; `kind` is object, person, symbol, ...;
+    `taken` are the labels of other concepts.
     """
-    names = everyday_names(label, kind, mono)
+    names = everyday_names(label, kind, mono, taken)
     label = without_colours(label) if mono else label
     spoken = with_article(label)
     said = [

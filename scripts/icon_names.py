@@ -8,10 +8,11 @@ package tells it and else by name: Unicode's label, another package's name, the 
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from icon_captions import keywords, natural_label
+from icon_captions import EVERYDAY, keywords, natural_label, without_colours
 
 Files = Mapping[str, bytes]  # path inside a package -> content
 
@@ -43,6 +44,27 @@ class Names:
     def codepoint(self, name: str) -> str | None:
         """The code point of a drawing known by name only ("red-apple"), or None."""
         return self.exact.get(name) or self.squeezed.get(name.replace("-", "")) or self.exact.get(_unnumbered(name))
+
+    def told_apart(self, concepts: Sequence[Concept]) -> set[str]:
+        """The code points of those that can be told apart in black and white: ten hearts would have one caption.
+
+        One is left of each label that is the same without colours: the one that is called so anyhow ("envelope" beside
+        "red envelope", the red heart, which is "heart"), else Unicode's first.
+        """
+        called: defaultdict[str, set[str]] = defaultdict(set)
+        for concept in concepts:
+            for name in (concept.label, *EVERYDAY.get(concept.label, ())):
+                called[name].add(concept.codepoint)
+        apart: set[str] = set()
+        seen: set[str] = set()
+        place = {key: turn for turn, key in enumerate(self.concepts)}
+        for concept in sorted(concepts, key=lambda concept: place[concept.codepoint]):
+            bare = without_colours(concept.label)
+            if bare != concept.label and (bare in seen or called[bare] - {concept.codepoint}):
+                continue
+            seen.add(bare)
+            apart.add(concept.codepoint)
+        return apart
 
 
 def codepoint(written: str) -> str:

@@ -1,11 +1,13 @@
-"""The icon set's script: captions that are true of the drawing, and the whole pipeline on packages made here."""
+"""The icon set's script: what is held out, what is told apart, and the whole pipeline on packages made here."""
 
 import hashlib
 import io
 import json
 import sys
 import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -22,131 +24,15 @@ import icon_sources
 
 SAMPLE = Path(__file__).parent / "data" / "icons"
 
-# ---- captions
-
-
-@pytest.mark.parametrize(
-    ("unicode_label", "spoken"),
-    [
-        ("red apple", "red apple"),
-        ("man: red hair", "man with red hair"),
-        ("woman: bald", "bald woman"),
-        ("person walking: facing right", "person walking facing right"),
-        ("flag: Japan", "flag of Japan"),
-        ("flag: United States", "flag of the United States"),
-        ("flag: Trinidad & Tobago", "flag of Trinidad and Tobago"),
-        ("family: man, woman, girl, girl", "family of a man, a woman and two girls"),
-        ("family: adult, child", "family of an adult and a child"),
-        ("kiss: man, man", "two men kissing"),
-        ("couple with heart: woman, man", "a woman and a man with a heart"),
-        ("three o’clock", "clock showing three o'clock"),
-        ("Japanese “here” button", "Japanese here button"),
-        ("locked", "padlock"),
-    ],
-)
-def test_labels_are_said_naturally(unicode_label: str, spoken: str) -> None:
-    assert icon_captions.natural_label(unicode_label) == spoken
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "an apple",
-        "a red apple",
-        "a unicorn",
-        "an hourglass",
-        "a ewe",
-        "an x-ray",
-        "a one-piece swimsuit",
-        "an OK hand",
-        "a bus",
-        "a cactus",
-        "a wine glass",
-        "a nest with eggs",
-        "a face with tears of joy",
-        "a man with red hair",
-        "the sun behind cloud",
-        "the flag of Japan",
-        "glasses",
-        "bread",
-        "two hearts",
-        "men with bunny ears",
-        "skis",
-        "money with wings",
-        "Santa Claus",
-        "a woman and a man kissing",
-        "no smoking",
-    ],
-)
-def test_articles_are_those_one_says(said: str) -> None:
-    first, _, rest = said.partition(" ")
-    name = rest if first in {"a", "an", "the"} and "kissing" not in said else said
-    assert icon_captions.with_article(name) == said
-
-
-@pytest.mark.parametrize(
-    ("label", "bare"),
-    [
-        ("red apple", "apple"),
-        ("light blue heart", "heart"),
-        ("large orange diamond", "large diamond"),
-        ("man with red hair", "man"),
-        ("mahjong red dragon", "mahjong dragon"),
-        ("black heart", "black heart"),  # black and white are what that style can show
-        ("man with white hair", "man with white hair"),
-        ("blueberries", "blueberries"),
-        ("rainbow", "rainbow"),
-        ("orange", "orange"),  # never empty
-    ],
-)
-def test_colours_are_taken_out_of_a_label(label: str, bare: str) -> None:
-    assert icon_captions.without_colours(label) == bare
-
-
-def test_keywords_put_agreement_first_and_name_no_colour() -> None:
-    found = icon_captions.keywords(
-        "cat", ["cats", "pet", "kitten", "orange"], ["animal", "animals", "kitten", "cat2", "black cat", "medium"]
-    )
-    assert found == ("kitten", "pet", "animal")
-
-
-def test_captions_are_long_and_short_with_the_style_and_without() -> None:
-    said = icon_captions.captions("red apple", ("fruit", "food", "ripe", "school"), "object", "noto emoji")
-    assert said[0] == "red apple, noto emoji"
-    assert {
-        "a red apple, noto emoji style",
-        "red apple, fruit, food, ripe, noto emoji",
-        "red apple",
-        "a red apple",
-        "an apple",
-        "an apple, noto emoji style",
-    } <= set(said)
-    assert len(set(said)) == len(said)
-    assert "a car" in icon_captions.captions("automobile", (), "object", "twemoji")
-    assert "a heart" not in icon_captions.captions("blue heart", (), "object", "twemoji")
-
-
-def test_the_mono_style_names_no_colour_it_cannot_show() -> None:
-    phrase = "black and white line icon"
-    for label in ("red apple", "man with red hair", "tangerine", "large blue diamond"):
-        for caption in icon_captions.captions(label, (), "object", phrase, mono=True):
-            assert not icon_captions.names_colour(caption.replace(phrase, "")), caption
-    said = icon_captions.captions("red apple", ("fruit",), "object", phrase, mono=True)
-    assert said[0] == "apple, black and white line icon"
-    assert "an apple" in said
-
-
-def test_everyday_names_belong_to_labels_of_the_sample() -> None:
-    labels = {icon_captions.natural_label(label) for label in icon_sources.SAMPLE_CONCEPTS.values()}
-    assert {"automobile", "deciduous tree", "hot beverage", "airplane"} <= labels & icon_captions.EVERYDAY.keys()
-    assert not any(len(names) > 2 for names in icon_captions.EVERYDAY.values())
-
-
 # ---- the hold-out
 
 
+def thing(codepoint: str, label: str, kind: str = "object") -> icon_names.Concept:
+    return icon_names.Concept(codepoint, "", label, (), "objects", kind, False)
+
+
 def icon(codepoint: str, style: str, kind: str = "object") -> build_icons.Icon:
-    concept = icon_names.Concept(codepoint, "", "thing", (), "objects", kind, False)
+    concept = thing(codepoint, "thing", kind)
     return build_icons.Icon(concept, next(one for one in icon_sources.STYLES if one.name == style), "thing")
 
 
@@ -161,6 +47,52 @@ def test_a_pair_is_held_out_by_its_hash_if_three_other_styles_know_the_concept()
     assert sample["1f34e", "fluent-flat"] == "test"
     for (codepoint, style), split in sample.items():
         assert (split == "test") == build_icons.is_held_out(icon(codepoint, style), 4)
+
+
+def test_in_black_and_white_one_drawing_is_left_of_those_that_differ_by_colour() -> None:
+    labels = ["blue heart", "red heart", "red envelope", "envelope", "red circle", "blue circle", "closed book"]
+    labels += ["green book", "blue book", "white heart", "man with red hair", "man", "tangerine"]
+    concepts = {f"{turn:x}": thing(f"{turn:x}", label) for turn, label in enumerate(labels)}
+    apart = icon_names.Names(concepts, {}, {}).told_apart([*concepts.values()][::-1])
+    assert [concepts[key].label for key in sorted(apart, key=lambda key: int(key, 16))] == [
+        "red heart",  # called "heart"
+        "envelope",
+        "red circle",  # Unicode's first
+        "closed book",  # called "book", which no blue one is then
+        "white heart",
+        "man",
+        "tangerine",
+    ]
+
+
+def told_twice(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Main captions of held-out pictures that are training captions of another concept."""
+    said: dict[str, set[str]] = {}
+    for row in rows:
+        if row["split"] == "train":
+            for caption in row["captions"]:
+                said.setdefault(caption, set()).add(row["codepoint"])
+    return [row["text"] for row in rows if row["split"] == "test" and said.get(row["text"], set()) - {row["codepoint"]}]
+
+
+def test_no_held_out_caption_is_a_training_caption_of_another_concept(tmp_path: Path, cache: Path) -> None:
+    """Of every label that has an everyday name, and every everyday name as a concept of its own, in all styles."""
+    table = icon_captions.EVERYDAY
+    labels = [*table, *(name for names in table.values() for name in names), "green apple", "red apple", "blue book"]
+    concepts = {f"{k:x}": thing(f"{k:x}", label) for k, label in enumerate(dict.fromkeys(labels))}
+    apart = icon_names.Names(concepts, {}, {}).told_apart([*concepts.values()])
+    drawn = [(one, style) for style in icon_sources.STYLES for one in concepts.values()]
+    icons = [build_icons.Icon(one, style, "") for one, style in drawn if not style.mono or one.codepoint in apart]
+    rows = build_icons.metadata(icons)
+    assert sum(row["split"] == "test" for row in rows) > 100
+    assert told_twice(rows) == []
+    bare = [{**r, "captions": icon_captions.captions(r["label"], (), "object", r["style"])} for r in rows]
+    assert told_twice([{**row, "text": row["captions"][0]} for row in bare])  # what the rule is for
+    assert run(tmp_path / "icons", cache) == 0
+    for place in (SAMPLE, tmp_path / "icons"):
+        lines = (place / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert any(row["split"] == "test" for row in rows) and told_twice(rows) == []
 
 
 # ---- the pipeline, on packages of this size
