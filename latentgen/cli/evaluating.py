@@ -36,7 +36,19 @@ def evaluate(
         "report.html"
     ),
     pictures: Annotated[int, typer.Option(help="Held-out pictures, at most.")] = 400,
-    split: Annotated[str, typer.Option(help="The split that is held out.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="The split that is held out.", show_default="the weights' recipe's, else test")
+    ] = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(help="The part held out where none is in it.", show_default="the weights' recipe's, else 0.05"),
+    ] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="files or names.", show_default="the weights' recipe's, else files")
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Under transparent ones.", show_default="the weights' recipe's, else white")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the weights' own")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the weights' own")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the weights' own")] = None,
@@ -59,7 +71,9 @@ def evaluate(
     import json
     from dataclasses import replace
 
+    from latentgen.checkpoint import find
     from latentgen.durable import write_file
+    from latentgen.evaluation.division import Asked, divided, division_of
     from latentgen.evaluation.report import write_report
     from latentgen.evaluation.run import Order
     from latentgen.evaluation.run import evaluate as run
@@ -68,11 +82,20 @@ def evaluate(
     def report(line: str) -> None:
         print(f"latentgen: {line}", file=sys.stderr, flush=True)
 
-    order = Order(data, pictures, split, steps, guidance, sampler, seed, judge, clip, concept, style)
+    asked = Asked(split, hold_out, captions, background)
+    order = Order(data, pictures, steps, guidance, sampler, seed, judge, clip, concept, style, asked=asked)
     scales = () if guidances is None else read_values(guidances, "--guidances", 0)
     counts = () if step_counts is None else tuple(map(int, read_values(step_counts, "--step-counts", 1, whole=True)))
     order = replace(order, guidances=scales, step_counts=counts, curve_pictures=curve_pictures)
-    found = [run(each, order, out.with_suffix(".cache"), report) for each in (weights, compare) if each is not None]
+    both = [each for each in (weights, compare) if each is not None]
+    ways = [division_of(find(each), asked)[0] for each in both]
+    judged = [(divided(data, way)[0], way.background) for way in ways]
+    if judged[0] != judged[-1]:
+        raise InputError(
+            f"the recipes of {weights} and {compare} hold other pictures out; say for both what is held out, with "
+            "--split, --hold-out, --captions and --background"
+        )
+    found = [run(each, order, out.with_suffix(".cache"), report) for each in both]
     write_file(out.with_suffix(".json"), json.dumps([each.as_dict() for each in found], indent=2).encode())
     write_file(out, write_report(*found).encode())
     for each in found:
@@ -91,7 +114,19 @@ def tune(
     ],
     out: Annotated[Path, typer.Option(help="The whole table as JSON.")] = Path("tuning.json"),
     pictures: Annotated[int, typer.Option(help="Held-out captions rendered by the last candidates.")] = 48,
-    split: Annotated[str, typer.Option(help="The split that is held out.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="The split that is held out.", show_default="the weights' recipe's, else test")
+    ] = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(help="The part held out where none is in it.", show_default="the weights' recipe's, else 0.05"),
+    ] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="files or names.", show_default="the weights' recipe's, else files")
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Under transparent ones.", show_default="the weights' recipe's, else white")
+    ] = None,
     figure: Annotated[str, typer.Option(help="kid, or unlikeness to the caption's own picture.")] = "kid",
     samplers: Annotated[
         str | None, typer.Option(help="Samplers to try, commas between.", show_default="seven of them")
@@ -112,6 +147,7 @@ def tune(
 
     from latentgen.diffusion.sampling import SAMPLERS
     from latentgen.durable import write_file
+    from latentgen.evaluation.division import Asked
     from latentgen.evaluation.sweep import read_values
     from latentgen.request import nearest_sampler
     from latentgen.tuning.report import lines
@@ -121,7 +157,8 @@ def tune(
     def report(line: str) -> None:
         print(f"latentgen: {line}", file=sys.stderr, flush=True)
 
-    order = Order(data, evaluations, pictures, split, seed, judge, figure)
+    asked = Asked(split, hold_out, captions, background)
+    order = Order(data, evaluations, pictures, seed, judge, figure, asked=asked)
     if samplers is not None:
         order = replace(order, samplers=tuple(nearest_sampler(name.strip(), SAMPLERS) for name in samplers.split(",")))
     if guidances is not None:

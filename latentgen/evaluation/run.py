@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from latentgen.checkpoint import find, open_checkpoint
-from latentgen.data import Picture, hold_out, load_pixels, read_folder
+from latentgen.data import Picture, load_pixels
 from latentgen.errors import InputError
+from latentgen.evaluation.division import Asked, divided, division_of
 from latentgen.evaluation.encoders import INCEPTION, Encoder, open_judge
 from latentgen.evaluation.kept import kept
 from latentgen.evaluation.levels import Inside, Level, look_inside
@@ -42,7 +43,6 @@ from latentgen.pipeline import Pipeline, terms_of
 BATCH = 8
 FRECHET = "Fréchet distance"  # the FID where Inception judges, and only there
 CONCEPTS, STYLES = ("codepoint", "concept", "label"), ("style",)
-HELD_OUT = 0.05  # of a folder where no picture is marked
 DIVERSE, EACH = 8, 4  # prompts rendered several times, and how often
 Report = Callable[[str], None]
 
@@ -51,12 +51,12 @@ Report = Callable[[str], None]
 class Order:
     """What is asked for. pictures: held-out ones rendered, at most; half as many of seen pairs. None: the default.
 
-    guidances, step_counts: values of curves, each rendered with `curve_pictures` of the held-out captions.
+    guidances, step_counts: values of curves, each rendered with `curve_pictures` of the held-out captions. asked: what
+    is held out, where it is not what the weights' own recipe says.
     """
 
     data: Path
     pictures: int = 400
-    split: str = "test"
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
@@ -68,6 +68,7 @@ class Order:
     guidances: tuple[float, ...] = ()
     step_counts: tuple[int, ...] = ()
     curve_pictures: int = 24
+    asked: Asked = field(default_factory=Asked)
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,16 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     clip = open_judge(order.clip) if order.clip else None
     if clip is not None and clip.texts is None:
         raise InputError(f"--clip {order.clip} is no CLIP; give a folder of a CLIP model")
-    folder = hold_out(read_folder(order.data), order.split, HELD_OUT)
-    held, training = folder.select(order.split), folder.select("train")
+    division, remark = division_of(checkpoint.folder, order.asked)
+    held, training = divided(order.data, division)
     if len(held) < 3 or len(training) < 2:
-        found = f"{len(held)} pictures in split {order.split!r} and {len(training)} in train"
+        found = f"{len(held)} pictures in split {division.split!r} and {len(training)} others"
         raise InputError(f"{order.data} has {found}; an evaluation needs 3 held out and 2 for training")
     held = choose(held, order.pictures, order.seed)
+    if remark:
+        report(remark)
     report(f"{len(held)} held-out pictures, {len(training)} for training, {size} px, judge {judge.name}")
-    real, known = load_pixels(held, size, cache / "pixels"), load_pixels(training, size, cache / "pixels")
+    real, known = (load_pixels(some, size, cache / "pixels", division.background) for some in (held, training))
     captions = [picture.captions[0] for picture in real.pictures]
 
     pipe = Pipeline.from_pretrained(weights)
@@ -150,6 +153,7 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     inside = look_inside(checkpoint, np.asarray(real.array), captions, order.seed)
     figures |= inner_figures(inside, np.asarray(real.array), see, theirs, order.seed)
     told = {**dict(artist.settings.items()), "seed": order.seed, "data": order.data.name}
+    told |= {"held out": division.split, "part": division.part}
     told |= {"judge": judge.name, "weights": checkpoint.fingerprint, "chance of own picture": 1 / len(captions)}
     likeness = (unit(ours) * unit(theirs)).sum(1)
     if judge.name == INCEPTION:

@@ -1,7 +1,7 @@
 """Tune a weights folder: the way to render that is best by a held-out figure at a price, made its default."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from latentgen.checkpoint import Checkpoint, find, open_checkpoint, write_defaults
-from latentgen.data import Picture, hold_out, load_pixels, read_folder
+from latentgen.data import Picture, load_pixels
 from latentgen.durable import alone
 from latentgen.errors import InputError
+from latentgen.evaluation.division import Asked, divided, division_of
 from latentgen.evaluation.encoders import Encoder, open_judge
-from latentgen.evaluation.run import BATCH, HELD_OUT, Artist
+from latentgen.evaluation.run import BATCH, Artist
 from latentgen.pipeline import Pipeline, terms_of
 from latentgen.tuning import averages
 from latentgen.tuning.grid import GUIDANCES, TRIED, Candidate, evaluations, grid
@@ -25,17 +26,20 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Order:
-    """evaluations: rows the network may be given for a picture. pictures: rendered by candidates of the last round."""
+    """evaluations: rows the network may be given for a picture. pictures: rendered by candidates of the last round.
+
+    asked: what is held out, where it is not what the weights' own recipe says.
+    """
 
     data: Path
     evaluations: int
     pictures: int = 48
-    split: str = "test"
     seed: int = 0
     judge: str | None = None
     figure: str = "kid"
     samplers: tuple[str, ...] = TRIED
     guidances: tuple[float, ...] = GUIDANCES
+    asked: Asked = field(default_factory=Asked)
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,15 @@ class Bench:
     def of(cls, checkpoint: Checkpoint, weights: str | Path, order: Order, cache: Path, report: Report) -> "Bench":
         """Reads the held-out pictures and opens judge and pipeline."""
         judge = open_judge(order.judge)
-        folder = hold_out(read_folder(order.data), order.split, HELD_OUT)
-        held = folder.select(order.split)
+        division, remark = division_of(checkpoint.folder, order.asked)
+        held, _ = divided(order.data, division)
         if len(held) < 3:
-            raise InputError(f"{order.data} has {len(held)} pictures in split {order.split!r}; tuning needs 3 or more")
+            found = f"{len(held)} pictures in split {division.split!r}"
+            raise InputError(f"{order.data} has {found}; tuning needs 3 or more")
+        if remark:
+            report(remark)
         held = shuffled(held, REAL, order.seed)
-        real = load_pixels(held, terms_of(checkpoint).size, cache / "pixels")
+        real = load_pixels(held, terms_of(checkpoint).size, cache / "pixels", division.background)
         features = judge.features(np.asarray(real.array), cache / "features")
         captions = [picture.captions[0] for picture in real.pictures][: order.pictures]
         name, kind = FIGURES[order.figure]

@@ -1,0 +1,66 @@
+"""Which pictures a model has not been trained on: those that the recipe beside its weights holds out.
+
+Weights without a recipe were made elsewhere; of a folder where no picture is marked, a twentieth is then held out.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from latentgen.checkpoint import read_json
+from latentgen.data import Picture, hold_out, read_folder
+from latentgen.data.decode import BACKGROUND
+from latentgen.errors import InputError
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a folder is read and divided, as a recipe's [data] says it.
+
+    split: what is held out; part: of the pictures, where none is in that split; captions: "files" or "names".
+    """
+
+    split: str = "test"
+    part: float = 0.05
+    captions: str = "files"
+    background: str = BACKGROUND
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What shall be otherwise than the recipe says; None leaves it."""
+
+    split: str | None = None
+    part: float | None = None
+    captions: str | None = None
+    background: str | None = None
+
+
+def trained_with(weights: Path) -> Division | None:
+    """The division that a weights folder was trained with; None where it does not say."""
+    recipe = weights / "recipe.json"
+    told: dict[str, Any] = (read_json(recipe).get("data") or {}) if recipe.is_file() else {}
+    names = {"held_out": "split", "hold_out": "part", "captions": "captions", "background": "background"}
+    return Division(**{names[key]: value for key, value in told.items() if key in names}) if told else None
+
+
+def division_of(weights: Path, asked: Asked) -> tuple[Division, str]:
+    """The division to judge by, and a line for people where pictures may be judged that were trained on ("" if not).
+
+    Raises InputError for a part that is none.
+    """
+    trained = trained_with(weights)
+    given = {key: value for key, value in vars(asked).items() if value is not None}
+    division = replace(trained or Division(), **given)
+    if not 0 <= division.part < 1:
+        raise InputError(f"--hold-out is {division.part:g}; it must be 0 or more and below 1, as 0.05")
+    if trained is None or (division.split == trained.split and division.part <= trained.part):
+        return division, ""
+    told = f"hold_out = {trained.part:g}, held_out = {trained.split!r}"
+    return division, f"pictures may be judged that {weights.name} was trained on: its recipe says {told}"
+
+
+def divided(root: Path, division: Division) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:
+    """The pictures held out, and all others, which are those a training run takes."""
+    folder = hold_out(read_folder(root, division.captions), division.split, division.part)
+    return folder.select(division.split), tuple(each for each in folder.pictures if each.split != division.split)

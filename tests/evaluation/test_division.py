@@ -1,0 +1,98 @@
+"""Pictures are judged that a model was not trained on: those its own recipe holds out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latentgen.checkpoint import open_checkpoint
+from latentgen.cli.evaluating import evaluate as evaluate_verb
+from latentgen.data import read_folder
+from latentgen.errors import InputError
+from latentgen.evaluation.division import Asked, Division, divided, division_of
+from latentgen.evaluation.run import Artist, Order, evaluate
+from latentgen.training.intake import divide, read_pictures
+from latentgen.tuning.run import Bench
+from latentgen.tuning.run import Order as Tuning
+
+ICONS = Path(__file__).parents[1] / "data" / "icons"
+RECIPE = {"folder": "pictures", "size": 32, "held_out": "test", "hold_out": 0.02, "captions": "files"}
+
+
+@pytest.fixture(scope="module")
+def unmarked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample with no picture marked as held out."""
+    place = tmp_path_factory.mktemp("data") / "icons"
+    shutil.copytree(ICONS, place)
+    rows = [json.loads(line) for line in (place / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({key: value for key, value in row.items() if key != "split"}) for row in rows]
+    (place / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return place
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny weights with a recipe that holds three hundredths out."""
+    place = Path(shutil.copytree(folder, tmp_path / "own"))
+    (place / "recipe.json").write_text(json.dumps({"name": "own", "data": {**RECIPE, "hold_out": 0.03}}))
+    return place
+
+
+def held_in_training(root: Path, place: Path, split: str, part: float) -> tuple[list[Path], list[Path]]:
+    """What a training run holds out, and what it trains on."""
+    folder, pixels, _ = read_pictures(root, 32, place, captions="files", background="white", held_out=split, part=part)
+    data = divide(folder.root, pixels, split, {})
+    return [picture.path for picture in data.held], [picture.path for picture in data.pictures]
+
+
+@pytest.mark.parametrize(("split", "part"), [("test", 0.02), ("test", 0.2), ("val", 0.05)])
+def test_what_is_judged_is_what_a_training_run_held_out(
+    unmarked: Path, tmp_path: Path, split: str, part: float
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"data": {**RECIPE, "held_out": split, "hold_out": part}}))
+    division, remark = division_of(tmp_path, Asked())
+    assert division == Division(split, part) and remark == ""
+    held, training = ([picture.path for picture in some] for some in divided(unmarked, division))
+    assert (sorted(held), sorted(training)) == tuple(map(sorted, held_in_training(unmarked, tmp_path, split, part)))
+
+
+def test_an_option_overrides_the_recipe_and_a_line_says_so_where_trained_pictures_are_judged(tmp_path: Path) -> None:
+    assert division_of(tmp_path, Asked()) == (Division(), "")
+    assert division_of(tmp_path, Asked(split="val")) == (Division("val"), "")
+    (tmp_path / "recipe.json").write_text(json.dumps({"data": {**RECIPE, "background": "grey"}}))
+    assert division_of(tmp_path, Asked(part=0.01)) == (Division("test", 0.01, "files", "grey"), "")
+    for asked in (Asked(part=0.1), Asked(split="val")):
+        _, remark = division_of(tmp_path, asked)
+        assert remark.endswith("its recipe says hold_out = 0.02, held_out = 'test'")
+    with pytest.raises(InputError, match="--hold-out is 1"):
+        division_of(tmp_path, Asked(part=1.0))
+
+
+def test_evaluate_and_tune_judge_on_what_the_recipe_holds_out(
+    unmarked: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, _ = held_in_training(unmarked, tmp_path / "cache", "test", 0.03)
+    captions = {picture.path: picture.captions[0] for picture in read_folder(unmarked).pictures}
+    expected = sorted(captions[path] for path in held)
+    assert 3 <= len(expected) < len(divided(unmarked, Division())[0])  # or a twentieth would do as well
+    asked: list[str] = []
+
+    def draw(_: Artist, captions: list[str]) -> None:
+        asked.extend(captions)
+        raise InputError("enough was seen")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="enough"):
+        patch.setattr(Artist, "draw", draw)
+        evaluate(own, Order(unmarked), tmp_path / "cache")
+    assert sorted(asked) == expected
+    lines: list[str] = []
+    bench = Bench.of(open_checkpoint(own), own, Tuning(unmarked, 4), tmp_path / "cache", lines.append)
+    assert sorted(bench.captions) == expected and lines == []
+
+
+def test_two_models_that_were_held_to_other_pictures_are_not_compared(
+    unmarked: Path, own: Path, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="hold other pictures out; say for both"):
+        evaluate_verb(str(own), unmarked, tmp_path / "r.html", compare=str(folder), judge="default")
