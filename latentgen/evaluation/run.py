@@ -126,7 +126,7 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     settings = settled(pipe, order)
     artist = Artist(pipe, checkpoint.fingerprint, settings, order.seed, cache / "renderings", report)
     drawn = artist.draw(captions)
-    many = list(dict.fromkeys(captions))[:DIVERSE]
+    many = list(dict.fromkeys(captions[k] for k in mixed(len(captions), order.seed)))[:DIVERSE]
     several = artist.draw([caption for caption in many for _ in range(EACH)])
 
     report("features")
@@ -197,9 +197,14 @@ def curves(
         artist.report(f"curves: {told}")
         return replace(artist, settings=artist.settings | settings).draw(some)
 
-    mixed = np.random.default_rng(order.seed).permutation(len(captions))  # folders are sorted; the first are alike
-    some = [captions[k] for k in mixed[: order.curve_pictures]]
-    return [sweep(name, values, some, draw, see, real[mixed], order.seed) for name, values in asked if values]
+    turns = mixed(len(captions), order.seed)
+    some = [captions[k] for k in turns[: order.curve_pictures]]
+    return [sweep(name, values, some, draw, see, real[turns], order.seed) for name, values in asked if values]
+
+
+def mixed(count: int, seed: int) -> np.ndarray:
+    """An order of captions in which the first are like all: folders are sorted, and there the first are alike."""
+    return np.random.default_rng(seed).permutation(count)
 
 
 def choose(pictures: Sequence[Picture], count: int, seed: int) -> tuple[Picture, ...]:
