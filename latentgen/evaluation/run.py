@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from latentgen import __version__
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.data import Picture, load_pixels
 from latentgen.errors import InputError
@@ -349,10 +350,15 @@ class Artist:
         for start in range(0, len(captions), BATCH):
             texts = list(captions[start : start + BATCH])
             seeds = [self.seed + start + k for k in range(len(texts))]
-            told = json.dumps([self.fingerprint, self.settings, texts, seeds], sort_keys=True)
+            told = json.dumps([*self._by, self.fingerprint, self.settings, texts, seeds], sort_keys=True)
             place = self.cache / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy"
             parts.append(kept(place, len(texts), partial(self._render, texts, seeds, len(captions) - start)))
         return np.concatenate(parts)
+
+    @property
+    def _by(self) -> tuple[str, str | None]:
+        """What renders: this version, and its engine."""
+        return __version__, (self.pipe.machine or {}).get("engine")
 
     def _render(self, texts: list[str], seeds: list[int], left: int) -> np.ndarray:
         self.report(f"rendering, {left} to go")

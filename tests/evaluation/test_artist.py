@@ -1,7 +1,9 @@
 """What an evaluation renders, and when a rendering of before may stand for it."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,3 +38,37 @@ def test_diversity_is_measured_on_captions_of_all_kinds(
     turns = np.random.default_rng(0).permutation(len(captions))  # as the curves take them
     assert several == [captions[k] for k in turns[:3] for _ in range(EACH)]
     assert several[::EACH] != captions[:3] and DIVERSE == 8
+
+
+class Counting:
+    """In a pipeline's place: counts its calls."""
+
+    def __init__(self, engine: str | None) -> None:
+        self.machine = None if engine is None else {"engine": engine}
+        self.calls = 0
+
+    def __call__(self, texts: list[str], **_: Any) -> Any:
+        self.calls += 1
+        return SimpleNamespace(images=np.zeros((len(texts), 4, 4, 3)))
+
+
+def test_a_rendering_is_found_again_only_for_the_version_and_the_engine_that_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def artist(engine: str | None) -> Any:
+        return Artist(Counting(engine), "print", {}, 0, tmp_path, lambda _: None)  # type: ignore[arg-type]
+
+    first = artist("onnx")
+    first.draw(["a cat"])
+    first.draw(["a cat"])
+    again = artist("onnx")
+    again.draw(["a cat"])
+    assert (first.pipe.calls, again.pipe.calls) == (1, 0)
+    for other in (artist("torch"), artist(None), replace(again, seed=1)):
+        before = other.pipe.calls
+        other.draw(["a cat"])
+        assert other.pipe.calls == before + 1
+    monkeypatch.setattr(run, "__version__", "0.0.0")
+    before = again.pipe.calls
+    again.draw(["a cat"])
+    assert again.pipe.calls == before + 1
