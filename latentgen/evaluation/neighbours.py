@@ -25,14 +25,22 @@ class Copies:
     limit: float
 
 
-def find_copies(renderings: np.ndarray, training: np.ndarray) -> Copies:
-    """Memorisation as nearness in feature space; renderings (N, D), training (M, D), M of 2 or more."""
+def copy_limit(training: np.ndarray) -> float:
+    """The 1% quantile of the distances of training pictures (M, D) to their own nearest others, M of 2 or more."""
     among = np.empty(len(training))
     for start in range(0, len(training), AT_ONCE):
         part = squared_distances(training[start : start + AT_ONCE], training, np.float32)  # enough for a quantile
         part[np.arange(len(part)), start + np.arange(len(part))] = np.inf
         among[start : start + AT_ONCE] = part.min(1)
-    limit = float(np.sqrt(np.quantile(among, QUANTILE)))
+    return float(np.sqrt(np.quantile(among, QUANTILE)))
+
+
+def find_copies(renderings: np.ndarray, training: np.ndarray, limit: float | None = None) -> Copies:
+    """Memorisation as nearness in feature space; renderings (N, D), training (M, D). limit: theirs, where it is known.
+
+    Search renderings of training captions too: those of held-out ones are no likely copies.
+    """
+    limit = copy_limit(training) if limit is None else limit
     squared = squared_distances(renderings, training)
     nearest = squared.argmin(1)
     rows = np.arange(len(renderings))

@@ -24,6 +24,7 @@ BETTER = {  # what the best value is; figures that are not here have none
     "CLIP score": "high",
     "own caption at 1": "high",
     "memorised": "0",
+    "memorised, of training captions": "0",
     "held-out pairs: concept": "high",
     "held-out pairs: concept, share": "about 1",
     "held-out pairs: style": "high",
@@ -172,18 +173,25 @@ def sheets(both: Sequence[Evaluation]) -> list[str]:
 
 
 def neighbours(of: Evaluation) -> str:
-    """The renderings nearest to training pictures, flagged ones first."""
+    """The renderings nearest to training pictures, flagged ones first; those of training captions apart."""
     said = (
-        f"Left to right: the rendering, and the training picture it is nearest to; nearest pairs first. "
-        f"Nearer than {of.copies.limit:.3g}, as a hundredth of the training pictures are to one another, is flagged: "
-        f"{int(of.copies.flagged.sum())} of {len(of.copies.flagged)}."
+        "Left to right: the rendering, and the training picture it is nearest to; nearest pairs first. Nearer than "
+        f"{of.copies.limit:.3g}, as a hundredth of the training pictures are to one another, is flagged."
     )
-    shown = []
-    for k in np.argsort(of.copies.distance)[:SHOWN]:
-        flag = ", flagged" if of.copies.flagged[k] else ""
-        pair = [of.renderings[k], np.asarray(of.training[of.copies.nearest[k]])]
-        shown.append(figure(of.captions[k], pair, f"{of.copies.distance[k]:.3g}{flag}"))
-    return f"<h2>{html.escape(of.name)}: nearest training pictures</h2><p>{said}</p>{sheet(shown, 'pairs')}"
+    body = [f"<h2>{html.escape(of.name)}: nearest training pictures</h2><p>{said}</p>"]
+    parts = {
+        "Held-out captions": (of.captions, of.renderings, of.copies),
+        "Training captions": (of.seen.captions, of.seen.renderings, of.seen.copies),
+    }
+    for name, (captions, renderings, copies) in parts.items():
+        shown = []
+        for k in np.argsort(copies.distance)[:SHOWN]:
+            flag = ", flagged" if copies.flagged[k] else ""
+            pair = [renderings[k], np.asarray(of.training[copies.nearest[k]])]
+            shown.append(figure(captions[k], pair, f"{copies.distance[k]:.3g}{flag}"))
+        count = f"{int(copies.flagged.sum())} of {len(copies.flagged)} are flagged"
+        body.append(f"<p>{name}: {count}.</p>{sheet(shown, 'pairs')}")
+    return "".join(body)
 
 
 def figure(caption: str, pictures: Iterable[np.ndarray], measure: str = "") -> str:

@@ -35,7 +35,8 @@ from latentgen.evaluation.metrics import (
     ssim_rows,
     unit,
 )
-from latentgen.evaluation.neighbours import Copies, Labels, find_copies, pair_figures
+from latentgen.evaluation.neighbours import Copies, copy_limit, find_copies
+from latentgen.evaluation.pairs import STYLES, column, labels_of, seen_and_held_out, seen_rows
 from latentgen.evaluation.style import LEARNT_FROM, StyleProbe, style_encoder
 from latentgen.evaluation.sweep import Sweep, sweep
 from latentgen.image import to_bytes
@@ -43,14 +44,13 @@ from latentgen.pipeline import Pipeline, terms_of
 
 BATCH = 8
 FRECHET = "Fréchet distance"  # the FID where Inception judges, and only there
-CONCEPTS, STYLES = ("codepoint", "concept", "label"), ("style",)
 DIVERSE, EACH = 8, 4  # prompts rendered several times, and how often
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for. pictures: held-out ones rendered, at most; half as many of seen pairs. None: the default.
+    """What is asked for. pictures: held-out ones rendered, at most; and for each a seen one. None: the default.
 
     guidances, step_counts: values of curves, each rendered with `curve_pictures` of the held-out captions. asked: what
     is held out, where it is not what the weights' own recipe says.
@@ -73,10 +73,19 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Renderings (N, H, W, 3) uint8 of captions that were trained on, and the training pictures nearest to them."""
+
+    captions: list[str]
+    renderings: np.ndarray = field(repr=False)
+    copies: Copies = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """figures: by name. renderings, real: (N, H, W, 3) uint8 of `captions`; likeness: cosine of the two, (N,).
 
-    copies: nearest rows of `training` (M, H, W, 3).
+    copies: nearest rows of `training` (M, H, W, 3). seen: the same of training captions.
     """
 
     name: str
@@ -89,6 +98,7 @@ class Evaluation:
     likeness: np.ndarray = field(repr=False)
     training: np.ndarray = field(repr=False)
     copies: Copies = field(repr=False)
+    seen: Seen = field(repr=False)
     sweeps: list[Sweep] = field(default_factory=list, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,6 +132,9 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     report(f"{len(held)} held-out pictures, {len(training)} for training, {size} px, judge {judge.name}")
     real, known = (load_pixels(some, size, cache / "pixels", division.background) for some in (held, training))
     captions = [picture.captions[0] for picture in real.pictures]
+    labels = labels_of(real.pictures, known.pictures, order.concept, order.style)
+    some = seen_rows(labels, len(known.pictures), len(captions), order.seed)
+    taught = [known.pictures[k].captions[0] for k in some]
 
     pipe = Pipeline.from_pretrained(weights)
     settings = settled(pipe, order)
@@ -129,6 +142,7 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     drawn = artist.draw(captions)
     many = list(dict.fromkeys(captions[k] for k in mixed(len(captions), order.seed)))[:DIVERSE]
     several = artist.draw([caption for caption in many for _ in range(EACH)])
+    drawn_seen = artist.draw(taught)
 
     report("features")
 
@@ -141,10 +155,13 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     floor = compare(all_known[draws], theirs, order.seed) if len(draws) >= 3 else {}
     figures |= {f"{name} (training pictures)": figure for name, figure in floor.items() if name != "own picture at 1"}
     figures["diversity within a prompt"] = diversity(see(several), EACH, order.seed)
-    copies = find_copies(ours, all_known)
+    limit, again = copy_limit(all_known), see(drawn_seen)
+    copies, seen_copies, real_copies = (find_copies(each, all_known, limit) for each in (ours, again, theirs))
     figures["memorised"] = mean_figure(copies.flagged, order.seed)
-    figures["memorised (held-out pictures)"] = mean_figure(find_copies(theirs, all_known).flagged, order.seed)
-    figures |= pairs(order, real.pictures, known.pictures, (ours, theirs, all_known), artist, see)
+    figures["memorised (held-out pictures)"] = mean_figure(real_copies.flagged, order.seed)
+    figures["memorised, of training captions"] = mean_figure(seen_copies.flagged, order.seed)
+    if labels is not None:
+        figures |= seen_and_held_out(labels, (ours, theirs, all_known), some, again, order.seed)
     shown = drawn, np.asarray(real.array), known.array
     figures |= style_figures(order, real.pictures, known.pictures, shown, cache / "features")
     if clip is not None:
@@ -170,6 +187,7 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
         likeness,
         known.array,
         copies,
+        Seen(taught, drawn_seen, seen_copies),
         sweeps,
     )
 
@@ -229,48 +247,6 @@ def diversity(features: np.ndarray, each: int, seed: int) -> Figure:
     alike = groups @ groups.transpose(0, 2, 1)
     rows = 1 - (alike.sum((1, 2)) - np.trace(alike, axis1=1, axis2=2)) / (each * (each - 1))
     return mean_figure(rows, seed)
-
-
-def column(pictures: Sequence[Picture], named: str | None, likely: Sequence[str]) -> str | None:
-    """The column asked for, or the first of the likely ones that every picture has. Raises InputError."""
-    has = [name for name in ([named] if named else likely) if all(name in p.attributes for p in pictures)]
-    if named and not has:
-        raise InputError(f"column {named!r} is not in every line of the pictures' metadata")
-    return has[0] if has else None
-
-
-def pairs(
-    order: Order,
-    held: Sequence[Picture],
-    training: Sequence[Picture],
-    features: tuple[np.ndarray, np.ndarray, np.ndarray],
-    artist: "Artist",
-    see: Callable[[Any], np.ndarray],
-) -> dict[str, Figure]:
-    """Concepts and styles, for pairs held out and, with half as many renderings, for pairs seen."""
-    concept = column([*held, *training], order.concept, CONCEPTS)
-    style = column([*held, *training], order.style, STYLES)
-    if concept is None or style is None:
-        return {}
-
-    def labels(pictures: Sequence[Picture]) -> Labels:
-        return Labels(*(np.array([str(p.attributes[name]) for p in pictures]) for name in (concept, style)))
-
-    ours, theirs, known = features
-    asked, all_labels = labels(held), labels(training)
-    seen_pairs = set(zip(all_labels.concepts, all_labels.styles, strict=True))
-    new = [k for k, pair in enumerate(zip(asked.concepts, asked.styles, strict=True)) if pair not in seen_pairs]
-    found = pair_figures(ours[new], theirs[new], asked.rows(new), known, all_labels, order.seed) if new else {}
-    figures = {f"held-out pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
-    some = seen_rows(len(training), len(held), order.seed)
-    drawn = see(artist.draw([training[k].captions[0] for k in some]))
-    found = pair_figures(drawn, known[some], all_labels.rows(some), known, all_labels, order.seed)
-    return figures | {f"seen pairs: {name.replace('_', ', ')}": figure for name, figure in found.items()}
-
-
-def seen_rows(training: int, held: int, seed: int) -> np.ndarray:
-    """The training pictures whose captions are rendered too: half as many as are held out."""
-    return np.sort(np.random.default_rng(seed + 1).permutation(training)[: max(1, held // 2)])
 
 
 def style_figures(
