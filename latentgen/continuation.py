@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentgen.build import Run, scheduler_config
-from latentgen.checkpoint import Checkpoint, open_folder
+from latentgen.checkpoint import Checkpoint, open_folder, read_json
 from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import load_part
@@ -45,6 +45,19 @@ def _form(unet: UNet2DConditionModel) -> dict[str, Any]:
     """What a U-Net is, but for the side it was made for, as JSON has it: tuples are lists there."""
     form: dict[str, Any] = json.loads(json.dumps(dict(unet.config), default=str))
     return {key: value for key, value in form.items() if not key.startswith("_") and key != "sample_size"}
+
+
+def parts_before(figures: Mapping[str, Any], trained: Mapping[str, Any]) -> list[dict[str, float]]:
+    """What a U-Net was trained in so far, the first part first: steps, batch and rate of each.
+
+    figures: its metrics; trained: its recipe's [unet.train]. Where the metrics are of before parts were listed, their
+    sum of steps is one part, of which nothing else is known.
+    """
+    listed: list[dict[str, float]] = list(figures.get("parts_before") or [])
+    if not listed and figures.get("steps_before"):
+        listed = [{"steps": figures["steps_before"]}]
+    last = {"steps": figures.get("steps", 0.0), **{key: trained[key] for key in ("batch", "rate") if key in trained}}
+    return [*listed, last] if last["steps"] else listed
 
 
 @dataclass
@@ -107,10 +120,11 @@ class Continuation(Run):
         return (self.start.fingerprint,)
 
     def save(self, unet: UNet2DConditionModel, figures: Mapping[str, Any]) -> None:
-        """Write the weights folder; the figures of what was taken as it is, and the steps before, stand there too."""
-        before = self._before
-        trained = before.get("unet", {})
-        steps = {"steps_before": trained.get("steps", 0.0) + trained.get("steps_before", 0.0)}
+        """Write the weights folder; the figures of what was taken as it is, and the parts before, stand there too."""
+        before, recipe = self._before, self.start.folder / "recipe.json"
+        told = read_json(recipe) if recipe.is_file() else {}
+        parts = parts_before(before.get("unet", {}), (told.get("unet") or {}).get("train") or {})
+        steps = {"steps_before": sum(part["steps"] for part in parts), "parts_before": parts}
         taken = {name: before[name] for name in ("clip", "layout", "vae", "decoder") if name in before}
         kept = {**taken, **figures, "unet": {**figures["unet"], **steps}}
         super().save(unet, kept)

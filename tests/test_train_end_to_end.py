@@ -244,6 +244,11 @@ def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_i
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (start, out))
     assert after["vae"] == before["vae"] and after["decoder"]["steps"] == 12
     assert after["unet"]["steps_before"] == before["unet"]["steps"]
+    told = json.loads((start / "recipe.json").read_text())["unet"]["train"]
+    first = {"steps": before["unet"]["steps"], "batch": told["batch"], "rate": told["rate"]}
+    assert after["unet"]["parts_before"] == [first]
+    card = (out / "README.md").read_text()
+    assert f"| unet | parts before | 16 steps of batch {told['batch']} at rate {told['rate']:g} |" in card
     assert after["unet"]["validation_loss"] < before["unet"]["validation_loss"]
 
 

@@ -59,9 +59,7 @@ def extra_files(
 
 def _card(name: str, size: int, figures: Mapping[str, Any], licences: str) -> str:
     rows = "\n".join(
-        f"| {stage} | {figure.replace('_', ' ')} | {value:,.0f} |"
-        if float(value).is_integer()
-        else f"| {stage} | {figure.replace('_', ' ')} | {value:.4g} |"
+        f"| {stage} | {figure.replace('_', ' ')} | {_told(value)} |"
         for stage, values in figures.items()
         for figure, value in values.items()
     )
@@ -73,3 +71,16 @@ def _card(name: str, size: int, figures: Mapping[str, Any], licences: str) -> st
         "![Prompts of the recipe, fixed seeds](sheet.png)\n\n"
         f"| stage | figure | value |\n|---|---|---|\n{rows}\n{source}"
     )
+
+
+def _told(value: Any) -> str:
+    """A figure; or parts of a training: "6,300 steps of batch 64 at rate 0.001, 1,950 steps of …"."""
+    if isinstance(value, list):
+        return ", ".join(_part(part) for part in value)
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def _part(part: Mapping[str, float]) -> str:
+    batch = f" of batch {part['batch']:,.0f}" if "batch" in part else ""
+    rate = f" at rate {part['rate']:g}" if "rate" in part else ""
+    return f"{part['steps']:,.0f} steps{batch}{rate}"
