@@ -60,7 +60,9 @@ def small(recipe: Path, name: str, steps: int, seed: int) -> Recipe:
     layout = table.pop("layout", {"train": {"batch": 256, "rate": 1.5e-3, "warmup": 50}})
     if "layout" in VARIANTS[name]:
         table["layout"] = layout
-    table["clip"]["gate"], table["vae"]["gate"] = {}, {}
+    for stage in ("clip", "layout", "vae", "unet"):
+        if stage in table:
+            table[stage]["gate"] = {}
     table["unet"] |= {"channels": [64, 128], "head_width": 64}
     table["unet"]["train"] |= {"batch": 32, "rate": 1.5e-3, "ema": 0.995}
     table["pace"] = {"validate_steps": steps}
