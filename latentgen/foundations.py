@@ -38,6 +38,8 @@ def buckets_of(recipe: Recipe) -> Buckets | None:
     asked, size = recipe.data.buckets, recipe.data.size
     if asked is None:
         return None
+    if recipe.data.upscale:
+        raise InputError("upscale in [data] is said of squares; with [data.buckets] write it there")
     least = 2 ** (len(recipe.vae.channels) - 1 + len(recipe.unet.channels) - 1)
     step = asked.step or least
     if step % least:
@@ -84,6 +86,7 @@ class Foundations:
     def data(self) -> TrainingData:
         """Pictures and captions; what cannot be used is listed."""
         what = self.recipe.data
+        shapes = self.buckets or Buckets.square(what.size, what.upscale)
         with self.accelerator.main_process_first():
             folder, pixels, remark = read_pictures(
                 self.folder,
@@ -93,10 +96,10 @@ class Foundations:
                 background=what.background,
                 held_out=what.held_out,
                 part=what.hold_out,
-                buckets=self.buckets,
+                buckets=shapes,
             )
             if self.accelerator.is_main_process:
-                self.ledger = look_over(folder, what.size, what.background, self.state / "cache", self.buckets)
+                self.ledger = look_over(folder, what.size, what.background, self.state / "cache", shapes)
         for problem in (*folder.problems, *pixels.problems):
             self.report(f"data: left out {problem.path}: {problem.reason}")
         data = divide(self.folder, pixels, what.held_out, what.weights)

@@ -68,6 +68,7 @@ class Data(Section):
     "files" (tables and sidecars) or from the "names" of the pictures. `background`: the colour under transparent ones.
     `weights` says how often pictures are seen: a column of the metadata, its values, a factor each (1 where unnamed).
     `buckets`: the U-Net learns from pictures in nearly their own shape; CLIP and VAE learn from squares out of them.
+    `upscale`: whether pictures with a side below `size` are enlarged, or left out and listed; buckets have their own.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class Data(Section):
     background: str = "white"
     weights: dict[str, dict[str, Amount]] = {}
     buckets: Buckets | None = None
+    upscale: bool = False
 
 
 class Tokenizer(Section):

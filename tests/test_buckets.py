@@ -1,5 +1,6 @@
 """Pictures keep nearly their shape: cut no more than allowed, enlarged only when asked, a batch of one shape each."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -79,7 +80,7 @@ def test_what_would_be_cut_or_enlarged_too_much_is_left_out_and_listed(tmp_path:
     assert all(entry.lost <= 0.1 and entry.scale <= 1 for entry in ledger.entries)
     asked = write_ledger(folder, 64, buckets=Buckets.around(64, 8, 2.0, 0.1, True))
     assert asked.files["used"] == 4 and asked.remarks["upscaled"] == 1
-    with pytest.raises(InputError, match="none of 5 pictures fits a bucket"):
+    with pytest.raises(InputError, match="none of 5 pictures fits 512 x 512"):
         write_ledger(folder, 64, buckets=Buckets(((512, 512),), 0.0))
 
     settings: Any = {"captions": "files", "background": "white", "held_out": "test", "part": 0.4}
@@ -91,6 +92,39 @@ def test_what_would_be_cut_or_enlarged_too_much_is_left_out_and_listed(tmp_path:
         for bucket, row, picture in zip(shaped.bucket, shaped.row, pictures, strict=True):
             expected = ImageOps.fit(Image.open(picture.path), EIGHT.shapes[bucket], Image.Resampling.LANCZOS)
             np.testing.assert_array_equal(shaped.pixels[bucket][row], np.asarray(expected))
+
+
+def test_no_picture_is_enlarged_to_its_square_unless_asked_for(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from latentgen.cli import app
+    from latentgen.foundations import Foundations
+    from latentgen.recipe import read_recipe
+
+    sizes = {"whole": (32, 32), "large": (80, 40), "long": (90, 31), "small": (16, 16), "high": (32, 64)}
+    for shade, (name, size) in enumerate(sizes.items()):
+        put(tmp_path / "d" / f"{name}.png", size, shade)
+    for asked, kept in ((False, {"whole", "large", "high"}), (True, set(sizes))):
+        recipe = tmp_path / f"{asked}.toml"
+        text = (ROOT / "tests" / "data" / "tiny.toml").read_text()
+        recipe.write_text(text.replace("size = 32", "size = 32\nupscale = true") if asked else text)
+        said: list[str] = []
+        run = Foundations(read_recipe(recipe), tmp_path / f"out-{asked}", tmp_path / "d", said.append)
+        assert {picture.path.stem for picture in (*run.data.pictures, *run.data.held)} == kept
+        told = [line for line in said if "left out" in line]
+        assert len(told) == len(sizes) - len(kept) == run.ledger.files.get("does not fit", 0)
+        assert run.ledger.remarks.get("upscaled", 0) == (2 if asked else 0)
+        assert asked or any("small.png: 16 x 16: would be enlarged 2 times for 32 x 32" in line for line in told)
+        done = CliRunner().invoke(
+            app, ["doctor", str(tmp_path / "d"), "--recipe", str(recipe), "--json", str(tmp_path / "ledger.json")]
+        )
+        assert done.exit_code == 0, done.output
+        assert json.loads((tmp_path / "ledger.json").read_text())["files"] == run.ledger.files
+    for name in ("whole", "large", "high"):
+        (tmp_path / "d" / f"{name}.png").unlink()
+        (tmp_path / "d" / f"{name}.txt").unlink()
+    with pytest.raises(InputError, match=r"none of 2 pictures fits 32 x 32; the first is .* upscale = true allows it"):
+        _ = Foundations(read_recipe(tmp_path / "False.toml"), tmp_path / "none", tmp_path / "d", print).data
 
 
 def test_pixels_of_a_shape_are_kept_apart_from_squares(tmp_path: Path) -> None:
@@ -171,6 +205,10 @@ def test_a_recipe_asks_for_shapes_that_its_networks_take(tmp_path: Path) -> None
         asked("[data.buckets]\nstep = 8")
     with pytest.raises(InputError, match="align compares pictures with squares"):
         asked("[data.buckets]", "align = 0.5")
+    with pytest.raises(InputError, match=r"upscale in \[data\] is said of squares"):
+        text = text.replace("size = 32", "size = 32\nupscale = true")
+        asked("[data.buckets]")
+    text = text.replace("upscale = true\n", "")
     with pytest.raises(InputError, match="did you mean 'largest_crop'"):
         asked("[data.buckets]\nlargest_crops = 0.5")
 

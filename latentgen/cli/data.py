@@ -49,7 +49,7 @@ def doctor(
 
     Nothing in the folder is changed.
     """
-    from latentgen.data import hold_out, read_folder, write_ledger, write_page
+    from latentgen.data import Buckets, hold_out, read_folder, write_ledger, write_page
     from latentgen.durable import write_file
     from latentgen.recipe import read_recipe
 
@@ -58,6 +58,7 @@ def doctor(
     size, background = (what.data.size, what.data.background) if what else (None, "white")
     buckets = None
     if what is not None:
+        buckets = Buckets.square(what.data.size, what.data.upscale)
         if what.data.buckets is not None:  # which depends on the networks' own steps
             from latentgen.foundations import buckets_of
 

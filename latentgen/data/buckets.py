@@ -46,6 +46,11 @@ class Buckets:
         kept = {(w, h) for w, h in wide if h > 0 and w <= ratio * h}
         return cls(tuple(sorted(kept | {(h, w) for w, h in kept} | {(size, size)})), largest_crop, upscale)
 
+    @classmethod
+    def square(cls, size: int, upscale: bool) -> "Buckets":
+        """One square, to which every picture is cut that is large enough for it, or that may be enlarged."""
+        return cls(((size, size),), 1.0, upscale)
+
     def fit(self, width: int, height: int) -> Fit:
         """The bucket that least of a picture is lost in; of equal ones the first."""
         scales = [max(w / width, h / height) for w, h in self.shapes]
@@ -64,7 +69,9 @@ class Buckets:
                 f"at most {self.largest_crop:.0%} may be (largest_crop)"
             )
         if fit.scale > 1 and not self.upscale:
-            return f"{width} x {height}: would be enlarged {fit.scale:.3g} times for its bucket {w} x {h} (upscale)"
+            return (
+                f"{width} x {height}: would be enlarged {fit.scale:.3g} times for {w} x {h}; upscale = true allows it"
+            )
         return ""
 
 
@@ -87,9 +94,14 @@ def keep_fitting(
         kept.append(picture)
         if not seen.error:
             bucket[picture] = buckets.fit(seen.width, seen.height).bucket
-    if not bucket:
+    if problems and not kept:
         raise InputError(
-            f"{folder.root}: none of {len(folder.pictures)} pictures fits a bucket; the first is "
-            f"{problems[0].reason if problems else 'unreadable'}"
+            f"{folder.root}: none of {len(problems)} pictures fits {_shapes(buckets)}; the first is "
+            f"{problems[0].reason}"
         )
     return replace(folder, pictures=tuple(kept), problems=(*folder.problems, *problems)), bucket
+
+
+def _shapes(buckets: Buckets) -> str:
+    (width, height), *others = buckets.shapes
+    return "a bucket" if others else f"{width} x {height}"

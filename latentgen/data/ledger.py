@@ -31,7 +31,7 @@ STATUSES = {
 }
 REMARKS = {
     "cropped": "the longer side is cut to a square, or to the shape of the bucket",
-    "upscaled": "smaller than the size it is trained at",
+    "upscaled": "smaller than the size it is trained at: enlarged",
     "duplicate": "an earlier picture has the same pixels",
     "near duplicate": MEANING,
     "in two splits": "the picture that it equals, or nearly, is in another split",

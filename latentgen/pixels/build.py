@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from latentgen.data import Buckets
 from latentgen.durable import alone, write_file
 from latentgen.errors import InputError
 from latentgen.models.pixel import pixel_unet
@@ -107,6 +108,7 @@ class PixelRun:
                 background=what.background,
                 held_out=what.held_out,
                 part=what.hold_out,
+                buckets=Buckets.square(what.size, what.upscale),
             )
         for problem in (*folder.problems, *pixels.problems):
             self.report(f"data: left out {problem.path}: {problem.reason}")
