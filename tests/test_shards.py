@@ -199,6 +199,22 @@ def test_rows_of_a_saved_data_set_are_pictures(tmp_path: Path) -> None:
     assert ledger.files == {"used": 5, "description": 2, "container": 2, "without caption": 1}
 
 
+def test_a_row_without_its_picture_costs_a_line_not_the_run(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    columns = {"image": [Image.new("RGB", (8, 8), (20, 0, 0)), None], "text": ["a shade", "nothing"]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "set")
+    folder = read_folder(tmp_path / "set")
+    pixels = load_pixels(folder, 8, tmp_path / "cache")
+    assert pixels.array[:, 0, 0, 0].tolist() == [20] and [p.captions for p in pixels.pictures] == [("a shade",)]
+    (problem,) = pixels.problems
+    assert problem.path.name == "row 1" and "its row holds no picture" in problem.reason
+    ledger = write_ledger(folder, 8)
+    assert ledger.files["used"] == ledger.files["unreadable"] == 1
+    assert any("its row holds no picture" in entry.reason for entry in ledger.entries)
+
+
 def test_parts_of_a_saved_data_set_are_splits(tmp_path: Path) -> None:
     folder = read_folder(saved(tmp_path / "set", parts=True))
     assert len(folder.select("train")) == 5 and len(folder.select("test")) == 1

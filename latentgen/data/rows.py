@@ -28,8 +28,10 @@ class Row:
     table: Any = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """The bytes of the picture's file. Raises OSError."""
+        """The bytes of the picture's file. Raises OSError, also where the row holds none."""
         cell = self.table[self.number][self.column]
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise OSError("its row holds no picture")
         data: bytes | None = cell["bytes"]
         return data if data is not None else Path(cell["path"]).read_bytes()
 
