@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentgen.data import CaptionedFolder, Ledger, count_tokens, hold_out, read_folder, write_ledger, write_page
+from latentgen.data import (
+    Buckets,
+    CaptionedFolder,
+    Ledger,
+    count_tokens,
+    hold_out,
+    read_folder,
+    write_ledger,
+    write_page,
+)
 from latentgen.data.decode import Opener
 from latentgen.data.ledger import Entry
 from latentgen.data.survey import difference_hash
@@ -169,6 +178,28 @@ def test_the_page_holds_its_pictures_and_needs_nothing_beside_it(folder: Path) -
     for word in ("50% of 128 x 64 is lost", "same pixels as copy.bmp", "silent.png", "torn.png", "&lt;b&gt;.png"):
         assert word in page
     assert "<b>.png" not in page and "http" not in page and 'src="/' not in page
+
+
+def test_every_box_of_a_sheet_is_in_the_ledger_and_what_does_not_fit_is_shown(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    put(root / "sheet.png", scene(1, (96, 64)), None)
+    put(root / "small.png", scene(2, (16, 16)), None)
+    boxes = {(0, 0, 40, 40): "large", (40, 0, 60, 20): "small", (60, 0, 96, 36): "", (0, 40, 4, 44): "smallest"}
+    rows: list[dict[str, object]] = [{"file_name": "sheet.png", "text": t, "box": list(b)} for b, t in boxes.items()]
+    rows += [{**rows[0], "text": "again"}, {"file_name": "small.png", "text": "a small one"}]
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    ledger = write_ledger(read_folder(root), 32, buckets=Buckets.square(32, False))
+    assert {(e.file, e.box): e.status for e in ledger.entries if e.status != "description"} == {
+        ("sheet.png", (0, 0, 40, 40)): "used",
+        ("sheet.png", (40, 0, 60, 20)): "does not fit",
+        ("sheet.png", (60, 0, 96, 36)): "without caption",
+        ("sheet.png", (0, 40, 4, 44)): "does not fit",
+        ("small.png", None): "does not fit",
+    }
+    assert ledger.files == {"used": 1, "description": 1, "does not fit": 1}  # one status a file
+    assert [e.again for e in ledger.entries if e.status == "used"] == [True]
+    page = write_page(ledger)
+    assert page.count("<figure><img") == page.count("<figure>") == 6  # the used one is shown twice, as named again
 
 
 def test_pictures_are_held_out_by_their_names_alone(tmp_path: Path) -> None:

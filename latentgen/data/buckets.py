@@ -89,7 +89,7 @@ def keep_fitting(
     for picture, seen in zip(folder.pictures, facts, strict=True):
         why = "" if seen.error else buckets.refuses(seen.width, seen.height)
         if why:
-            problems.append(Problem(picture.path, why, "does not fit"))
+            problems.append(Problem(picture.path, why, "does not fit", picture.box, picture.stored))
             continue
         kept.append(picture)
         if not seen.error:

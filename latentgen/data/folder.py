@@ -103,7 +103,7 @@ def _from_files(found: Sequence[Path], files: Sequence[Path]) -> tuple[list[Pict
         named, unused = read_metadata(table, found)
         before = {(picture.path, picture.box) for picture in pictures}
         again = f"named again in {table}; the first entry is used"
-        problems += [Problem(p.path, again, "named again") for p in named if (p.path, p.box) in before]
+        problems += [Problem(p.path, again, "named again", p.box) for p in named if (p.path, p.box) in before]
         pictures += [picture for picture in named if (picture.path, picture.box) not in before]
         problems += unused
     described = {picture.path for picture in pictures} | {problem.path for problem in problems}

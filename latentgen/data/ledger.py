@@ -198,11 +198,11 @@ def write_ledger(
 
     exact, near = find_alike(facts, with_pixels)
     survey.save()
-    again = {problem.path for problem in folder.problems if problem.kind == "named again"}
+    again = {(problem.path, problem.box) for problem in folder.problems if problem.kind == "named again"}
     entries: list[Entry] = []
     for index, (picture, seen) in enumerate(zip(folder.pictures, facts, strict=True)):
         entry = _picture_entry(folder.root, picture, seen, size, buckets)
-        entry = replace(entry, again=picture.path in again)
+        entry = replace(entry, again=(picture.path, picture.box) in again)
         other = exact.get(index, near.get(index))
         if other is not None:
             name = _name(folder.root, folder.pictures[other])
@@ -253,16 +253,22 @@ def _picture_entry(root: Path, picture: Picture, seen: Facts, size: int | None, 
 
 
 def _others(folder: CaptionedFolder) -> list[Entry]:
-    """The files that are no used picture."""
+    """The files that are no used picture, and the pictures that are left out of files that hold used ones."""
     taken = {picture.path for picture in folder.pictures}
+    parts = {(picture.path, picture.box) for picture in folder.pictures}
     reasons: dict[Path, Problem] = {}
+    left_out: dict[tuple[Path, Box | None], Problem] = {}
     for problem in folder.problems:
-        reasons.setdefault(problem.path, problem)
+        if problem.kind == "does not fit" or (problem.box is not None and problem.kind == "without caption"):
+            left_out.setdefault((problem.path, problem.box), problem)
+        else:
+            reasons.setdefault(problem.path, problem)
     described, containers = set(folder.descriptions), set(folder.containers)
     others: list[Entry] = []
     on_disk = folder.files if folder.files is not None else [p for p in folder.root.rglob("*") if p.is_file()]
     inside = {*reasons, *described} if containers else set()  # members of containers
-    for path in sorted({*on_disk, *inside} - taken):
+    shown = taken | {path for path, _ in left_out}
+    for path in sorted({*on_disk, *inside} - shown):
         relative = path.relative_to(folder.root)
         if is_hidden(relative) and path not in reasons:
             status, reason = "hidden", ""
@@ -277,4 +283,8 @@ def _others(folder: CaptionedFolder) -> list[Entry]:
         else:
             status, reason = "not a picture", "neither a picture that is read nor a caption that is used"
         others.append(Entry(relative.as_posix(), status, reason))
+    for (path, box), problem in left_out.items():
+        if (path, box) not in parts:
+            name = path.relative_to(folder.root).as_posix()
+            others.append(Entry(name, problem.kind, problem.reason, box, stored=problem.stored))
     return others

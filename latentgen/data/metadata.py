@@ -33,12 +33,12 @@ def read_metadata(metadata: Path, found: Sequence[Path]) -> tuple[list[Picture],
         picture = _entry(columns, metadata.parent, f"{metadata} {where}")
         if (picture.path, picture.box) in pictures:
             again = f"named again in {metadata.name} {where}; the first entry is used"
-            problems.append(Problem(picture.path, again, "named again"))
+            problems.append(Problem(picture.path, again, "named again", picture.box))
         elif picture.path not in known and not picture.path.is_file():
             missing.append((where, str(picture.path.relative_to(metadata.parent))))
         elif not picture.captions:
             reason = f'{metadata.name} {where}: {picture.path.name} has no caption; write "text": "what it shows"'
-            problems.append(Problem(picture.path, reason, "without caption"))
+            problems.append(Problem(picture.path, reason, "without caption", picture.box))
         else:
             pictures[picture.path, picture.box] = picture
     if missing:

@@ -75,7 +75,7 @@ def _thumbnails(ledger: Ledger) -> Callable[[Entry], str]:
 
     def show(entry: Entry) -> str:
         key = (entry.file, entry.box)
-        if entry.status not in ("used", "without caption"):
+        if entry.status not in ("used", "without caption", "does not fit"):
             return ""
         if key not in made:
             picture = Picture(ledger.root / entry.file, (), box=entry.box, stored=entry.stored)

@@ -47,8 +47,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Problem:
-    """A file (or one mention of it) that is not used, and why, in words for people and as one of a few kinds."""
+    """A file (or one mention of it) that is not used, and why, in words for people and as one of a few kinds.
+
+    box, stored: as the picture has them, where it is one.
+    """
 
     path: Path
     reason: str
     kind: Kind = "unreadable"
+    box: Box | None = None
+    stored: Stored | None = field(default=None, compare=False)
