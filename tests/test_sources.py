@@ -168,6 +168,37 @@ def test_deep_floating_and_wide_gamut_pictures_are_handled_or_listed(tmp_path: P
     assert middle(tmp_path / "cmyk.tif") == [255, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "said"),
+    [
+        (0, 0, [0] * 3),
+        (0, 257 * 200, [200] * 3),
+        (0, 65535, [255] * 3),
+        (0, 200, "32-bit integers from 0 to 200, not 16-bit greys"),
+        (0, 65536, "32-bit integers from 0 to 65536, above the 65535 of 16 bits"),
+        (0, 2_000_000_000, "32-bit integers from 0 to 2000000000, above the 65535 of 16 bits"),
+        (-5, 60000, "32-bit integers from -5 to 60000, not 16-bit greys"),
+    ],
+)
+def test_32_bit_integers_are_16_bit_greys_or_listed(
+    tmp_path: Path, least: int, most: int, said: list[int] | str
+) -> None:
+    pixels = np.full((8, 8), most, np.int32)
+    pixels[0, 0] = least
+    Image.fromarray(pixels).save(tmp_path / "deep.tif")
+    if isinstance(said, list):
+        assert middle(tmp_path / "deep.tif") == said
+    else:
+        with pytest.raises(InputError, match=said):
+            middle(tmp_path / "deep.tif")
+
+
+def test_a_dark_16_bit_picture_stays_dark(tmp_path: Path) -> None:
+    for suffix in ("png", "tif"):
+        Image.fromarray(np.full((8, 8), 200, np.uint16)).save(tmp_path / f"dark.{suffix}")
+        assert middle(tmp_path / f"dark.{suffix}") == [1] * 3
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
 def test_of_an_animation_the_first_frame_is_used_and_the_ledger_says_so(tmp_path: Path, suffix: str) -> None:
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))

@@ -13,6 +13,7 @@ from latentgen.data.picture import Picture
 from latentgen.errors import InputError
 
 BACKGROUND = "white"
+WHITE_16 = 2**16 - 1
 SHEETS_HELD = 4  # decoded files kept at hand for the pictures that lie in them
 
 
@@ -86,11 +87,16 @@ class Opener:
 def to_rgb(image: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """8-bit RGB; transparency on `colour`; 16-bit greys and floats of [0, 1] scaled to 8 bits, not clipped.
 
-    Raises CannotDecode for floats of another range, whose white nobody has said.
+    32-bit integers are 16-bit greys in a wider type where the lightest is one. Raises CannotDecode for integers and
+    floats of another range, whose white nobody has said.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
-        grey = np.clip(np.rint(values / 257), 0, 255).astype(np.uint8)
+        if image.mode == "I" and not (values.min() >= 0 and (values.max() > 255 or not values.any())):
+            raise CannotDecode(f"holds {_range(values)}, not 16-bit greys; save it with 8 or 16 bits")
+        if values.max() > WHITE_16:
+            raise CannotDecode(f"holds {_range(values)}, above the {WHITE_16} of 16 bits; save it with 8 or 16 bits")
+        grey = np.rint(values / 257).astype(np.uint8)
         clear = image.info.get("transparency")
         if isinstance(clear, int):  # one grey value that is transparent
             below = np.asarray(colour, np.uint8)
@@ -106,6 +112,10 @@ def to_rgb(image: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -
         ground.alpha_composite(image.convert("RGBA"))
         return ground.convert("RGB")
     return image.convert("RGB")
+
+
+def _range(values: np.ndarray) -> str:
+    return f"32-bit integers from {values.min():.0f} to {values.max():.0f}"
 
 
 def _sheet(path: Path) -> tuple[Image.Image, int]:

@@ -20,7 +20,7 @@ from latentgen.data.picture import Picture, Problem
 from latentgen.errors import InputError
 
 TRANSFORM = (
-    "upright, on white, 8-bit RGB, Lanczos to cover, centre crop; 2"  # part of the cache key: change both together
+    "upright, on white, 8-bit RGB, Lanczos to cover, centre crop; 3"  # part of the cache key: change both together
 )
 ROWS_A_WRITE = 256  # pictures decoded between two writes of the cache: bounds the memory at 256 * size**2 * 3 bytes
 Shape = tuple[int, int]  # width, height
