@@ -231,7 +231,7 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises InputError, naming the key, for anything that is not right in it."""
     kind = read_kind(path)
     if kind != KINDS[0]:
-        raise InputError(f"recipe {path} is of kind {kind!r}, and only latentgen train takes those")
+        raise InputError(f"recipe {path} is of kind {kind!r}, and only latentgen train and doctor take those")
     return read_as(Recipe, path)
 
 

@@ -14,6 +14,8 @@ from latentgen.errors import InputError
 
 if TYPE_CHECKING:
     from latentgen.data import Ledger
+    from latentgen.pixels.recipe import PixelRecipe
+    from latentgen.recipe import Recipe
 
 SHOWN = 12  # files named under the tables
 DOCTOR = """Examples:
@@ -51,24 +53,25 @@ def doctor(
     """
     from latentgen.data import Buckets, hold_out, read_folder, write_ledger, write_page
     from latentgen.durable import write_file
-    from latentgen.recipe import read_recipe
+    from latentgen.recipe import Recipe
 
-    what = read_recipe(recipe) if recipe is not None else None
+    what = read_any(recipe) if recipe is not None else None
     pictures = read_folder(folder, captions or (what.data.captions if what else "files"))
     size, background = (what.data.size, what.data.background) if what else (None, "white")
     buckets = None
     if what is not None:
         buckets = Buckets.square(what.data.size, what.data.upscale)
-        if what.data.buckets is not None:  # which depends on the networks' own steps
+        if isinstance(what, Recipe) and what.data.buckets is not None:  # which depends on the networks' own steps
             from latentgen.foundations import buckets_of
 
             buckets = buckets_of(what)
         pictures = hold_out(pictures, what.data.held_out, what.data.hold_out)
     with progress_bar("looking") as progress:
         ledger = write_ledger(pictures, size, background, progress=progress, buckets=buckets)
-    tokenizer = find_tokenizer(weights, what.name if what else None)
+    words = what if isinstance(what, Recipe) else None  # a pixel model has classes instead
+    tokenizer = find_tokenizer(weights, words.name if words else None)
     if tokenizer is not None:
-        ledger = count_with(tokenizer, ledger, what.tokenizer.context if what and weights is None else None)
+        ledger = count_with(tokenizer, ledger, words.tokenizer.context if words and weights is None else None)
     if json_file is not None:
         write_file(json_file, ledger.as_json().encode())
     if html_file is not None:
@@ -77,6 +80,14 @@ def doctor(
     for written in (json_file, html_file):
         if written is not None:
             print(f"latentgen: wrote {written}", file=sys.stderr, flush=True)
+
+
+def read_any(path: Path) -> Recipe | PixelRecipe:
+    """A recipe of either kind. Raises InputError, naming the key."""
+    from latentgen.pixels.recipe import read_pixel_recipe
+    from latentgen.recipe import read_kind, read_recipe
+
+    return read_pixel_recipe(path) if read_kind(path) == "pixels" else read_recipe(path)
 
 
 def find_tokenizer(weights: str | None, name: str | None) -> Path | None:

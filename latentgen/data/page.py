@@ -4,10 +4,12 @@ import base64
 import html
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 from latentgen.data.decode import CannotDecode, Opener
 from latentgen.data.ledger import REMARKS, STATUSES, Entry, Ledger
 from latentgen.data.picture import Picture
+from latentgen.durable import write_file
 from latentgen.page import document, sheet, table
 
 SIDE = 96  # of the small pictures, in pixels: about 3 KB each
@@ -39,6 +41,16 @@ def write_page(ledger: Ledger) -> str:
             body.append(f"<h2>{kind}: {len(entries)}{more}</h2><p>{html.escape(words[kind])}</p>")
             body.append(sheet(_figure(ledger, entry, small) for entry in entries[:SHOWN]))
     return document(str(ledger.root), body)
+
+
+def keep_ledger(ledger: Ledger, folder: Path) -> Path:
+    """Writes ledger.json and ledger.html into a folder, the page anew only when the ledger has changed; the page."""
+    table, page = folder / "ledger.json", folder / "ledger.html"
+    told = ledger.as_json().encode()
+    if not (table.is_file() and page.is_file() and table.read_bytes() == told):
+        write_file(page, write_page(ledger).encode())
+        write_file(table, told)
+    return page
 
 
 def _counts(of: str, counts: dict[str, int]) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latentgen.data import Buckets
+from latentgen.data import Buckets, CaptionedFolder, Ledger, Pixels
+from latentgen.data.page import keep_ledger
 from latentgen.durable import alone, write_file
 from latentgen.errors import InputError
 from latentgen.models.pixel import pixel_unet
@@ -22,7 +23,7 @@ from latentgen.pixels.model import BINS, Family, PixelModel, sampler_of
 from latentgen.pixels.objective import LabelledPictures, PixelObjective
 from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.pixels.weights import class_sheet, save_pixels
-from latentgen.training.intake import divide, read_pictures
+from latentgen.training.intake import divide, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.precision import accelerator_for
 from latentgen.training.report import write_page
@@ -80,6 +81,8 @@ class PixelRun:
         what, main = self.recipe, self.accelerator.is_main_process
         self.report(f"{what.name}: {what.objective} with {what.network.blocks} blocks, on {self.accelerator.device}")
         with alone(self.state) if main else nullcontext():
+            if main:
+                self.report(f"data: {self.ledger.line()}; see {keep_ledger(self.ledger, self.state)}")
             model, trained = self.trained()
             if main:
                 figures = {"pixels": dict(trained), "likelihood": self.likelihoods(model)}
@@ -96,14 +99,14 @@ class PixelRun:
     # --- data
 
     @cached_property
-    def _pictures(self) -> tuple[LabelledPictures, LabelledPictures, np.ndarray, str, tuple[str, ...]]:
-        """To train on, held out, how often each is seen, a fingerprint of all, and the classes."""
+    def _decoded(self) -> tuple[CaptionedFolder, Pixels]:
+        """The folder and its pixels; what cannot be used is listed."""
         what = self.recipe.data
         with self.accelerator.main_process_first():
             folder, pixels, remark = read_pictures(
                 self.folder,
                 what.size,
-                self.cache or self.state / "cache",
+                self._kept,
                 captions=what.captions,
                 background=what.background,
                 held_out=what.held_out,
@@ -114,7 +117,24 @@ class PixelRun:
             self.report(f"data: left out {problem.path}: {problem.reason}")
         if remark:
             self.report(remark)
-        data = divide(self.folder, pixels, what.held_out, what.weights)
+        return folder, pixels
+
+    @property
+    def _kept(self) -> Path:
+        return self.cache or self.state / "cache"
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What becomes of every file of the folder."""
+        what = self.recipe.data
+        shapes = Buckets.square(what.size, what.upscale)
+        return look_over(self._decoded[0], what.size, what.background, self._kept, shapes)
+
+    @cached_property
+    def _pictures(self) -> tuple[LabelledPictures, LabelledPictures, np.ndarray, str, tuple[str, ...]]:
+        """To train on, held out, how often each is seen, a fingerprint of all, and the classes."""
+        what = self.recipe.data
+        data = divide(self.folder, self._decoded[1], what.held_out, what.weights)
         told = [picture.captions[0] for picture in data.pictures]
         classes = tuple(sorted(set(told)))
         if len(classes) > CLASSES_MOST:

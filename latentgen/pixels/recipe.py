@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from latentgen.errors import InputError
 from latentgen.recipe import Amount, Data, Pace, Part, Positive, Section, Train, read_as
 
 Objective = Literal["ddpm", "ve", "vdm", "flow"]
@@ -86,4 +87,7 @@ class PixelRecipe(Section):
 
 def read_pixel_recipe(path: Path, **changes: Any) -> PixelRecipe:
     """The recipe in a TOML file, with some of its top-level keys changed. Raises InputError, naming the key."""
-    return read_as(PixelRecipe, path, changes)
+    recipe = read_as(PixelRecipe, path, changes)
+    if recipe.data.buckets is not None:
+        raise InputError(f"recipe {path}: a pixel model learns from squares alone; take [data.buckets] away")
+    return recipe

@@ -207,6 +207,29 @@ def test_a_flaw_in_a_pixel_recipe_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_ledger_comes_first_and_doctor_takes_the_recipe(recipe: Path, bars: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("L", (4, 4)).save(bars / "small.png")
+    (bars / "notes.md").write_text("of bars")
+    with (bars / "metadata.jsonl").open("a") as table:
+        table.write(json.dumps({"file_name": "small.png", "text": "a bar"}))
+    lines: list[str] = []
+    train(recipe, tmp_path / "out", bars, lambda line: lines.append(str(line)))
+    (told,) = [number for number, line in enumerate(lines) if "files: 32 used" in line]
+    assert "1 does not fit, 1 not a picture" in lines[told] and told < lines.index("bars: 0.04M weights")
+    assert any("left out" in line and "4 x 4: would be enlarged 2 times for 8 x 8" in line for line in lines)
+    kept = json.loads((tmp_path / "out.training" / "ledger.json").read_text())
+    assert (tmp_path / "out.training" / "ledger.html").is_file()
+    arguments = ["doctor", str(bars), "--recipe", str(recipe), "--json", str(tmp_path / "ledger.json")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "ledger.json").read_text()) == kept
+    recipe.write_text(recipe.read_text().replace("[network]", "[data.buckets]\n[network]"))
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, InputError) and "take [data.buckets] away" in str(refused.exception)
+
+
 def test_a_pixel_recipe_takes_neither_a_rehearsal_nor_a_start(recipe: Path) -> None:
     for option in (["--dry-run"], ["--start", "weights/icons"]):
         refused = CliRunner().invoke(app, ["train", str(recipe), *option])
