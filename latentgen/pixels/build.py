@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from latentgen.pixels.model import BINS, Family, PixelModel, sampler_of
 from latentgen.pixels.objective import LabelledPictures, PixelObjective
 from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.pixels.weights import class_sheet, save_pixels
+from latentgen.training.cache import cached
 from latentgen.training.intake import divide, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.precision import accelerator_for
@@ -146,17 +147,24 @@ class PixelRun:
         unknown = next((name for name in data.held_captions if name not in number), None)
         if unknown is not None:
             raise InputError(f"the class {unknown!r} is held out and never trained on; mark some of it for training")
-        train = LabelledPictures(self._planes(data.pixels), np.array([number[name] for name in told]))
-        held = LabelledPictures(self._planes(data.held_pixels), np.array([number[name] for name in data.held_captions]))
+        taught, tested = (np.array([number[name] for name in names]) for names in (told, data.held_captions))
+        train = LabelledPictures(self._planes(data.pixels, f"train-{data.fingerprint}"), taught)
+        held = LabelledPictures(self._planes(data.held_pixels, f"held-{data.fingerprint}"), tested)
         self.report(f"data: {len(train)} pictures of {len(classes)} classes, {len(held)} held out, from {self.folder}")
         return train, held, data.weights, data.fingerprint, classes
 
-    def _planes(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 -> (N, C, H, W), C being 1 where the recipe says grey."""
+    def _planes(self, pixels: np.ndarray, name: str) -> np.ndarray:
+        """(N, H, W, 3) uint8 -> (N, C, H, W), memory-mapped, C being 1 where the recipe says grey."""
         if not self.recipe.data.grey:
-            return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        parts = (np.rint(pixels[start : start + 4096] @ LUMA) for start in range(0, len(pixels), 4096))
-        return np.concatenate([part.astype(np.uint8) for part in parts])[:, None]
+            return pixels.transpose(0, 3, 1, 2)
+        shape = (len(pixels), 1, *pixels.shape[1:3])
+
+        def parts() -> Iterator[np.ndarray]:
+            for start in range(0, len(pixels), 4096):
+                yield np.rint(pixels[start : start + 4096] @ LUMA).astype(np.uint8)[:, None]
+
+        with self.accelerator.main_process_first():
+            return cached(self._kept / f"grey-{name[:40]}.npy", shape, np.uint8, parts)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:

@@ -230,6 +230,21 @@ def test_the_ledger_comes_first_and_doctor_takes_the_recipe(recipe: Path, bars: 
     assert isinstance(refused.exception, InputError) and "take [data.buckets] away" in str(refused.exception)
 
 
+@pytest.mark.parametrize("grey", [True, False])
+def test_pictures_stay_on_the_disk(grey: bool, recipe: Path, bars: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    recipe.write_text(recipe.read_text().replace("grey = true", f"grey = {str(grey).lower()}"))
+    for number in range(2):  # computed, then read back
+        run = PixelRun(read_pixel_recipe(recipe), tmp_path / "out", bars, silent)
+        for pictures, names in zip(run._pictures[:2], (range(1), range(6, 7)), strict=True):
+            assert isinstance(pictures.pixels, np.memmap) and not pictures.pixels.flags.writeable, number
+            for row, name in enumerate(names):
+                drawn = np.asarray(Image.open(bars / f"{name:02d}.png"))
+                assert pictures.pixels[row].shape == (1 if grey else 3, 8, 8)
+                assert all(np.array_equal(plane, drawn) for plane in pictures.pixels[row])
+
+
 def test_a_pixel_recipe_takes_neither_a_rehearsal_nor_a_start(recipe: Path) -> None:
     for option in (["--dry-run"], ["--start", "weights/icons"]):
         refused = CliRunner().invoke(app, ["train", str(recipe), *option])
