@@ -1,8 +1,10 @@
 """The rules of the house, read from the code itself: who may import whom, and what must not be there at all."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,6 +179,18 @@ def test_nothing_is_found_by_a_string(path: Path) -> None:
     found = {"importlib.import_module", "import_module", "__import__", "eval", "exec"} & set(calls(path))
     lazy = {"import_module"} if relative(path) == "latentgen/__init__.py" else set()  # the public names, from a table
     assert not found - lazy
+
+
+def test_what_tests_need_is_in_their_own_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    of_tests = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "scipy"}
+
+    def named(packages: list[str]) -> set[str]:
+        return {re.split(r"[<>=\[ ]", package)[0] for package in packages}
+
+    extras = project["optional-dependencies"]
+    assert of_tests <= named(extras.pop("test"))
+    assert not of_tests & set().union(named(project["dependencies"]), *map(named, extras.values()))
 
 
 def test_no_module_is_named_for_nothing() -> None:
