@@ -21,7 +21,7 @@ from latentgen.models import create
 from latentgen.models.onnx.export import write_graphs
 from latentgen.pixels import build as pixels
 from latentgen.recipe import Recipe, read_kind, read_recipe
-from latentgen.training import finish
+from latentgen.training import board, finish
 from latentgen.training.cache import content_of
 from latentgen.training.captions import CaptionTable, Variety
 from latentgen.training.decoder import DecoderObjective, Drawing, Painter
@@ -61,6 +61,8 @@ class Run(Foundations):
     def all(self) -> Path:
         """Tokenizer, CLIP, VAE, U-Net, layout and decoder where they are asked for, weights folder."""
         self.report(f"{self.recipe.name}: on {self.accelerator.device}, {self.accelerator.num_processes} process(es)")
+        if not board.is_there():
+            self.report(f"{self.recipe.name}: {board.ABSENT}")
         main = self.accelerator.is_main_process
         with alone(self.state) if main else nullcontext():
             unet, figures = self.unet

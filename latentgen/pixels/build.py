@@ -23,6 +23,7 @@ from latentgen.pixels.model import BINS, Family, PixelModel, sampler_of
 from latentgen.pixels.objective import LabelledPictures, PixelObjective
 from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.pixels.weights import class_sheet, save_pixels
+from latentgen.training import board
 from latentgen.training.cache import cached
 from latentgen.training.intake import divide, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
@@ -81,6 +82,8 @@ class PixelRun:
         """Train, judge, save."""
         what, main = self.recipe, self.accelerator.is_main_process
         self.report(f"{what.name}: {what.objective} with {what.network.blocks} blocks, on {self.accelerator.device}")
+        if not board.is_there():
+            self.report(f"{what.name}: {board.ABSENT}")
         with alone(self.state) if main else nullcontext():
             if main:
                 self.report(f"data: {self.ledger.line()}; see {keep_ledger(self.ledger, self.state)}")

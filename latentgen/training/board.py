@@ -6,6 +6,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+ABSENT = (
+    'tensorboard is not installed, so no logs are written for it (pip install "latentgen[tensorboard]"); '
+    "log.jsonl and report.html have the same figures"
+)
+
+
+def is_there() -> bool:
+    """Whether the package tensorboard is installed."""
+    return find_spec("tensorboard") is not None
+
 
 class Board:
     """Scalars of one stage; a stage that goes on after a stop goes on in the same folder."""
@@ -17,7 +27,7 @@ class Board:
     @contextmanager
     def beside(cls, folder: Path, name: str, main: bool) -> Iterator["Board"]:
         """Logs in `tensorboard/` beside the stage's own folder, all stages of a run together; main process alone."""
-        if not main or find_spec("tensorboard") is None:
+        if not main or not is_there():
             yield cls(None, name)
             return
         from torch.utils.tensorboard import SummaryWriter
