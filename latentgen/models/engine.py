@@ -67,10 +67,15 @@ def open_engine(
         raise InputError("compile is the torch engine's; take engine 'torch' or 'auto' with it")
     if compile:
         return open_torch(checkpoint, device, dtype, threads, loras, compile=True)
-    reason = None if engine == "torch" else _elsewhere(device, dtype) or why_not(checkpoint)
+    elsewhere = None if engine == "torch" else _elsewhere(device, dtype)
+    reason = elsewhere or (None if engine == "torch" else why_not(checkpoint))
     if engine == "onnx" and reason is not None:
         raise InputError(f"engine 'onnx' cannot run {checkpoint.folder}: {reason}; leave the engine to be chosen")
-    if engine == "torch" or reason is not None or (engine == "auto" and _has_gpu(device)):
+    if engine == "torch" or elsewhere is not None or (engine == "auto" and _has_gpu(device)):
+        return open_torch(checkpoint, device, dtype, threads, loras)
+    if reason is not None:
+        said = f"ONNX Runtime cannot run {checkpoint.folder}: {reason}; torch runs it instead"
+        warnings.warn(said, EngineNote, stacklevel=3)
         return open_torch(checkpoint, device, dtype, threads, loras)
     if loras and engine == "auto" and not find_graphs(fused_folder(checkpoint, loras), checkpoint.has_second):
         return open_torch(checkpoint, device, dtype, threads, loras)

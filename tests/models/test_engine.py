@@ -1,5 +1,6 @@
 """The ONNX Runtime engine: torch's pictures from the same weights, stored once, and no torch imported."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -255,6 +256,20 @@ def test_what_onnx_cannot_do_gets_one_line_where_it_was_asked_for(
         Pipeline.from_pretrained(folder, engine="tensorrt")
 
 
+def test_a_fall_back_to_torch_on_a_cpu_is_said_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    config = copy / "text_encoder/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_attention_mask": True}))
+    with pytest.warns(EngineNote, match="its text encoder is told of padding; torch runs it instead") as caught:
+        pipe = Pipeline.from_pretrained(copy, device="cpu")
+    assert len([each for each in caught if each.category is EngineNote]) == 1
+    assert pipe.machine is not None and pipe.machine["engine"] == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineNote)
+        Pipeline.from_pretrained(copy, engine="torch")  # asked for: nothing to say
+        Pipeline.from_pretrained(copy, device="cpu", dtype="bfloat16")
+
+
 def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert (cores(5), cores()) == (5, 3)
@@ -272,7 +287,12 @@ def test_a_replay_is_by_the_engine_that_rendered(folder: Path, tmp_path: Path, e
     assert remarks == ["the same file, byte for byte"] and target.read_bytes() == second.read_bytes()
 
 
-def test_the_command_line_renders_and_replays_without_torch(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stock", [False, True], ids=["tokenizer.json", "vocab.json and merges.txt"])
+def test_the_command_line_renders_and_replays_without_torch(folder: Path, tmp_path: Path, stock: bool) -> None:
+    if stock:
+        folder = shutil.copytree(
+            folder, tmp_path / "stock", ignore=shutil.ignore_patterns("tokenizer.json", "manifest.json")
+        )
     target = tmp_path / "apple.png"
     code = """
 import atexit, sys

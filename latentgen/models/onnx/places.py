@@ -72,7 +72,4 @@ def why_not(checkpoint: Checkpoint) -> str | None:
         return f"{missing[0]} is not installed"
     if checkpoint.config("text_encoder").get("use_attention_mask"):
         return "its text encoder is told of padding"
-    tokenizers = ("tokenizer", "tokenizer_2") if checkpoint.has_second else ("tokenizer",)
-    if not all((checkpoint.tokenizer(name) / "tokenizer.json").is_file() for name in tokenizers):
-        return "its tokenizer has no tokenizer.json"
     return None

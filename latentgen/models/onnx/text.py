@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile, read_json
+from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
 from latentgen.models.memory import encoded
 from latentgen.models.onnx.session import on_host, open_session
+from latentgen.models.onnx.tokenizer import read_tokenizer
 from latentgen.models.prompt import Laid, ReadsPrompts, Token, Window, sheet
-
-MARKS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}  # CLIP's own
 
 
 @dataclass(frozen=True)
@@ -30,17 +28,9 @@ class OnnxText(ReadsPrompts):
     def load(cls, checkpoint: Checkpoint, graph: Path, threads: int, second: bool = False) -> Self:
         """A tokenizer and text encoder of a checkpoint, the first or the second."""
         suffix = "_2" if second else ""
-        folder = checkpoint.tokenizer(f"tokenizer{suffix}")
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the Rust reader raises bare Exceptions
-            line = str(error).splitlines()[0]
-            raise InputError(f"{folder} cannot be read as a CLIP tokenizer: {line}") from error
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        part = f"text_encoder{suffix}"
+        folder, part = checkpoint.tokenizer(f"tokenizer{suffix}"), f"text_encoder{suffix}"
         alone = isinstance(checkpoint, SingleFile) and checkpoint.tower(part) == OPENCLIP
-        window = read_window(folder, tokenizer, checkpoint.config(part), "!" if alone else None)
+        tokenizer, window = read_tokenizer(folder, checkpoint.config(part), "!" if alone else None)
         return cls(tokenizer, open_session(checkpoint, part, graph, threads), window)
 
     def tokens(self, text: str) -> list[Token]:
@@ -112,27 +102,3 @@ class TwoOnnxTexts:
     def cut(self, prompt: str) -> str:
         """The words of a prompt that lie beyond the context length."""
         return self.first.cut(prompt)
-
-
-def read_window(folder: Path, tokenizer: Any, tower: Mapping[str, Any], pad: str | None = None) -> Window:
-    """The context's length and marks, from tokenizer_config.json and (older) special_tokens_map.json.
-
-    pad: the padding mark, instead of what those say.
-    """
-    named = dict(MARKS)
-    settings = [read_json(folder / name) for name in FILES if (folder / name).is_file()]
-    for found in settings:
-        for mark in MARKS:
-            value = found.get(mark)
-            named[mark] = str((value.get("content") if isinstance(value, dict) else value) or named[mark])
-    named |= {} if pad is None else {"pad_token": pad}
-    ids = {mark: tokenizer.token_to_id(word) for mark, word in named.items()}
-    if None in ids.values():
-        missing = next(named[mark] for mark, id in ids.items() if id is None)
-        raise InputError(f"{folder} is no CLIP tokenizer: it has no {missing}")
-    limits = [found["model_max_length"] for found in settings if found.get("model_max_length")]
-    length = min(int(limits[-1] if limits else 77), int(tower.get("max_position_embeddings", 77)))
-    return Window(length, ids["bos_token"], ids["eos_token"], ids["pad_token"])
-
-
-FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later has the last word
