@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from latentgen.checkpoint import SingleFile, find, open_checkpoint, open_folder, write_folder, write_pipeline
-from latentgen.checkpoint.write_single import write_single
+from latentgen.checkpoint.write_single import remove_all, write_single
 from latentgen.errors import InputError
 from latentgen.models.onnx.places import why_not
 from latentgen.pipeline import Pipeline
@@ -30,13 +30,17 @@ def convert(source: str | Path, target: Path, *, tokenizer: str | Path | None = 
         form, other = ("a single file", "a folder") if into_file else ("a folder", "a .safetensors file")
         raise InputError(f"{source} is {form} already; name {other} to convert it into")
     if isinstance(known, SingleFile):
-        write_folder(target, lambda aside: _fill(known, aside))  # the ONNX graphs, too, where they can be
+        made = [write_folder(target, lambda aside: _fill(known, aside))]  # the ONNX graphs, too, where they can be
     else:
-        write_single(known, target)
-    difference = _difference(source, target, tokenizer)
-    if not difference <= LARGEST:
-        (target.unlink if into_file else lambda: shutil.rmtree(target))()
-        raise InputError(f"{target} renders otherwise than {source} (by {difference:.2g}) and was removed; report this")
+        made = write_single(known, target)
+    try:
+        difference = _difference(source, target, tokenizer)
+        if not difference <= LARGEST:
+            unlike = f"{target} renders otherwise than {source} (by {difference:.2g})"
+            raise InputError(f"{unlike} and was removed; report this")
+    except BaseException:
+        remove_all(made)
+        raise
     return target, difference
 
 

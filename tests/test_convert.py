@@ -45,6 +45,49 @@ def test_stable_diffusion_xl_goes_there_and_back(xl: Path, tmp_path: Path) -> No
     there_and_back(xl, tmp_path)
 
 
+def test_a_file_beside_the_folder_it_came_from_has_its_tokenizer_there(xl: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(xl, tmp_path / "model")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    file, _ = convert(folder, tmp_path / "model.safetensors")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    np.testing.assert_array_equal(picture(file), picture(folder))
+
+
+def test_another_pipeline_of_the_files_name_is_left_alone(folder: Path, two: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(two, tmp_path / "model")
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"model, where the tokenizers of .* go, holds something else; name another"):
+        convert(folder, tmp_path / "model.safetensors")
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_only_a_tokenizers_own_files_are_laid_beside_the_file(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "source", ignore=shutil.ignore_patterns("manifest.json"))
+    (tmp_path / "source/tokenizer/notes.md").write_text("words")
+    convert(tmp_path / "source", tmp_path / "one.safetensors")
+    (tmp_path / "one.safetensors").unlink()
+    laid = {path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*.*")}
+    names = ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json")
+    assert laid == {f"tokenizer/{name}" for name in names}
+    convert(tmp_path / "source", tmp_path / "one.safetensors")  # the same files there again
+
+
+@pytest.mark.parametrize("difference", [1.0, InputError("cannot be opened")])
+def test_what_renders_otherwise_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: float | InputError
+) -> None:
+    def compared(*_: Any) -> float:
+        if isinstance(difference, float):
+            return difference
+        raise difference
+
+    monkeypatch.setattr("latentgen.convert._difference", compared)
+    with pytest.raises(InputError, match=r"renders otherwise than|cannot be opened"):
+        convert(folder, tmp_path / "one.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_came_back_opens_in_diffusers(folder: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

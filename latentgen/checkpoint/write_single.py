@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +17,29 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_single(source: Checkpoint, target: Path) -> Path:
+TOKENIZER = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def write_single(source: Checkpoint, target: Path) -> list[Path]:
     """Write a folder's networks into `target`, aside and then renamed; tensors keep the type they are stored in.
 
-    The tokenizers are laid into the folder of the file's name, without its suffix, where they are looked for. A text
-    tower is written in OpenAI's form where it is Stable Diffusion 1's or XL's first, else in OpenCLIP's.
-    Raises InputError for a network that the original layout has no names for, and where it cannot be written.
+    The tokenizers' files are laid into the folder of the file's name, without its suffix, where they are looked for,
+    unless that is the source itself. A text tower is written in OpenAI's form where it is Stable Diffusion 1's or XL's
+    first, else in OpenCLIP's. Returns what was made: the file, and the tokenizers' folder where it was not there.
+    Raises InputError for a network that the original layout has no names for, where it cannot be written, and where
+    something else stands in the tokenizers' place.
     """
     from safetensors.torch import save_file
 
     second = source.has_second
+    files = _tokenizer_files(source, target)
     tensors: dict[str, torch.Tensor] = {}
     for part in source.weights:
         form = _tower(source, part)
@@ -35,19 +48,53 @@ def write_single(source: Checkpoint, target: Path) -> Path:
     configs = {part: source.config(part) for part in (*source.weights, "scheduler")}
     told = {"configs": configs, "force_zeros": bool(source.index.get("force_zeros_for_empty_prompt", True))}
     aside = target.with_name(f".{target.name}.writing")
+    beside = [target.with_suffix("")] if files else []
     with saying_what_failed(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(told)})
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            for part in ("tokenizer", *(["tokenizer_2"] if second else [])):
-                shutil.copytree(source.tokenizer(part), target.with_suffix("") / part, dirs_exist_ok=True)
+            with aside.open("rb") as written:
+                os.fsync(written.fileno())
+            for place, file in files.items():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, place)
             aside.replace(target)
+        except BaseException:
+            remove_all(beside)
+            raise
         finally:
             aside.unlink(missing_ok=True)
         sync_folder(target.parent)
-    return target
+    return [target, *beside]
+
+
+def remove_all(made: Iterable[Path]) -> None:
+    """Remove files and folders, such as `write_single` says it made."""
+    for path in made:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _tokenizer_files(source: Checkpoint, target: Path) -> dict[Path, Path]:
+    """Where each of the tokenizers' files goes -> where it is; empty where all of them are there already."""
+    folder = target.with_suffix("")
+    if folder.exists() and source.folder.resolve() == folder.resolve():
+        return {}
+    found = {
+        folder / part / name: source.tokenizer(part) / name
+        for part in source.parts
+        if part.startswith("tokenizer")
+        for name in TOKENIZER
+        if (source.tokenizer(part) / name).is_file()
+    }
+    there = {path for path in folder.rglob("*") if not path.is_dir()} if folder.is_dir() else set()
+    if there == {*found} and all(place.read_bytes() == file.read_bytes() for place, file in found.items()):
+        return {}
+    if there or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder}, where the tokenizers of {target} go, holds something else; name another file")
+    return found
 
 
 def _tower(source: Checkpoint, part: str) -> str:
