@@ -10,6 +10,7 @@ from latentgen.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+OPENCLIP_LAYERS = 24  # of ViT-H, of which Stable Diffusion 2 runs all but the last
 HEAD = 64  # width of an attention head in every CLIP, and in the U-Nets of Stable Diffusion 2 and XL
 
 
@@ -43,10 +44,10 @@ def configs_of(shapes: Shapes, family: Family, place: Path) -> dict[str, dict[st
         if family is Family.SD1:
             configs["text_encoder"] = _clip(shapes, "cond_stage_model.transformer.")
         elif family is Family.SD2:
-            configs["text_encoder"] = _openclip(shapes, "cond_stage_model.model.", unused=1)
+            configs["text_encoder"] = _openclip(shapes, "cond_stage_model.model.")
         else:
             configs["text_encoder"] = _clip(shapes, "conditioner.embedders.0.transformer.")
-            configs["text_encoder_2"] = _openclip(shapes, "conditioner.embedders.1.model.", unused=0)
+            configs["text_encoder_2"] = _openclip(shapes, "conditioner.embedders.1.model.", projected=True)
     except (KeyError, ValueError, IndexError, StopIteration) as error:
         raise InputError(f"{place} is not whole: a {family.value} file with {error} missing; fetch it again") from error
     return configs
@@ -135,19 +136,24 @@ def _clip(shapes: Shapes, start: str) -> dict[str, Any]:
     }
 
 
-def _openclip(shapes: Shapes, start: str, unused: int) -> dict[str, Any]:
-    """unused: layers at the end that are not run; with none, the text is projected as well."""
+def _openclip(shapes: Shapes, start: str, projected: bool = False) -> dict[str, Any]:
+    """projected: the whole tower and its projection are used; else its last layer is not, and may be there or not.
+
+    Whole is a tower of OPENCLIP_LAYERS, and one of another depth where its projection is there.
+    """
     words, width = shapes[f"{start}token_embedding.weight"]
+    layers = _count(shapes, re.escape(start) + r"transformer\.resblocks\.(\d+)\.")
+    whole = layers == OPENCLIP_LAYERS or (layers != OPENCLIP_LAYERS - 1 and f"{start}text_projection" in shapes)
     return {
         "vocab_size": words,
         "hidden_size": width,
         "max_position_embeddings": shapes[f"{start}positional_embedding"][0],
-        "num_hidden_layers": _count(shapes, re.escape(start) + r"transformer\.resblocks\.(\d+)\.") - unused,
+        "num_hidden_layers": layers - (whole and not projected),
         "num_attention_heads": max(1, width // HEAD),
         "intermediate_size": shapes[f"{start}transformer.resblocks.0.mlp.c_fc.weight"][0],
         "hidden_act": "gelu",
-        "projection_dim": 512 if unused else shapes[f"{start}text_projection"][1],
-        "architectures": ["CLIPTextModel" if unused else "CLIPTextModelWithProjection"],
+        "projection_dim": shapes[f"{start}text_projection"][1] if projected else 512,
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
         **_marks(words),
     }
 
