@@ -1,5 +1,6 @@
 """Single files of others say nothing of their networks: shapes and family tell, and the picture is the folder's."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentgen import Pipeline
-from latentgen.checkpoint import open_checkpoint, save_pipeline
-from latentgen.checkpoint.shapes import Family
+from latentgen.checkpoint import CLIP, OPENCLIP, open_checkpoint, save_pipeline
+from latentgen.checkpoint.keys import from_diffusers, prefix
+from latentgen.checkpoint.shapes import Family, configs_of
 from latentgen.convert import convert
 from tests.conftest import CONTEXT, SCHEDULE, padded_with_word_0
 
@@ -166,3 +168,110 @@ def test_a_whole_tower_is_run_without_its_last_layer(
     strip(copy, whole)
     assert open_checkpoint(copy, tokenizer=folder).config("text_encoder")["num_hidden_layers"] == layers
     np.testing.assert_array_equal(picture(copy, tokenizer=folder), picture(folder))
+
+
+# --- the real families, from shapes alone, against the configs that were published
+
+ATTENDS = ["CrossAttnDownBlock2D"] * 3
+UNETS: dict[Family, dict[str, Any]] = {
+    Family.SD1: {
+        "sample_size": 64,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": [*ATTENDS, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    },
+    Family.SD2: {
+        "sample_size": 96,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": [*ATTENDS, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+    Family.SDXL: {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", *ATTENDS[:2]],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+MARKS = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
+OPENAI = {**MARKS, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+OPENAI |= {"hidden_act": "quick_gelu", "projection_dim": 768}
+VIT_H = {**MARKS, "hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "intermediate_size": 4096}
+BIG_G = {**MARKS, "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "intermediate_size": 5120}
+TEXTS: dict[Family, dict[str, dict[str, Any]]] = {
+    Family.SD1: {"text_encoder": OPENAI},
+    Family.SD2: {"text_encoder": {**VIT_H, "hidden_act": "gelu", "projection_dim": 512}},
+    Family.SDXL: {
+        "text_encoder": OPENAI,
+        "text_encoder_2": {**BIG_G, "hidden_act": "gelu", "projection_dim": 1280},
+    },
+}
+VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+SCALES = {Family.SD1: (512, 0.18215), Family.SD2: (512, 0.18215), Family.SDXL: (1024, 0.13025)}
+
+
+def published(family: Family) -> dict[str, dict[str, Any]]:
+    size, scale = SCALES[family]
+    return {"unet": UNETS[family], "vae": {**VAE, "sample_size": size, "scaling_factor": scale}, **TEXTS[family]}
+
+
+def built(part: str, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A published network's tensors, which take no memory, under diffusers' names."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        if part in ("unet", "vae"):
+            kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
+            return dict(kind.from_config(config).state_dict())
+        tower = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
+        state = tower(CLIPTextConfig(**config)).state_dict()
+    names = {name: name if name.startswith("text_") else f"text_model.{name}" for name in state}
+    return {names[name]: value for name, value in state.items() if not name.endswith("position_ids")}
+
+
+@pytest.mark.parametrize("family", Family)
+def test_shapes_of_the_real_families_give_the_published_configs(family: Family) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, config in published(family).items():
+        second = part == "text_encoder_2" or (part == "text_encoder" and family is Family.SD2)
+        form = OPENCLIP if second else CLIP
+        start = prefix(part, family is Family.SDXL, form)
+        told = {"layers_per_block": 2, **config}
+        for tie in from_diffusers(part, list(state := built(part, config)), told, form):
+            size = tuple(state[tie.diffusers].shape)
+            turned = {"flat": (*size, 1, 1), "transposed": size[::-1], "third": (3 * size[0], *size[1:])}
+            shapes[start + tie.ldm] = turned.get(tie.form, size)
+    if family is Family.SD2:  # as published: the whole tower
+        start = "cond_stage_model.model."
+        layer = f"{start}transformer.resblocks."
+        shapes |= {
+            name.replace("resblocks.22.", "resblocks.23."): size for name, size in shapes.items() if layer in name
+        }
+        shapes |= {f"{start}text_projection": (1024, 1024), f"{start}logit_scale": ()}
+    assert Family.of(shapes) is family
+    found = json.loads(json.dumps(configs_of(shapes, family, Path("file"))))
+    for part, config in published(family).items():
+        assert {key: found[part].get(key) for key in config} == config, part
+        defaults = {"use_linear_projection": False, "in_channels": 4, "out_channels": 4, "layers_per_block": 2}
+        for key, value in defaults.items() if part == "unet" else ():
+            assert found[part][key] == config.get(key, value)
+    expected = {"SD2": "v_prediction"}.get(family.name, "epsilon")
+    scheduler = found["scheduler"]
+    assert scheduler["prediction_type"] == expected
+    table = ("scaled_linear", 0.00085, 0.012, 1000)
+    keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+    assert tuple(scheduler[key] for key in keys) == table
