@@ -1,11 +1,19 @@
 """A checkpoint from one form into the other, a folder or a single file; what was written is opened and rendered."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from latentgen.checkpoint import SingleFile, find, open_checkpoint, open_folder, write_folder, write_pipeline
+from latentgen.checkpoint import (
+    OPENCLIP,
+    SingleFile,
+    find,
+    open_checkpoint,
+    open_folder,
+    write_folder,
+    write_pipeline,
+)
+from latentgen.checkpoint.tokenizers import OPENCLIP_PAD, copy_tokenizer
 from latentgen.checkpoint.write_single import remove_all, write_single
 from latentgen.errors import InputError
 from latentgen.models.onnx.places import why_not
@@ -54,7 +62,8 @@ def _fill(known: SingleFile, aside: Path) -> None:
         force_zeros_for_empty_prompt=bool(known.index.get("force_zeros_for_empty_prompt", True)),
     )
     for part, place in known.tokenizers.items():
-        shutil.copytree(place, aside / part)
+        openclip = known.tower(part.replace("tokenizer", "text_encoder")) == OPENCLIP
+        copy_tokenizer(place, aside / part, OPENCLIP_PAD if openclip else None)
     if why_not(open_folder(aside, verify=False)) is None:
         from latentgen.models.onnx.export import write_graphs  # imports torch
 

@@ -1,6 +1,7 @@
 """Single files of others say nothing of their networks: shapes and family tell, and the picture is the folder's."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,43 @@ def test_a_file_that_says_nothing_is_read_by_its_shapes(
 
 
 UNSAID = ("projection_dim", "pad_token_id", "sample_size")  # what neither shapes nor pictures depend on
+
+
+def stock_tokenizer(folder: Path) -> Path:
+    """As OpenAI's CLIP has it, padded with its end mark; its tokenizer.json says so too."""
+    words = json.loads((folder / "vocab.json").read_text())
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        said = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps({**said, "pad_token": "<|endoftext|>"}))
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["padding"] = {"strategy": {"Fixed": CONTEXT}, "direction": "Right", "pad_to_multiple_of": None}
+    whole["padding"] |= {"pad_id": words["<|endoftext|>"], "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.mark.parametrize("family", [Family.SD2, Family.SDXL])
+def test_a_file_beside_a_stock_tokenizer_becomes_a_folder_that_pads_as_openclip_does(
+    plain: Callable[..., tuple[Path, Path]], tmp_path: Path, family: Family
+) -> None:
+    from transformers import CLIPTokenizer
+
+    folder, file = plain(family)
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    stock_tokenizer(tmp_path / "tokenizer")
+    shutil.copy(file, tmp_path / "model.safetensors")
+    made, _ = convert(tmp_path / "model.safetensors", tmp_path / "made")
+    expected = picture(folder)
+    np.testing.assert_array_equal(picture(made), expected)
+    last = made / ("tokenizer_2" if family is Family.SDXL else "tokenizer")
+    assert CLIPTokenizer.from_pretrained(last).pad_token_id == 0
+    assert json.loads((last / "tokenizer.json").read_text())["padding"]["pad_id"] == 0
+    if family is Family.SDXL:
+        assert CLIPTokenizer.from_pretrained(made / "tokenizer").pad_token == "<|endoftext|>"
+    onnx = Pipeline.from_pretrained(made, engine="onnx")
+    call = {"negative_prompt": "rain!", "seed": 5, "num_inference_steps": 3, "guidance_scale": 4.0}
+    found = onnx("the green frog", height=32, width=24, output_type="np", **call).images
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 # --- Stable Diffusion 2 runs OpenCLIP's tower without its last layer, which a file may hold or not

@@ -10,21 +10,12 @@ from typing import TYPE_CHECKING
 from latentgen.checkpoint.folder import Checkpoint
 from latentgen.checkpoint.keys import CLIP, OPENCLIP, from_diffusers, prefix
 from latentgen.checkpoint.single import METADATA
+from latentgen.checkpoint.tokenizers import tokenizer_files
 from latentgen.durable import saying_what_failed, sync_folder
 from latentgen.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-
-
-TOKENIZER = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 def write_single(source: Checkpoint, target: Path) -> list[Path]:
@@ -83,11 +74,10 @@ def _tokenizer_files(source: Checkpoint, target: Path) -> dict[Path, Path]:
     if folder.exists() and source.folder.resolve() == folder.resolve():
         return {}
     found = {
-        folder / part / name: source.tokenizer(part) / name
+        folder / part / file.name: file
         for part in source.parts
         if part.startswith("tokenizer")
-        for name in TOKENIZER
-        if (source.tokenizer(part) / name).is_file()
+        for file in tokenizer_files(source.tokenizer(part))
     }
     there = {path for path in folder.rglob("*") if not path.is_dir()} if folder.is_dir() else set()
     if there == {*found} and all(place.read_bytes() == file.read_bytes() for place, file in found.items()):

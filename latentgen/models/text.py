@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 
 from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile
+from latentgen.checkpoint.tokenizers import OPENCLIP_PAD
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
 from latentgen.models.loading import load_module, quiet
@@ -42,7 +43,7 @@ class TextEncoder(ReadsPrompts):
 
             folder = checkpoint.tokenizer(f"tokenizer{suffix}")
             alone = isinstance(checkpoint, SingleFile) and checkpoint.tower(f"text_encoder{suffix}") == OPENCLIP
-            padding = {"pad_token": "!"} if alone else {}  # OpenCLIP pads with its word 0
+            padding = {"pad_token": OPENCLIP_PAD} if alone else {}
             try:
                 tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **padding)
             except Exception as error:  # the Rust reader raises bare Exceptions for a torn tokenizer.json

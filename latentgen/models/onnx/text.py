@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from latentgen.checkpoint import OPENCLIP, Checkpoint, SingleFile
+from latentgen.checkpoint.tokenizers import OPENCLIP_PAD
 from latentgen.diffusion.denoiser import Condition
 from latentgen.errors import InputError
 from latentgen.models.memory import encoded
@@ -30,7 +31,7 @@ class OnnxText(ReadsPrompts):
         suffix = "_2" if second else ""
         folder, part = checkpoint.tokenizer(f"tokenizer{suffix}"), f"text_encoder{suffix}"
         alone = isinstance(checkpoint, SingleFile) and checkpoint.tower(part) == OPENCLIP
-        tokenizer, window = read_tokenizer(folder, checkpoint.config(part), "!" if alone else None)
+        tokenizer, window = read_tokenizer(folder, checkpoint.config(part), OPENCLIP_PAD if alone else None)
         return cls(tokenizer, open_session(checkpoint, part, graph, threads), window)
 
     def tokens(self, text: str) -> list[Token]:
