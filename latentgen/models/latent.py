@@ -32,9 +32,11 @@ class Latent:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "Latent":
-        """The autoencoder of a weights folder."""
+        """The autoencoder of a weights folder; for float16 in float32 where that would overflow (`upcast`)."""
         with quiet():
             from diffusers import AutoencoderKL
+        if dtype == torch.float16 and upcast(checkpoint):
+            dtype = torch.float32
         return cls(load_module(AutoencoderKL, checkpoint, "vae", device, dtype))
 
     @property
@@ -79,6 +81,14 @@ class Latent:
         with torch.no_grad():
             pixels = self.vae.decode(inner.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+
+
+def upcast(checkpoint: Checkpoint) -> bool:
+    """Whether the autoencoder overflows in float16, as Stable Diffusion XL's does but where its config denies it.
+
+    Of 1 and 2 the config says so too (it is diffusers' default), and they run well in it; diffusers asks of XL alone.
+    """
+    return checkpoint.has_second and bool(checkpoint.config("vae").get("force_upcast", True))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """Latents are in the U-Net's unit, pixels come back from them, and generators draw as diffusers draws."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from latentgen import Pipeline
+from latentgen.checkpoint import open_folder
 from latentgen.models.latent import GeneratorNoise, Latent
 
 
@@ -61,3 +67,43 @@ def test_generators_draw_what_diffusers_draws() -> None:
     several = GeneratorNoise(tuple(generators(1, 2)), 2)
     expected = randn_tensor((2, 4, 3, 3), generator=generators(1, 2))
     np.testing.assert_array_equal(several.initial((4, 3, 3)), expected.numpy())
+
+
+def overflowing(folder: Path, copy: Path, **config: Any) -> Path:
+    """The weights with a first layer of the decoder that gives numbers no float16 holds; norms take the size away."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.onnx", "manifest.json"))
+    (file,) = open_folder(copy).weights["vae"]
+    tensors = {name: value.float() for name, value in load_file(file).items()}
+    for name in ("decoder.conv_in.weight", "decoder.conv_in.bias"):
+        tensors[name] = (tensors[name] * 2e5).clamp(-6e4, 6e4)
+    save_file(tensors, file, {"format": "pt"})
+    told = json.loads((copy / "vae/config.json").read_text())
+    (copy / "vae/config.json").write_text(json.dumps(told | config))
+    return copy
+
+
+def test_the_autoencoder_of_xl_computes_in_float32_where_all_else_is_float16(xl: Path, tmp_path: Path) -> None:
+    place = overflowing(xl, tmp_path / "xl")
+    pipes = {dtype: Pipeline.from_pretrained(place, engine="torch", dtype=dtype) for dtype in ("float16", "float32")}
+    half = pipes["float16"]
+    assert half.text.model.dtype == torch.float16 and half.latent.vae.dtype == torch.float32  # type: ignore[union-attr]
+    call: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "output_type": "np", "guidance_scale": 3.0}
+    found, expected = (pipe("a red apple", **call).images for pipe in pipes.values())
+    assert np.isfinite(found).all() and expected.std() > 0.03
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    moments = [pipe.latent.encode(pixels).mean for pipe in pipes.values()]  # type: ignore[union-attr]
+    assert torch.equal(*moments)
+
+
+def test_an_autoencoder_that_does_not_overflow_stays_in_float16(folder: Path, xl: Path, tmp_path: Path) -> None:
+    fixed = overflowing(xl, tmp_path / "fixed", force_upcast=False)
+    for place, dtype, expected in (
+        (folder, torch.float16, torch.float16),  # Stable Diffusion 1, though its config says force_upcast
+        (fixed, torch.float16, torch.float16),
+        (xl, torch.bfloat16, torch.bfloat16),
+    ):
+        latent = Latent.load(open_folder(place), torch.device("cpu"), dtype)
+        assert latent.vae.dtype == expected
+    decoded = Latent.load(open_folder(fixed), torch.device("cpu"), torch.float16).decode(torch.randn(1, 4, 8, 8))
+    assert not decoded.isfinite().all()  # so the weights of the test above do overflow
