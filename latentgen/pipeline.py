@@ -256,7 +256,7 @@ class Pipeline(TakesLoras, TakesWords):
     def at_a_time(self, request: Request, batch: int | str = "auto") -> int:
         """How many pictures the networks compute at a time: a number, or "auto", as the free memory allows."""
         height, width = request.height // self.terms.factor, request.width // self.terms.factor
-        need = need_of(*self.terms.configs, height, width, request.guidance > 1)
+        need = need_of(*self.terms.configs, height, width, request.guidance > 1, self.text.length)
         return pictures_at_a_time(batch, need, len(request), self.latent.device)
 
     def _noise(self, request: Request, generator: Any, seed: Any) -> Any:

@@ -6,6 +6,7 @@ and of the text encoder, and those see a group of rows at a time. NumPy arrays a
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SHARE = 0.5  # of the memory that is free, for activations
 MARGIN = 2.5  # of the estimate, for what engines hold besides
 UNKNOWN = 1 << 30  # bytes taken to be free where nothing says
 TEXTS = 32  # chunks of a context encoded at a time
+TOLD = 256 << 20  # bytes of cross-attention's keys and values that are kept from step to step
 WHOLE = 1536 * 1024  # pixels up to which a picture is decoded whole unless tiles are asked for
 OVERLAP = 0.25  # of a tile, blended with its neighbour
 
@@ -33,6 +35,51 @@ def in_groups(network: Network, rows: int) -> Network:
         return namespace(x).concat(outs, axis=0)
 
     return grouped
+
+
+@dataclass(eq=False)
+class Kept:
+    """What was computed of the latest conditions, by name, within `room` bytes; used longest ago goes first.
+
+    A walk uses its groups of rows in turn, at every step. Of one that does not fit, each would make the other go before
+    its next turn: what this step or the one before it used therefore stays, and the rest is not kept.
+    """
+
+    room: int = TOLD
+    _held: list[tuple[Any, dict[str, Array], int]] = field(default_factory=list)  # key, arrays, step of the last use
+    _step: int = 0
+    _mark: Any = None
+
+    def at(self, mark: Any) -> None:
+        """A network is evaluated at a step, which `mark` tells from the one before."""
+        if mark != self._mark:
+            self._step, self._mark = self._step + 1, mark
+
+    def find(self, same: Callable[[Any], bool]) -> dict[str, Array] | None:
+        """What is kept under the key that is the same."""
+        for place, (key, arrays, _) in enumerate(self._held):
+            if same(key):
+                del self._held[place]
+                self._held.insert(0, (key, arrays, self._step))
+                return arrays
+        return None
+
+    def keep(self, key: Any, arrays: dict[str, Array]) -> None:
+        """Keep it if there is room, or room can be made."""
+        room = self.room - _bytes(arrays)
+        while self._held and self.bytes > room >= 0 and self._held[-1][2] < self._step - 1:
+            self._held.pop()
+        if self.bytes <= room:
+            self._held.insert(0, (key, arrays, self._step))
+
+    @property
+    def bytes(self) -> int:
+        """How many are kept."""
+        return sum(_bytes(arrays) for _, arrays, _ in self._held)
+
+
+def _bytes(arrays: Mapping[str, Array]) -> int:
+    return sum(int(each.nbytes) for each in arrays.values())
 
 
 def caching(cached: Callable[[int], Network] | None, every: int) -> Network:
@@ -144,12 +191,15 @@ def free_bytes(device: Any = "cpu") -> int:
     return min(found, default=UNKNOWN)
 
 
-def need_of(unet: Mapping[str, Any], vae: Mapping[str, Any], height: int, width: int, guided: bool) -> int:
+def need_of(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], height: int, width: int, guided: bool, tokens: int = 77
+) -> int:
     """Bytes of activations of one picture of height × width latents, float32: the larger of U-Net and decoder.
 
     An estimate from the configs: of the U-Net the skip connections and, at the level where it is largest, what one
     layer holds at a time, attention's scores included; of the decoder its widest level at the full size; both times
-    `MARGIN` (measured of weights/icons in ONNX Runtime: 4.5 MiB a picture where 5.1 are estimated).
+    `MARGIN` (measured of weights/icons in ONNX Runtime: 4.5 MiB a picture where 5.1 are estimated). To the U-Net's are
+    added the keys and values of a text of so many tokens, which are held while it computes (2.5 MiB there).
     """
     widths = [int(width_) for width_ in unet["block_out_channels"]]
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim") or 8
@@ -165,4 +215,21 @@ def need_of(unet: Mapping[str, Any], vae: Mapping[str, Any], height: int, width:
     sides = [int(width_) for width_ in vae["block_out_channels"]]
     scale = 4 ** (len(sides) - 1)
     pixels = 4 * max(sides[:2]) * height * width * scale + 2 * (height * width) ** 2
-    return round(4 * MARGIN) * max((2 if guided else 1) * (skips + largest), pixels)
+    rows = 2 if guided else 1
+    return max(rows * (round(4 * MARGIN) * (skips + largest) + told_bytes(unet, tokens)), round(4 * MARGIN) * pixels)
+
+
+def told_bytes(unet: Mapping[str, Any], tokens: int) -> int:
+    """Bytes of the keys and values of all cross-attention layers for one text of so many tokens, float32."""
+    widths = [int(width) for width in unet["block_out_channels"]]
+    kinds = [unet.get(f"{way}_block_types") or ["CrossAttn"] * len(widths) for way in ("down", "up")]
+    layers, depths = (
+        [int(each) for each in (told if isinstance(told, Sequence) else [told] * len(widths))]
+        for told in (unet.get("layers_per_block") or 2, unet.get("transformer_layers_per_block") or 1)
+    )
+    middle = str(unet.get("mid_block_type", "CrossAttn"))
+    numbers = depths[-1] * widths[-1] if "CrossAttn" in middle else 0
+    for level, width in enumerate(widths):
+        down, up = ("CrossAttn" in str(types[place]) for types, place in zip(kinds, (level, -1 - level), strict=True))
+        numbers += (down * layers[level] + up * (layers[level] + 1)) * depths[level] * width
+    return 2 * 4 * tokens * numbers

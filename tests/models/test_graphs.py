@@ -19,6 +19,7 @@ from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_folder
 from latentgen.durable import sha256
 from latentgen.models.engine import EngineNote
+from latentgen.models.memory import told_bytes
 from latentgen.models.onnx import export
 from latentgen.models.onnx.session import Told
 from latentgen.models.onnx.widen import BFLOAT16, FLOAT, FLOAT16, widened
@@ -212,6 +213,21 @@ def test_what_depends_on_the_text_alone_is_computed_once_for_all_steps(folder: P
     keys = [value.name for value in text.output if "to_k" in value.name or "to_v" in value.name]
     assert len(keys) == 2 * sum(node.op_type == "MultiHeadAttention" for node in step.node) // 2
     assert {value.name for value in step.input} == {"sample", "timestep"} | {value.name for value in text.output}
+
+
+def test_what_is_told_is_held_within_bytes_however_many_groups_there_are(folder: Path) -> None:
+    prompts = ["a red apple", "a blue bird", "the green frog", "an orange cat"]
+    pictures = []
+    for groups in (10.0, 2.5, 0.5):
+        pipe = Pipeline.from_pretrained(folder, engine="onnx")
+        cells = [cell.cell_contents for cell in getattr(pipe.network, "__closure__", ())]
+        told = next(each for each in cells if isinstance(each, Told))
+        told.kept.room = int(groups * 2 * told_bytes(pipe.terms.configs[0], 16))  # two rows a group
+        pictures.append(pipe(prompts, seed=1, num_inference_steps=3, batch=1, output_type="np").images)
+        distinct = 3  # four groups, of which two are of no text, twice
+        assert told.kept.bytes == min(int(groups), distinct) * 2 * told_bytes(pipe.terms.configs[0], 16)
+    np.testing.assert_array_equal(pictures[1], pictures[0])
+    np.testing.assert_array_equal(pictures[2], pictures[0])
 
 
 def test_a_folder_whose_unet_is_one_graph_renders_as_before(

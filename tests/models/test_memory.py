@@ -9,10 +9,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentgen import InputError, Pipeline
+from latentgen.checkpoint import open_folder
 from latentgen.diffusion.denoiser import Condition
 from latentgen.image import read_settings
 from latentgen.models import memory
 from latentgen.models.latent import Latent
+from latentgen.models.network import load_unet
 from latentgen.render import Order, render, replay
 
 PROMPTS = ["a red apple", "a blue bird", "the green frog", "an orange cat", "rain"]
@@ -78,6 +80,52 @@ def test_the_need_grows_with_the_picture_and_with_guidance() -> None:
     small, large = (memory.need_of(unet, vae, side, side, True) for side in (32, 64))
     assert small < large / 3 and memory.need_of(unet, vae, 64, 64, False) < large
     assert 1 << 29 < large < 1 << 33  # Stable Diffusion 1 at 512 px: some GiB
+
+
+def test_what_is_told_of_a_text_is_counted_as_the_layers_give_it(folder: Path, xl: Path) -> None:
+    for place in (folder, xl):
+        unet = load_unet(open_folder(place), torch.device("cpu"), torch.float32)
+        found: list[int] = []
+        for name, layer in unet.named_modules():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                layer.register_forward_hook(lambda _, __, out, found=found: found.append(out.nbytes))  # type: ignore[misc]
+        states = torch.randn(1, 11, unet.config.cross_attention_dim)
+        added = {"text_embeds": torch.randn(1, 12), "time_ids": torch.zeros(1, 6)} if place == xl else None
+        with torch.no_grad():
+            unet(torch.randn(1, 4, 8, 8), 5, states, added_cond_kwargs=added)
+        assert memory.told_bytes(unet.config, 11) == sum(found) > 0
+        vae = {"block_out_channels": [1]}  # so that the U-Net decides
+        need = [memory.need_of(unet.config, vae, 8, 8, True, tokens) for tokens in (11, 22)]
+        assert need[1] - need[0] == 2 * sum(found)  # guided: two rows a picture
+
+
+def test_as_much_of_a_walk_is_kept_as_fits_and_an_older_one_goes() -> None:
+    kept, computed = memory.Kept(room=3 * 80), []
+
+    def walk(name: str, groups: int, first: int, steps: int) -> list[int]:
+        """How many groups are computed at each step."""
+        counts = []
+        for step in range(first, first + steps):
+            computed.clear()
+            for group in range(groups):
+                kept.at(step)
+                key = f"{name}{group}"
+                found = kept.find(lambda other, key=key: other == key)  # type: ignore[misc]
+                if found is None:
+                    computed.append(key)
+                    found = {"keys": np.full(5, hash(key) % 97, np.float64), "values": np.zeros(5)}
+                    kept.keep(key, found)
+                assert found["keys"][0] == hash(key) % 97 and kept.bytes <= kept.room
+            counts.append(len(computed))
+        return counts
+
+    assert walk("a", 3, 0, 4) == [3, 0, 0, 0]
+    assert walk("a", 3, 10, 2) == [0, 0]  # the same prompts again
+    assert walk("b", 5, 20, 5) == [5, 5, 2, 2, 2]  # what the walk before used goes once it is two steps old
+    assert walk("c", 1, 30, 4) == [1, 1, 0, 0]
+    whole = memory.Kept(room=79)
+    whole.keep("a", {"keys": np.zeros(10)})
+    assert whole.bytes == 0
 
 
 def test_many_texts_are_encoded_some_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

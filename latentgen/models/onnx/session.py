@@ -15,6 +15,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
+from latentgen.models.memory import Kept
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 from latentgen.models.onnx.widen import widened
@@ -112,12 +113,11 @@ def _session(
 class Told:
     """What a U-Net's steps need of the text, computed once for each text and not at each step: `TOLD` as a session.
 
-    recent: of so many conditions it is remembered, by what they hold.
+    kept: of the latest conditions it is remembered, from call to call, by what they hold.
     """
 
     session: Any
-    recent: int = 16
-    _known: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = field(default_factory=list)
+    kept: Kept = field(default_factory=Kept)
 
     def __post_init__(self) -> None:
         self.inputs = [value.name for value in self.session.get_inputs()]
@@ -125,12 +125,12 @@ class Told:
 
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The step graph's further inputs, by name, from a U-Net's own."""
-        for texts, told in self._known:
-            if all(np.array_equal(texts[name], given[name]) for name in self.inputs):
-                return told
-        texts = {name: np.array(given[name]) for name in self.inputs}
-        told = dict(zip(self.outputs, self.session.run(self.outputs, texts), strict=True))
-        self._known = [(texts, told), *self._known[: self.recent - 1]]
+        self.kept.at(float(given["timestep"][0]))
+        told = self.kept.find(lambda texts: all(np.array_equal(texts[name], given[name]) for name in self.inputs))
+        if told is None:
+            texts = {name: np.array(given[name]) for name in self.inputs}
+            told = dict(zip(self.outputs, self.session.run(self.outputs, texts), strict=True))
+            self.kept.keep(texts, told)
         return told
 
 
