@@ -14,13 +14,16 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file
 
 from latentgen import InputError, Pipeline
-from latentgen.checkpoint import open_folder
+from latentgen.checkpoint import open_checkpoint, open_folder, save_pipeline
+from latentgen.convert import convert
 from latentgen.durable import sha256
 from latentgen.models.engine import EngineNote
 from latentgen.models.memory import told_bytes
 from latentgen.models.onnx import export
+from latentgen.models.onnx.ready import widened_size
 from latentgen.models.onnx.session import Told
 from latentgen.models.onnx.widen import BFLOAT16, FLOAT, FLOAT16, widened
 
@@ -185,6 +188,24 @@ def test_the_copies_used_longest_ago_make_room(folder: Path, own_cache: Path, mo
     pixels_of(folder)
     left = {path.name for path in own_cache.iterdir()}
     assert len(left) == 4 and not left & set(old)
+
+
+@pytest.mark.parametrize("stored", ["fp32", "fp16", "one file", "one file of xl"])
+def test_a_networks_size_is_that_of_its_own_weights_in_float32(
+    parts: dict[str, Any], xl: Path, tmp_path: Path, stored: str
+) -> None:
+    place = xl
+    if "xl" not in stored:
+        dtype = "fp16" if stored == "fp16" else "fp32"
+        config = {"_class_name": "DDIMScheduler"}
+        place = save_pipeline(tmp_path / "w", **parts, scheduler_config=config, dtype=dtype)
+    folder = open_folder(place)
+    numbers = {
+        part: sum(value.numel() for value in load_file(file).values()) for part, (file,) in folder.weights.items()
+    }
+    checkpoint = open_checkpoint(convert(place, tmp_path / "one.safetensors")[0]) if "file" in stored else folder
+    found = {part: widened_size(checkpoint, part) for part in checkpoint.weights}
+    assert found == {part: pytest.approx(4 * count, rel=0.01) for part, count in numbers.items()}
 
 
 # --- the U-Net's two graphs

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from latentgen.checkpoint import Checkpoint
+from latentgen.checkpoint import Checkpoint, SingleFile, check_safetensors
+from latentgen.checkpoint.keys import prefix
 from latentgen.durable import sha256
 from latentgen.models.onnx.places import cache_folder, layout
 from latentgen.models.onnx.widen import WIDE
@@ -99,8 +101,13 @@ class Ready:
 
 
 def widened_size(checkpoint: Checkpoint, part: str) -> int:
-    """About how many bytes a network's weights take in float32, at most."""
-    return 2 * sum(file.stat().st_size for file in checkpoint.weights[part])
+    """How many bytes a network's weights take in float32, however they are stored; of a single file its own alone."""
+    start = ""
+    if isinstance(checkpoint, SingleFile):
+        start = prefix(part, checkpoint.has_second, checkpoint.tower(part))
+    headers = [check_safetensors(file) for file in checkpoint.weights[part]]
+    own = [entry for header in headers for name, entry in header.items() if name.startswith(start)]
+    return sum(4 * prod(entry["shape"]) for entry in own if "shape" in entry)  # "__metadata__" has none
 
 
 @cache
