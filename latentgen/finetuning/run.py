@@ -25,7 +25,6 @@ from latentgen.finetuning.prior import CHECKED, render_prior
 from latentgen.finetuning.prove import Proof, look, prove
 from latentgen.finetuning.settings import Chosen, Finetune, choose
 from latentgen.image import to_bytes
-from latentgen.recipe import explained
 from latentgen.training.cache import cached, latent_moments
 from latentgen.training.captions import CaptionTable
 from latentgen.training.denoise import Latents
@@ -59,7 +58,7 @@ def finetune(
     """
     if settings is not None and asked:
         raise InputError(f"settings and {next(iter(asked))} are both given; put it into the settings")
-    what = settings if settings is not None else explained(Finetune, asked, "finetune")
+    what = settings if settings is not None else Finetune.of(asked)
     what.check()
     return Run(Path(pictures), base, Path(out), what, report).all()
 

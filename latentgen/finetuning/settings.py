@@ -1,10 +1,11 @@
 """What can be asked of a fine-tuning run, and what is chosen where nothing is asked, each with its reason."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentgen.errors import InputError
 
@@ -77,6 +78,16 @@ class Finetune(BaseModel):
     prompts: tuple[str, ...] = ()
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Any]) -> Self:
+        """Settings by name. Raises InputError for the first that is not right."""
+        try:
+            return cls(**asked)
+        except ValidationError as error:
+            flaw = error.errors()[0]
+            name = ".".join(str(part) for part in flaw["loc"])
+            raise InputError(f"finetune: {name} is {flaw['input']!r}; {flaw['msg'].lower()}") from None
 
     @property
     def adapter(self) -> str | None:
