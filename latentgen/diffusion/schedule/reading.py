@@ -18,6 +18,7 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "lms": {"_class_name": "LMSDiscreteScheduler"},
     "dpmpp-2m": {**_DPM, "algorithm_type": "dpmsolver++"},
     "dpmpp-2m-sde": {**_DPM, "algorithm_type": "sde-dpmsolver++"},
+    "dpmpp-sde": {"_class_name": "DPMSolverSDEScheduler"},
     "unipc": {"_class_name": "UniPCMultistepScheduler"},
     "deis": {"_class_name": "DEISMultistepScheduler"},
     "plms": {**_PNDM, "skip_prk_steps": True},
@@ -30,7 +31,7 @@ def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
     """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it.
 
     So does `OtherScheduler.from_config(scheduler.config)` in diffusers, but that x0 is never clipped unless the config
-    says so: latents have no bounds.
+    says so: latents have no bounds. Samplers that diffusers has not are read as DDIM, and end without noise.
     """
     plan = from_config(config)
     if sampler != plan.sampler:
@@ -38,5 +39,5 @@ def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
         own = ("solver_type",) if config.get("_class_name") != read_as["_class_name"] else ()
         kept = {key: value for key, value in config.items() if key not in own and value is not None}
         plan = from_config({"clip_sample": False, **kept, **read_as})
-        plan = plan if sampler in SCHEDULERS else replace(plan, sampler=sampler, options={})
+        plan = plan if sampler in SCHEDULERS else replace(plan, sampler=sampler, final="zero", options={})
     return plan
