@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from latentgen.diffusion.sampling import SAMPLERS
-from latentgen.diffusion.schedule import LOGSNR_MAX
+from latentgen.diffusion.schedule import LOGSNR_MAX, from_config
 from latentgen.diffusion.schedule.reading import SCHEDULERS, plan_for
+from latentgen.errors import InputError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 12
@@ -55,6 +56,26 @@ def test_the_levels_and_the_start_are_those_of_diffusers(sampler: str, own: str,
     assert np.allclose(plan.schedule.time(levels[:-1]), theirs.timesteps[::every].numpy(), atol=1e-3)
     first = plan.initial_scale(levels[0]) / plan.schedule.marginal(levels[0])[0]  # theirs is x/alpha
     assert math.isclose(first, float(theirs.init_noise_sigma), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SIGMAS)
+@pytest.mark.parametrize("own", [False, True])
+def test_sigma_min_ends_the_walk_where_diffusers_class_has_that_key(sampler: str, own: bool) -> None:
+    name, _ = SIGMAS[sampler]
+    config: dict[str, Any] = {**SD, "_class_name": name if own else "UniPCMultistepScheduler"}
+    config["final_sigmas_type"] = "sigma_min"
+    plan, last = plan_for(config, sampler), theirs_of(name, config).sigmas[-1]
+    assert math.isclose(math.exp(-0.5 * plan.knots(STEPS)[-1]), float(last), rel_tol=1e-5, abs_tol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_a_lambda_that_is_clipped_at_nothing_is_no_bound(name: str) -> None:
+    config = {**SD, "_class_name": name}
+    plain = from_config(config).knots(STEPS)
+    for lowest in (None, -math.inf):
+        assert np.array_equal(from_config({**config, "lambda_min_clipped": lowest}).knots(STEPS), plain)
+    with pytest.raises(InputError, match="lambda_min_clipped is not supported"):
+        from_config({**config, "lambda_min_clipped": -5.1})
 
 
 @pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - set(SCHEDULERS)))

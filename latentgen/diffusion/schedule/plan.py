@@ -185,12 +185,14 @@ def _euler_family(
             raise InputError(f"{sampler}: sigma_min and sigma_max are not supported; remove them from the config")
         shared = _shared(config, "linspace")
         level = None if sampler == "euler-ancestral" else _level_spacing(config)  # diffusers' class has no such keys
+        asked = sampler == "euler" and config.get("final_sigmas_type") == "sigma_min"  # nor have the others this one
+        held: Final = "first" if asked else "zero"
         betas = _betas(config, start, end)
         schedule = _schedule(config, betas, finite=True, interpolation="logsnr" if level else interpolation)
         return Plan(
             schedule=schedule,
             sampler=sampler,
-            final="first" if config.get("final_sigmas_type") == "sigma_min" else "zero",
+            final=held,
             grid="fractional",
             within=shared["spacing"],
             initial="unit" if shared["spacing"] == "leading" else "sigma",
@@ -216,7 +218,8 @@ def _multistep(
     floor_cosine: bool = False,
 ) -> Plan:
     """DPM-Solver++, UniPC, DEIS: the clean end counts as a step, and the network is told whole times only."""
-    if config.get("lambda_min_clipped", -float("inf")) > -1e9:
+    lowest = config.get("lambda_min_clipped")
+    if lowest is not None and float(lowest) > -1e9:
         raise InputError(f"{sampler}: lambda_min_clipped is not supported; remove it from the config")
     level = _level_spacing(config)
     cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
