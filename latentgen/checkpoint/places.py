@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentgen.checkpoint.folder import PARTS
 from latentgen.durable import recover
 from latentgen.errors import InputError
 
 SHIPPED = ("icons-128", "icons")  # the embedded default: the first that is there
 PACKAGE = Path(__file__).parents[1]
 SETTINGS = ("*.json", "*.txt")  # of the subfolders that decide a picture
-NOT_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def default_weights() -> Path:
@@ -51,12 +51,13 @@ def needed(files: Sequence[str]) -> list[str]:
     """Of a hub repository's files, those that rendering takes: settings, and each network's safetensors once.
 
     A network is taken whole or in shards, in its plain form where there is one, else in fp16. A repository that is no
-    pipeline folder but holds one .safetensors file gives that file. Nothing else is fetched: no pickles, no ONNX.
+    pipeline folder but holds one .safetensors file gives that file. Nothing else is fetched: no pickles, no ONNX, no
+    part that rendering does without (a safety checker, a second autoencoder).
     """
     if "model_index.json" not in files:
         single = [name for name in files if "/" not in name and name.endswith(".safetensors")]
         return single if len(single) == 1 else []
-    inner = [name for name in files if name.count("/") == 1 and name.split("/")[0] not in NOT_PARTS]
+    inner = [name for name in files if name.count("/") == 1 and name.split("/")[0] in PARTS]
     chosen = ["model_index.json", *(name for name in files if name == "latentgen.json")]
     chosen += [name for name in inner if any(fnmatch.fnmatch(name.split("/")[1], form) for form in SETTINGS)]
     for part in dict.fromkeys(name.split("/")[0] for name in inner):
