@@ -72,6 +72,7 @@ class Pipeline(TakesLoras, TakesWords):
     cached: Callable[[int], Network] | None = None
     interrupt: bool = False
     words: list[dict[str, Any]] = field(default_factory=list)  # the new words it was taught, as the settings say them
+    told: Mapping[str, Any] = field(default_factory=dict)  # tokenizer, prediction_type: what it was opened with
     _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
     _torch: Callable[[], Engine] | None = field(default=None, repr=False)  # what the engine here cannot do, this can
 
@@ -112,6 +113,8 @@ class Pipeline(TakesLoras, TakesWords):
             | ({"prediction_type": prediction_type} if prediction_type else {}),
             terms=terms,
             weights=identity(checkpoint, path),
+            told=({} if tokenizer is None else {"tokenizer": Path(tokenizer).as_posix()})
+            | ({} if prediction_type is None else {"prediction_type": prediction_type}),
         )
         if engine == "auto" and opened.machine["engine"] == "onnx":
             pipe._torch = partial(open_engine, checkpoint, "torch", device="cpu", **where)
@@ -365,6 +368,7 @@ class Pipeline(TakesLoras, TakesWords):
             "max_embeddings_multiples": request.max_embeddings_multiples,
             **({"negative_said": True} if request.said and not all(request.negatives) else {}),
             "weights": self.weights,
+            **self.told,
             "latentgen": __version__,
             "pillow": PIL.__version__,
             **(self.machine or {}),

@@ -333,8 +333,9 @@ def _again(
     recorded = settings["weights"] or {}
     name, expected = str(recorded.get("name")), str(recorded.get("sha256"))
     folder = weights if weights is not None else recorded.get("path")
+    told = {key: settings.get(key) for key in ("tokenizer", "prediction_type")}
     try:
-        checkpoint = open_checkpoint(find(folder), verify=False)
+        checkpoint = open_checkpoint(find(folder), tokenizer=told["tokenizer"], verify=False)
     except InputError as error:
         if weights is None and folder is not None and not Path(folder).exists():
             raise InputError(
@@ -356,7 +357,7 @@ def _again(
         for lora, place in zip(settings.get("loras") or (), placed, strict=True)
     ]
     asked: dict[str, Any] = {"dtype": settings.get("dtype"), "threads": settings.get("threads"), "loras": loras_again}
-    pipe = Pipeline.from_pretrained(folder, engine=engine, compile=bool(settings.get("compile")), **asked)
+    pipe = Pipeline.from_pretrained(folder, engine=engine, compile=bool(settings.get("compile")), **asked, **told)
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
     for known, file in zip(settings.get("words") or (), _words_again(settings, picture, words), strict=True):
         pipe.load_textual_inversion(file, known["word"], known_as=known["path"])

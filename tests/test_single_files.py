@@ -17,6 +17,8 @@ from latentgen.checkpoint import CLIP, OPENCLIP, open_checkpoint, save_pipeline
 from latentgen.checkpoint.keys import from_diffusers, prefix
 from latentgen.checkpoint.shapes import Family, configs_of
 from latentgen.convert import convert
+from latentgen.image import read_settings
+from latentgen.render import replay
 from tests.conftest import CONTEXT, SCHEDULE, padded_with_word_0
 
 HEAD = 64  # the narrowest tower that shapes can tell the heads of
@@ -313,3 +315,22 @@ def test_shapes_of_the_real_families_give_the_published_configs(family: Family) 
     table = ("scaled_linear", 0.00085, 0.012, 1000)
     keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
     assert tuple(scheduler[key] for key in keys) == table
+
+
+# --- what is told of a file beside it is part of a picture's settings
+
+
+def test_a_replay_opens_with_the_tokenizer_and_the_prediction_of_the_picture(
+    plain: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, file = plain(Family.SD2)
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+    told = {"tokenizer": folder / "tokenizer", "prediction_type": "epsilon"}
+    pipe = Pipeline.from_pretrained(alone, engine="torch", **told)
+    call = {"seed": 5, "num_inference_steps": 2, "height": 32, "width": 32}
+    made = pipe("the green frog", **call).images[0]
+    (tmp_path / "a.png").write_bytes(made.png())
+    settings = read_settings(tmp_path / "a.png")
+    assert settings["tokenizer"] == (folder / "tokenizer").as_posix() and settings["prediction_type"] == "epsilon"
+    target, remarks = replay(tmp_path / "a.png")
+    assert remarks == ["the same file, byte for byte"] and target.read_bytes() == made.png()
