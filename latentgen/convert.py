@@ -1,6 +1,8 @@
 """A checkpoint from one form into the other, a folder or a single file; what was written is opened and rendered."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +21,17 @@ from latentgen.errors import InputError
 from latentgen.models.onnx.places import why_not
 from latentgen.pipeline import Pipeline
 
+PREDICTIONS = ("epsilon", "v_prediction")
 STEPS, LARGEST = 2, 1e-5  # of the rendering that compares; the largest difference of a latent that is rounding
 
 
-def convert(source: str | Path, target: Path, *, tokenizer: str | Path | None = None) -> tuple[Path, float]:
+def convert(
+    source: str | Path, target: Path, *, tokenizer: str | Path | None = None, prediction_type: str | None = None
+) -> tuple[Path, float]:
     """Write `source` to `target`: a .safetensors file in the original key layout, or a folder in diffusers' layout.
 
-    tokenizer: a CLIP tokenizer's folder, for a single file that has none beside it. Weights keep their stored type.
+    tokenizer: a CLIP tokenizer's folder, for a single file that has none beside it. prediction_type: "epsilon" or
+    "v_prediction", which the target shall say instead of what the source does. Weights keep their stored type.
     Returns the target and the largest difference between latents rendered with both. Raises InputError for a target
     that is there, forms that are the same, a network the layout cannot say, and a result that renders otherwise (which
     is then removed).
@@ -33,16 +39,21 @@ def convert(source: str | Path, target: Path, *, tokenizer: str | Path | None = 
     if target.exists():
         raise InputError(f"{target} is already there; name a new place")
     known = open_checkpoint(find(source), tokenizer=tokenizer)
+    if prediction_type not in (None, *PREDICTIONS):
+        raise InputError(f"prediction_type {prediction_type!r} is not known; it can be {' or '.join(PREDICTIONS)}")
+    told = {} if prediction_type is None else {"prediction_type": prediction_type}
     into_file = target.suffix == ".safetensors"
     if isinstance(known, SingleFile) == into_file:
         form, other = ("a single file", "a folder") if into_file else ("a folder", "a .safetensors file")
         raise InputError(f"{source} is {form} already; name {other} to convert it into")
     if isinstance(known, SingleFile):
-        made = [write_folder(target, lambda aside: _fill(known, aside))]  # the ONNX graphs, too, where they can be
+        made = [
+            write_folder(target, lambda aside: _fill(known, aside, told))
+        ]  # the ONNX graphs, too, where they can be
     else:
-        made = write_single(known, target)
+        made = write_single(known, target, told)
     try:
-        difference = _difference(source, target, tokenizer)
+        difference = _difference(source, target, tokenizer, prediction_type)
         if not difference <= LARGEST:
             unlike = f"{target} renders otherwise than {source} (by {difference:.2g})"
             raise InputError(f"{unlike} and was removed; report this")
@@ -52,13 +63,14 @@ def convert(source: str | Path, target: Path, *, tokenizer: str | Path | None = 
     return target, difference
 
 
-def _fill(known: SingleFile, aside: Path) -> None:
+def _fill(known: SingleFile, aside: Path, told: Mapping[str, Any]) -> None:
+    """told: what the scheduler's config says otherwise."""
     write_pipeline(
         aside,
         tensors={part: lambda part=part: known.tensors(part) for part in known.weights},  # type: ignore[misc]
         configs={part: known.config(part) for part in known.weights},
         tokenizers={},
-        scheduler_config=known.config("scheduler"),
+        scheduler_config={**known.config("scheduler"), **told},
         force_zeros_for_empty_prompt=bool(known.index.get("force_zeros_for_empty_prompt", True)),
     )
     for part, place in known.tokenizers.items():
@@ -70,11 +82,11 @@ def _fill(known: SingleFile, aside: Path) -> None:
         write_graphs(aside)
 
 
-def _difference(source: str | Path, target: Path, tokenizer: str | Path | None) -> float:
+def _difference(source: str | Path, target: Path, tokenizer: str | Path | None, prediction_type: str | None) -> float:
     """Both are opened, one after the other, and render the same noise under the same prompt."""
     found = []
-    for place in (source, target):
-        pipe = Pipeline.from_pretrained(place, device="cpu", tokenizer=tokenizer, engine="torch")
+    for place, told in ((source, prediction_type), (target, None)):
+        pipe = Pipeline.from_pretrained(place, device="cpu", tokenizer=tokenizer, prediction_type=told, engine="torch")
         side = 8 * pipe.terms.factor
         drawn = pipe(
             "a red apple",

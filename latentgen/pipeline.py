@@ -20,6 +20,7 @@ from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
 from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
 from latentgen.diffusion.schedule.reading import plan_for
@@ -32,7 +33,7 @@ from latentgen.models.memory import caching, decoded, in_groups, need_of, pictur
 from latentgen.models.prompt import alike
 from latentgen.models.words import TakesWords
 from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
-from latentgen.request import Projected, Request, Terms, check_output_type, read_request
+from latentgen.request import Assumed, Projected, Request, Terms, assumed, check_output_type, read_request
 from latentgen.request import terms_of as terms_of
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ class Pipeline(TakesLoras, TakesWords):
         """
         checkpoint = open_checkpoint(find(path), tokenizer=tokenizer, verify=False)  # the engine does
         terms = terms_of(checkpoint)
+        if prediction_type is not None:
+            Prediction(prediction_type)  # known, before anything is loaded
+        for line in assumed(checkpoint, prediction_type):
+            warnings.warn(line, Assumed, stacklevel=2)
         where: dict[str, Any] = {"dtype": dtype, "threads": threads, "loras": loras}
         opened = open_engine(checkpoint, engine, device=device, compile=compile, **where)
         pipe = cls(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latentgen.checkpoint import find, open_checkpoint
+from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.durable import sha256, write_file
 from latentgen.errors import InputError
@@ -40,7 +41,7 @@ class Order:
 
     size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
     folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling, compile,
-    guidance_interval: as the pipeline's.
+    guidance_interval, prediction_type, tokenizer: as the pipeline's.
     """
 
     prompts: Sequence[str]
@@ -61,6 +62,8 @@ class Order:
     vae_tiling: bool | None = None
     compile: bool = False
     guidance_interval: tuple[float, float] | None = None
+    prediction_type: str | None = None
+    tokenizer: str | None = None
 
 
 def render(
@@ -83,7 +86,8 @@ def render(
     loras = [{"path": path, "weight": weight} for path, weight in order.loras]
     with among.to_the_end():
         with among.first_here_first():
-            pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras, compile=order.compile)
+            told = {"tokenizer": order.tokenizer, "prediction_type": order.prediction_type}
+            pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras, compile=order.compile, **told)
         for path in order.words:
             pipe.load_textual_inversion(path)
         groups = _groups(pipe, request, order.batch, among)
@@ -116,7 +120,10 @@ def _planned(order: Order, out: Path | None, weights: str | None, among: Process
 
 
 def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None) -> Request:
-    checkpoint = open_checkpoint(find(weights), verify=False)  # its hashes are compared where it is loaded
+    if order.prediction_type is not None:
+        Prediction(order.prediction_type)
+    # its hashes are compared where it is loaded
+    checkpoint = open_checkpoint(find(weights), tokenizer=order.tokenizer, verify=False)
     width, height = order.size or (None, None)
     return read_request(
         terms_of(checkpoint),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentgen.checkpoint import Checkpoint, refuse_other_kinds
+from latentgen.checkpoint import Checkpoint, SingleFile, refuse_other_kinds
 from latentgen.diffusion.schedule.plan import from_config
 from latentgen.errors import InputError
 
@@ -58,6 +58,21 @@ class Terms:
     def of(cls, checkpoint: Checkpoint, sampler: str) -> "Terms":
         """The terms of a weights folder, from its small files alone."""
         return cls.read(checkpoint.config("unet"), checkpoint.config("vae"), sampler, checkpoint.extras)
+
+
+class Assumed(UserWarning):
+    """What a checkpoint does not say, or says in words that are not known, and what is taken instead."""
+
+
+def assumed(checkpoint: Checkpoint, prediction_type: str | None = None) -> list[str]:
+    """A line for each thing that is assumed of a checkpoint. prediction_type: what is known of it already."""
+    lines = []
+    if prediction_type is None and isinstance(checkpoint, SingleFile) and checkpoint.assumes_v:
+        lines.append(
+            f"{checkpoint.folder}: nothing in it says what its U-Net predicts, and v is assumed; where pictures are "
+            "noise or grey, say prediction_type='epsilon' (--prediction-type epsilon)"
+        )
+    return lines
 
 
 def terms_of(checkpoint: Checkpoint) -> Terms:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentgen import Pipeline
+from latentgen import InputError, Pipeline, cli
 from latentgen.checkpoint import CLIP, OPENCLIP, open_checkpoint, save_pipeline
 from latentgen.checkpoint.keys import from_diffusers, prefix
 from latentgen.checkpoint.shapes import Family, configs_of
 from latentgen.convert import convert
 from latentgen.image import read_settings
 from latentgen.render import replay
+from latentgen.request import Assumed
 from tests.conftest import CONTEXT, SCHEDULE, padded_with_word_0
 
 HEAD = 64  # the narrowest tower that shapes can tell the heads of
@@ -334,3 +337,67 @@ def test_a_replay_opens_with_the_tokenizer_and_the_prediction_of_the_picture(
     assert settings["tokenizer"] == (folder / "tokenizer").as_posix() and settings["prediction_type"] == "epsilon"
     target, remarks = replay(tmp_path / "a.png")
     assert remarks == ["the same file, byte for byte"] and target.read_bytes() == made.png()
+
+
+def test_that_v_is_assumed_of_stable_diffusion_2_is_said_where_nothing_else_is_told(
+    plain: Callable[..., tuple[Path, Path]],
+) -> None:
+    folder, file = plain(Family.SD2)
+    with pytest.warns(Assumed, match="what its U-Net predicts, and v is assumed") as caught:
+        Pipeline.from_pretrained(file, engine="torch")
+    assert len([each for each in caught if each.category is Assumed]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Assumed)
+        Pipeline.from_pretrained(file, engine="torch", prediction_type="v_prediction")
+        Pipeline.from_pretrained(folder, engine="torch")
+        Pipeline.from_pretrained(plain(Family.SD1)[1], engine="torch")
+    with pytest.raises(InputError, match="unknown prediction type 'noise'"):
+        Pipeline.from_pretrained(file, prediction_type="noise")
+
+
+def test_the_command_line_opens_a_file_as_it_is_told(
+    plain: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder, file = plain(Family.SD2)
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+
+    def run(*arguments: object) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["latentgen", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capsys.readouterr().err
+
+    call = [
+        "render",
+        "the green frog",
+        "--weights",
+        alone,
+        "--steps",
+        2,
+        "--size",
+        32,
+        "--seed",
+        5,
+        "--engine",
+        "torch",
+    ]
+    call += ["--tokenizer", folder / "tokenizer", "--out", tmp_path / "a.png"]
+    code, said = run(*call)
+    assert code == 0 and said.count("\n") == 1 and "v is assumed" in said
+    assert run(*call, "--prediction-type", "epsilon") == (0, "")
+    settings = read_settings(tmp_path / "a.png")
+    assert settings["prediction_type"] == "epsilon" and settings["tokenizer"] == (folder / "tokenizer").as_posix()
+    code, said = run(*call, "--prediction-type", "noise")
+    assert code == 2 and said.startswith("latentgen: unknown prediction type 'noise'; it can be one of: ")
+    made = ["convert", alone, tmp_path / "made", "--tokenizer", folder / "tokenizer", "--prediction-type"]
+    assert run(*made, "noise") == (
+        2,
+        "latentgen: --prediction-type 'noise' is not known; it can be epsilon or v_prediction\n",
+    )
+    code, said = run(*made, "epsilon")
+    assert code == 0 and "assumed" not in said
+    scheduler = json.loads((tmp_path / "made/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "epsilon"
+    run("convert", tmp_path / "made", tmp_path / "again.safetensors", "--prediction-type", "v_prediction")
+    assert open_checkpoint(tmp_path / "again.safetensors").config("scheduler")["prediction_type"] == "v_prediction"

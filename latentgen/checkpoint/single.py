@@ -27,12 +27,21 @@ METADATA = "latentgen"  # of the header: {"configs": {part: config}, "scheduler"
 
 @dataclass(frozen=True)
 class SingleFile(Checkpoint):
-    """A pipeline in one file. header: name -> its entry in the safetensors header. tokenizers: part -> folder."""
+    """A pipeline in one file. header: name -> its entry in the safetensors header. tokenizers: part -> folder.
+
+    told: whether the header says the configs; else they are read from the shapes.
+    """
 
     family: Family = Family.SD1
     header: Mapping[str, Any] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    told: bool = False
+
+    @property
+    def assumes_v(self) -> bool:
+        """Whether nothing tells what the network predicts, and v is assumed: Stable Diffusion 2, by its shapes."""
+        return self.family is Family.SD2 and not self.told and "v_pred" not in self.header
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of a network or of the scheduler."""
@@ -108,7 +117,7 @@ def open_checkpoint(place: Path, *, tokenizer: str | Path | None = None, verify:
     index = {"_class_name": family.pipeline, "force_zeros_for_empty_prompt": told.get("force_zeros", True)}
     tokens = _tokenizers(place, tokenizer, family)
     weights = dict.fromkeys(parts, (place,))
-    return SingleFile(place, index, weights, None, family, entries, configs, tokens)
+    return SingleFile(place, index, weights, None, family, entries, configs, tokens, bool(told.get("configs")))
 
 
 def _tokenizers(place: Path, given: str | Path | None, family: Family) -> dict[str, Path]:

@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from latentgen.checkpoint.folder import Checkpoint
 from latentgen.checkpoint.keys import CLIP, OPENCLIP, from_diffusers, prefix
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_single(source: Checkpoint, target: Path) -> list[Path]:
+def write_single(source: Checkpoint, target: Path, told: Mapping[str, Any] = MappingProxyType({})) -> list[Path]:
     """Write a folder's networks into `target`, aside and then renamed; tensors keep the type they are stored in.
 
     The tokenizers' files are laid into the folder of the file's name, without its suffix, where they are looked for,
     unless that is the source itself. A text tower is written in OpenAI's form where it is Stable Diffusion 1's or XL's
-    first, else in OpenCLIP's. Returns what was made: the file, and the tokenizers' folder where it was not there.
-    Raises InputError for a network that the original layout has no names for, where it cannot be written, and where
-    something else stands in the tokenizers' place.
+    first, else in OpenCLIP's. told: what the scheduler's config shall say otherwise. Returns what was made: the file,
+    and the tokenizers' folder where it was not there. Raises InputError for a network that the original layout has no
+    names for, where it cannot be written, and where something else stands in the tokenizers' place.
     """
     from safetensors.torch import save_file
 
@@ -37,13 +38,14 @@ def write_single(source: Checkpoint, target: Path) -> list[Path]:
         start = prefix(part, second, form)
         tensors |= {start + name: value.contiguous() for name, value in _original(source, part, form)}
     configs = {part: source.config(part) for part in (*source.weights, "scheduler")}
-    told = {"configs": configs, "force_zeros": bool(source.index.get("force_zeros_for_empty_prompt", True))}
+    configs["scheduler"] |= told
+    header = {"configs": configs, "force_zeros": bool(source.index.get("force_zeros_for_empty_prompt", True))}
     aside = target.with_name(f".{target.name}.writing")
     beside = [target.with_suffix("")] if files else []
     with saying_what_failed(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(told)})
+            save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(header)})
             with aside.open("rb") as written:
                 os.fsync(written.fileno())
             for place, file in files.items():

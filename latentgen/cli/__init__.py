@@ -32,6 +32,7 @@ OPTIONS = {  # what a person typed, for what Python calls it
     "seed": "--seed",
     "feature_cache": "--feature-cache",
     "compile": "--compile",
+    "prediction_type": "--prediction-type",
 }
 
 for verbs in (rendering, training, finetuning, evaluating, converting, data):

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from latentgen.cli.rendering import PredictionType
+
 CONVERT = """Examples:
 
 latentgen convert model.safetensors weights/model
@@ -27,6 +29,7 @@ def convert(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A CLIP tokenizer's folder, for a file that has none beside it.")
     ] = None,
+    prediction_type: PredictionType = None,
     base: Annotated[
         str | None, typer.Option(help="The weights an adapter is for, where they are Stable Diffusion XL's.")
     ] = None,
@@ -43,6 +46,6 @@ def convert(
         typer.echo(f"the same changes within {write_kohya(source, target, base):.2g}", err=True)
         typer.echo(target)
         return
-    place, difference = run(source, target, tokenizer=tokenizer)
+    place, difference = run(source, target, tokenizer=tokenizer, prediction_type=prediction_type)
     typer.echo(f"the same latents within {difference:.2g}", err=True)
     typer.echo(place)

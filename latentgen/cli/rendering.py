@@ -14,7 +14,13 @@ Weights = Annotated[
     str | None,
     typer.Option(help="A weights folder in diffusers' layout, or a hub id.", show_default="the embedded weights"),
 ]
-
+PredictionType = Annotated[
+    str | None,
+    typer.Option(
+        help="What the U-Net predicts: epsilon or v_prediction.",
+        show_default="as its files say; SD 2's single files: v",
+    ),
+]
 
 RENDER = """Examples:
 
@@ -120,6 +126,10 @@ def render(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the U-Net first (torch; minutes, for many pictures).")
     ] = False,
+    prediction_type: PredictionType = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A CLIP tokenizer's folder, for a single file that has none beside it.")
+    ] = None,
 ) -> None:
     """Render each PROMPT into a PNG file that holds everything it takes to make it again.
 
@@ -136,6 +146,7 @@ def render(
 
         refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile}
         refused |= {"negative": bool(negative), "guidance_interval": guidance_interval is not None}
+        refused |= {"prediction_type": prediction_type, "tokenizer": tokenizer}
         refuse_for_pixels(size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:
@@ -166,6 +177,8 @@ def render(
         vae_tiling,
         compile,
         guidance_interval,
+        prediction_type,
+        None if tokenizer is None else str(tokenizer),
     )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, None if among.rank else progress, among))
