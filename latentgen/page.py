@@ -71,8 +71,8 @@ def curve_plot(
 ) -> str:
     """Curves of (x, y), or (x, y, low, high) with an interval, as an SVG with axes.
 
-    What is not finite, or not above 0 on a log axis, is left out; "" where nothing is left. ends: what the first and
-    the last x are called instead of their numbers.
+    What is None or not finite, or not above 0 on a log axis, is left out; "" where nothing is left. ends: what the
+    first and the last x are called instead of their numbers.
     """
     kept = {
         name: [_logged(point) if log else point for point in points if _drawn(point, log)]
@@ -117,7 +117,8 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _drawn(point: Sequence[float], log: bool) -> bool:
-    return all(math.isfinite(each) for each in point) and (not log or all(y > 0 for y in point[1:]))
+    known = all(each is not None and math.isfinite(each) for each in point)
+    return known and (not log or all(y > 0 for y in point[1:]))
 
 
 def _logged(point: Sequence[float]) -> list[float]:

@@ -208,6 +208,11 @@ class Progress:
     rate: float
     norm: float
 
+    @property
+    def skipped(self) -> bool:
+        """Whether it changed nothing, as its loss or gradient was not finite."""
+        return not math.isfinite(self.norm)
+
 
 def fit(
     objective: Objective, state: TrainState, settings: LoopSettings, accelerator: Accelerator, *, seed: int

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentgen.page import HEIGHT, WIDTH, curve_plot, document, number, table
+from latentgen.training.log import entries
 
 __all__ = ["HEIGHT", "WIDTH", "curve_plot", "smoothed", "write_page"]
 
@@ -21,16 +22,17 @@ def write_page(name: str, state: Path, figures: Mapping[str, Mapping[str, float]
     body = [f"<h1>{html.escape(name)}: how it was trained</h1>", _table(figures)]
     for stage, place in stages:
         body.append(f"<h2>{html.escape(stage)}</h2>")
-        body.append(f'<div class="plots">{"".join(_plots(_entries(place / "log.jsonl")))}</div>')
+        body.append(f'<div class="plots">{"".join(_plots(entries(place / "log.jsonl")))}</div>')
         body.append(f'<div class="plots">{"".join(_sheets(place / "sheets"))}</div>')
     body.append(f"<h2>recipe</h2><pre>{html.escape(json.dumps(recipe, indent=2, ensure_ascii=False))}</pre>")
     return document(f"{name}: how it was trained", body)
 
 
-def smoothed(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
-    """At most so many points, each the mean of its neighbours: a noisy curve that can be read."""
-    size = max(1, math.ceil(len(points) / most))
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
+def smoothed(points: Sequence[tuple[float, float | None]], most: int = 200) -> list[tuple[float, float]]:
+    """At most so many points, each the mean of its neighbours: a noisy curve that can be read. None is left out."""
+    known = [(x, y) for x, y in points if y is not None]
+    size = max(1, math.ceil(len(known) / most))
+    groups = [known[start : start + size] for start in range(0, len(known), size)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
@@ -40,18 +42,9 @@ def _place(state: Path, stage: str) -> Path | None:
     return max(logs, key=lambda place: (place / "log.jsonl").stat().st_mtime, default=None)
 
 
-def _entries(log: Path) -> list[dict[str, float]]:
-    """The log's lines. Where a run went back to a checkpoint the later line of a step counts."""
-    merged: dict[tuple[float, bool], dict[str, float]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        merged[entry["step"], "norm" in entry] = entry
-    return [merged[key] for key in sorted(merged)]
-
-
-def _plots(entries: Sequence[Mapping[str, float]]) -> list[str]:
-    names = list(dict.fromkeys(key for entry in entries for key in entry if key != "step"))
-    curves = {name: [(entry["step"], entry[name]) for entry in entries if name in entry] for name in names}
+def _plots(told: Sequence[Mapping[str, float]]) -> list[str]:
+    names = list(dict.fromkeys(key for entry in told for key in entry if key != "step"))
+    curves = {name: [(entry["step"], entry[name]) for entry in told if name in entry] for name in names}
     losses = {name: smoothed(curves[name]) for name in ("loss",) if name in curves}
     losses |= {"validation loss": curves["validation_loss"]} if "validation_loss" in curves else {}
     rest = [name for name in names if name not in ("loss", "validation_loss", "rate", "norm")]
@@ -60,7 +53,7 @@ def _plots(entries: Sequence[Mapping[str, float]]) -> list[str]:
         curve_plot({name: smoothed(curves[name])}, name.replace("_", " ")) for name in rest if len(curves[name]) > 1
     ]
     plots += [curve_plot({"norm": smoothed(curves.get("norm", []))}, "gradient norm", log=True)]
-    return [*plots, curve_plot({"rate": curves.get("rate", [])}, "learning rate")]
+    return [*plots, curve_plot({"rate": smoothed(curves.get("rate", []))}, "learning rate")]
 
 
 def _sheets(folder: Path) -> list[str]:

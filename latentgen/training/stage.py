@@ -5,23 +5,24 @@ those things has changed, and nothing is lost when it changes back.
 """
 
 import hashlib
+import io
 import json
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from latentgen.durable import write_file
+from latentgen.durable import saying_what_failed, write_file
 from latentgen.errors import InputError
 from latentgen.training import averages
 from latentgen.training.board import Board
+from latentgen.training.log import Log, figures_of
 from latentgen.training.loop import (
     LoopSettings,
     NotFinite,
@@ -129,26 +130,29 @@ def _train(
     clock = _Clock(state.step, settings)
     logged = saved = time.monotonic()
     every = max(1, settings.steps // settings.kept_averages)
-    with _stop_asked() as stop, Board.beside(folder, name, main) as board:
+    with _stop_asked() as stop, _board(folder, name, main) as board, Log(folder / "log.jsonl", main) as log:
         for progress in _lasting(name, objective, state, settings, accelerator, snapshots, seed, report):
             now = time.monotonic()
+            log.step(progress)
             if main and (now - logged >= pace.log_seconds or progress.step == settings.steps):
                 logged = now
-                report(f"{name}: {clock.line(progress)}")
-                _append(folder / "log.jsonl", _entry(progress))
-                board.figures(progress.step, _entry(progress))
+                report(f"{name}: {clock.line(progress, state.skipped)}")
+                log.write()
+                with saying_what_failed(folder.parent / "tensorboard"):
+                    board.figures(progress.step, figures_of(progress))
             if progress.step % pace.validate_steps == 0 or progress.step == settings.steps:
-                _look(name, objective, state, folder, snapshots, main, sharded, report, board)
-            stalled = progress.step % pace.validate_steps == 0 and _stalled(snapshots, progress.step, pace)
+                _look(name, objective, state, folder, snapshots, main, sharded, report, log, board)
+            stalled = main and progress.step % pace.validate_steps == 0 and _stalled(snapshots, progress.step, pace)
             if writes and state.powers and (progress.step % every == 0 or progress.step == settings.steps):
                 powers = {w: {name: whole(each) for name, each in of.items()} for w, of in state.powers.items()}
                 if main:
                     averages.store(folder / "averages", progress.step, powers)
-            due = now - saved >= pace.save_seconds and math.isfinite(progress.norm)  # never in the middle of trouble
+            due = main and now - saved >= pace.save_seconds and not progress.skipped  # never in the middle of trouble
             stopping = bool(stop)
             if sharded:
-                due, stopping, stalled = any_of((due and main, stopping, stalled), accelerator)
+                due, stopping, stalled = any_of((due, stopping, stalled), accelerator)
             if writes and (due or stalled or progress.step == settings.steps):
+                log.write()
                 snapshots.save(state, main)
                 saved = time.monotonic()
             if stalled:
@@ -158,6 +162,7 @@ def _train(
             if stopping:
                 if writes:
                     report(f"{name}: stopping; saving step {state.step}")
+                    log.write()
                     snapshots.save(state, main)
                 raise KeyboardInterrupt
 
@@ -231,6 +236,7 @@ def _look(
     main: bool,
     sharded: bool,
     report: Report,
+    log: Log,
     board: Board,
 ) -> None:
     """Validate and draw the sheet with the averaged weights; keep them if they are the best so far."""
@@ -245,11 +251,25 @@ def _look(
         snapshots.save_best(state, figure, figures[figure], sign, main)
     if main:
         report(f"{name}: step {state.step}, held out: {_line(figures)}")
-        _append(folder / "log.jsonl", {"step": state.step, **figures})
-        board.figures(state.step, figures)
+        log.figures(state.step, figures)
+        log.write()
+        with saying_what_failed(folder.parent / "tensorboard"):
+            board.figures(state.step, figures)
         if sheet is not None:
-            (folder / "sheets").mkdir(parents=True, exist_ok=True)
-            sheet.save(folder / "sheets" / f"{name}-{state.step:07d}.png")
+            drawn = io.BytesIO()
+            sheet.save(drawn, "PNG")
+            write_file(folder / "sheets" / f"{name}-{state.step:07d}.png", drawn.getvalue())
+
+
+@contextmanager
+def _board(folder: Path, name: str, main: bool) -> Iterator[Board]:
+    """`Board.beside`, whose logs raise InputError where they cannot be opened or ended."""
+    with ExitStack() as held:
+        with saying_what_failed(folder.parent / "tensorboard"):
+            board = held.enter_context(Board.beside(folder, name, main))
+        yield board
+        with saying_what_failed(folder.parent / "tensorboard"):
+            held.close()
 
 
 class _Clock:
@@ -258,14 +278,14 @@ class _Clock:
     def __init__(self, start: int, settings: LoopSettings) -> None:
         self._start, self._settings, self._began = start, settings, time.monotonic()
 
-    def line(self, progress: Progress) -> str:
+    def line(self, progress: Progress, skipped: int) -> str:
         spent = time.monotonic() - self._began
         rate = (progress.step - self._start) / spent
         left = (self._settings.steps - progress.step) / rate
         losses = ", ".join(f"{name} {value:.4g}" for name, value in progress.losses.items())
         return (
             f"step {progress.step}/{self._settings.steps}, {losses}, {rate * self._settings.batch:.1f} samples/s, "
-            f"{duration(left)} left"
+            f"{duration(left)} left{f', {skipped} skipped' if skipped else ''}"
         )
 
 
@@ -288,16 +308,6 @@ def _hold(name: str, gate: Mapping[str, float], figures: Mapping[str, float], se
                 f"{name} does not pass its gate: {key.removeprefix('max_')} is {figure:.4g}, {side} {bound:.4g}, after "
                 f"{settings.steps} steps; raise steps in [{name}.train] and run the same command, it goes on from there"
             )
-
-
-def _entry(progress: Progress) -> Mapping[str, float]:
-    return {"step": progress.step, **progress.losses, "rate": progress.rate, "norm": progress.norm}
-
-
-def _append(path: Path, entry: Mapping[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({key: float(f"{value:.6g}") for key, value in entry.items()}) + "\n")
 
 
 def _line(figures: Mapping[str, float]) -> str:

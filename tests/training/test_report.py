@@ -53,6 +53,20 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
     assert "unet-0000000" in said and "unet-0000800" in said
 
 
+def test_a_log_that_a_kill_cut_short_still_makes_a_page(tmp_path: Path) -> None:
+    place = tmp_path / "unet-0123"
+    place.mkdir()
+    lines = [json.dumps({"step": s, "loss": None if s == 5 else 1 / s, "rate": 1, "norm": None}) for s in range(1, 9)]
+    (place / "log.jsonl").write_text(
+        "\n".join([*lines, '{"step": 9, "lo', '{"step": 9, "loss": NaN, "norm": 1}', "[1]", ""])
+    )
+    text = write_page("a", tmp_path, {"unet": {"loss": 0.1}}, {})
+    assert "<figcaption>loss</figcaption>" in text
+    drawn = curve_plot({"loss": [(1, 0.5), (2, None), (3, 0.1)]}, "loss")  # type: ignore[list-item]
+    assert len(re.search(r'points="([^"]+)"', drawn).group(1).split()) == 2  # type: ignore[union-attr]
+    assert smoothed([(1, 0.5), (2, None), (3, 0.1)]) == [(1, 0.5), (3, 0.1)]
+
+
 def test_a_curve_lies_where_its_numbers_are() -> None:
     drawn = curve_plot({"loss": [(0, 1.0), (50, 3.0), (100, 2.0), (70, math.nan)]}, "a & b")
     svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", drawn).group())  # type: ignore[union-attr]

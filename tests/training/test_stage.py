@@ -1,8 +1,11 @@
 """A stage of a run: what it keeps, writes and says on the way, and how it stops."""
 
 import copy
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +22,16 @@ from latentgen.checkpoint import open_checkpoint
 from latentgen.training.averages import gamma_of, stored
 from latentgen.training.draw import Draw
 from latentgen.training.features import FeatureTerms
-from latentgen.training.loop import LoopSettings
+from latentgen.training.log import entries
+from latentgen.training.loop import LoopSettings, TrainState
+from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, run_stage
 from latentgen.tuning import averages
 from tests.training.test_features import COUNT
 from tests.training.test_features import objective as with_features
 from tests.training.test_loop import SETTINGS, Regression
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_stage_keeps_its_averages_and_a_stopped_one_keeps_the_same_to_the_bit(tmp_path: Path) -> None:
@@ -64,6 +71,90 @@ def test_a_stage_keeps_its_averages_and_a_stopped_one_keeps_the_same_to_the_bit(
     for each in kept:
         again = tmp_path / "cut" / each.path.relative_to(tmp_path / "whole")
         assert again.read_bytes() == each.path.read_bytes()
+
+
+def run(folder: Path, objective: Regression, steps: int, seconds: float = 0.0, **paced: Any) -> None:
+    pace = Pace(**{"log_seconds": seconds, "save_seconds": 1e9, "validate_steps": 10, **paced})
+    given: dict[str, Any] = {"seed": 1, "gate": {}, "pace": pace, "report": lambda line: None}
+    run_stage("toy", objective, replace(SETTINGS, steps=steps), folder, Accelerator(), **given)
+
+
+def strict(line: str) -> dict[str, Any]:
+    """A line as any reader of JSON would read it."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return dict(json.loads(line, parse_constant=refuse))
+
+
+def test_the_log_has_the_figures_of_every_step_and_says_which_were_skipped(tmp_path: Path) -> None:
+    run(tmp_path, Regression(frozenset({4, 7})), 30, seconds=1e9)
+    told = [strict(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in told if "norm" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 31))
+    skipped = [entry for entry in steps if entry.get("skipped")]
+    assert [(entry["step"], entry["loss"], entry["norm"]) for entry in skipped] == [(5, None, None), (8, None, None)]
+    assert all(entry["loss"] > 0 and entry["norm"] > 0 for entry in steps if entry not in skipped)
+    assert [entry["step"] for entry in told if "weight" in entry] == [10, 20, 30]
+    assert (tmp_path / "log.jsonl").stat().st_size < 100 * 33
+
+
+def test_a_log_is_read_as_if_nobody_had_killed_its_run(tmp_path: Path) -> None:
+    run(tmp_path / "whole", Regression(), 30)
+    run(tmp_path / "cut", Regression(), 20)  # its checkpoint is of step 20
+    log = tmp_path / "cut" / "log.jsonl"
+    stale = "".join(json.dumps({"step": step, "loss": 99.0, "norm": 1.0}) + "\n" for step in (21, 22))
+    log.write_text(log.read_text() + stale + '{"step": 23, "lo')  # steps that were lost; the last line is torn
+    run(tmp_path / "cut", Regression(), 30)
+    expected, found = entries(tmp_path / "whole" / "log.jsonl"), entries(log)
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
+    assert all("norm" in entry or "weight" in entry for entry in found)
+    for name in ("loss", "norm"):  # of steps whose rate is the same
+        both = [[entry[name] for entry in told if name in entry and entry["step"] <= 14] for told in (found, expected)]
+        assert both[0] == both[1]
+    assert max(entry["loss"] for entry in found if "loss" in entry) < 99
+
+
+FULL = """
+import json, resource, sys
+from pathlib import Path
+from PIL import Image
+from tests.training.test_loop import Regression
+from tests.training.test_stage import run
+
+class Drawing(Regression):
+    def sheet(self):
+        return Image.effect_noise((120, 120), 90)
+
+said = {}
+cases = ("log", Regression(), 12_000), ("sheet", Drawing(), 9_000), ("state", Regression(), 800)
+for name, objective, limit in cases:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        run(Path(sys.argv[1]) / name, objective, 400, save_seconds=0, validate_steps=50)
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit that Linux has")
+def test_a_disk_that_takes_no_more_stops_the_run_with_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    for name, place in (("log", "log.jsonl"), ("sheet", "sheets/toy-0000050.png"), ("state", "checkpoints/")):
+        assert said[name].startswith(f"InputError: cannot write {tmp_path / name}/{place}"), said
+        assert "File too large" in said[name] and "\n" not in said[name]
+    for name, least in (("log", 100), ("sheet", 49)):
+        objective = Regression()
+        state = TrainState.start(objective.module, SETTINGS)
+        assert Snapshots(tmp_path / name / "checkpoints").restore(state) == []
+        assert state.step >= least
 
 
 def test_averages_kept_beside_an_alignment_are_those_of_the_unet(
