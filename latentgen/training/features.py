@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentgen.errors import InputError
 from latentgen.training.cache import Items, content_of, key_of
-from latentgen.training.clip import to_unit
+from latentgen.training.clip import gather, to_unit
 from latentgen.training.denoise import DenoiseObjective
 from latentgen.training.draw import Draw
+from latentgen.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -56,6 +58,9 @@ class FeatureObjective(DenoiseObjective):
     """
 
     def __init__(self, unet: Any, *given: Any, terms: FeatureTerms, targets: np.ndarray | None, **named: Any) -> None:
+        """Raises InputError for alignment beside a U-Net in parts, whose gradients alone are exchanged."""
+        if terms.align and is_sharded(unet):
+            raise InputError("align does not work on a U-Net in parts (FSDP); set align = 0 or turn FSDP off")
         super().__init__(unet, *given, **named)
         self._terms, self._middle = terms, MiddleFeatures(unet)
         self.splits = not terms.disperse  # which looks at the batch as a whole
@@ -74,7 +79,7 @@ class FeatureObjective(DenoiseObjective):
         if self._alignment is not None:
             found["align"] = self._alignment(middle, items).mean()
         if self._terms.disperse:
-            found["disperse"] = dispersion(middle, self._terms.temperature)
+            found["disperse"] = dispersion(gather(middle, self._accelerator), self._terms.temperature)
         weighed = [getattr(self._terms, name) * found[name] for name in ("align", "disperse") if name in found]
         return {"loss": torch.stack([denoising, *weighed]).sum(), **found}
 

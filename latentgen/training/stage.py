@@ -39,6 +39,7 @@ Report = Callable[[str], None]  # one line for people
 # Of LoopSettings: what may change in the middle of a run, which then goes on from where it is.
 FREE = ("steps", "accumulate", "activation_checkpointing", "kept_averages")
 RETREATS = 3  # how often a run goes back to its last good checkpoint before it gives up
+ECHO = 1.0  # seconds
 SLOWER = 0.5  # what the rate is multiplied by each time
 
 
@@ -125,7 +126,7 @@ def _train(
     pace: Pace,
     report: Report,
 ) -> None:
-    main, sharded = accelerator.is_main_process, is_sharded(state.module)
+    main, sharded, several = accelerator.is_main_process, is_sharded(state.module), accelerator.num_processes > 1
     writes = main or sharded  # a state in parts is put together by all, and written by the main process
     clock = _Clock(state.step, settings)
     logged = saved = time.monotonic()
@@ -149,7 +150,7 @@ def _train(
                     averages.store(folder / "averages", progress.step, powers)
             due = main and now - saved >= pace.save_seconds and not progress.skipped  # never in the middle of trouble
             stopping = bool(stop)
-            if sharded:
+            if several:  # all leave at one step: who went on alone would wait for the others in vain
                 due, stopping, stalled = any_of((due, stopping, stalled), accelerator)
             if writes and (due or stalled or progress.step == settings.steps):
                 log.write()
@@ -164,6 +165,7 @@ def _train(
                     report(f"{name}: stopping; saving step {state.step}")
                     log.write()
                     snapshots.save(state, main)
+                accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has left
                 raise KeyboardInterrupt
 
 
@@ -204,20 +206,21 @@ def _stalled(snapshots: Snapshots, step: int, pace: Pace) -> bool:
 
 
 @contextmanager
-def _stop_asked() -> Iterator[list[int]]:
+def _stop_asked() -> Iterator[list[float]]:
     """A list that is filled when Ctrl-C or SIGTERM asks the run to stop: between two steps, where all is whole.
 
-    A second Ctrl-C stops at once. Outside the main thread signals are left alone.
+    A second Ctrl-C stops at once, but for what a launcher repeats within ECHO of the terminal's own. Outside the main
+    thread signals are left alone.
     """
-    asked: list[int] = []
+    asked: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(number: int, _: object) -> None:
-        if asked:
+        if asked and time.monotonic() - asked[0] > ECHO:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(time.monotonic())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
