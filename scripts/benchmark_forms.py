@@ -136,15 +136,16 @@ def picture_flops(folder: Path, guided: bool) -> dict[str, float]:
     return {"step": float(step.get_total_flops()), "decoding": float(decoding.get_total_flops())}
 
 
-def matrix_peak(rounds: int = 8) -> float:
-    """Operations a second of the fastest of a few matrix products: float32 on a CPU, float16 on a GPU."""
+def matrix_peak(dtype: Any = None, rounds: int = 8) -> float:
+    """Operations a second of the fastest of some matrix products. dtype: None is float32 on a CPU, float16 on a GPU."""
     import time
 
     import torch
 
     gpu = torch.cuda.is_available()
     side = 8192 if gpu else 2048
-    a = torch.randn(side, side, device="cuda" if gpu else "cpu", dtype=torch.float16 if gpu else torch.float32)
+    dtype = dtype or (torch.float16 if gpu else torch.float32)
+    a = torch.randn(side, side, device="cuda" if gpu else "cpu", dtype=dtype)
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()

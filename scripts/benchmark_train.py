@@ -6,7 +6,8 @@ latentgen: `training.loop.fit` on `DenoiseObjective`, moments of latents and tex
 that takes is shown, and is not in the rate). diffusers: at each step pictures are read and captions tokenised by a
 data loader, encoded by VAE and text encoder, noised by DDPMScheduler; AdamW and EMAModel step. Networks are made from
 the folder's configs, with random weights: speed does not depend on them. GFLOP/s counts the U-Net alone, three times
-its forward pass, for both. Waiting is the share of the time spent on getting the batch.
+its forward pass, for both; beside it what one large matrix product reaches in the same process, in float32 and on a GPU
+in bf16, and the share of the one that it trains in. Waiting is the share of the time spent on getting the batch.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmark_forms import NAMES, form_folder
+from benchmark_forms import NAMES, form_folder, matrix_peak
 from benchmark_process import ENGINES, ROOT, guarded, in_turn, machine, paired_ratio, peak_mib, show
 
 from latentgen.checkpoint import find
@@ -88,9 +89,15 @@ def work(asked: argparse.Namespace) -> dict[str, Any]:
                 clock.restart()
         seconds = clock.seconds()
     peak = peak_mib()  # before the operations are counted, which takes a second U-Net
+    gflops = 3 * parts.forward_flops(asked.batch) * asked.steps / seconds / 1e9
+    peaks = {"peak_gflops_fp32": matrix_peak(torch.float32) / 1e9}
+    if torch.cuda.is_available():
+        peaks["peak_gflops_bf16"] = matrix_peak(torch.bfloat16) / 1e9
     return {
         "samples_per_second": asked.batch * asked.steps / seconds,
-        "gflops": 3 * parts.forward_flops(asked.batch) * asked.steps / seconds / 1e9,
+        "gflops": gflops,
+        **peaks,
+        "share_of_peak": gflops / list(peaks.values())[-1],
         "waiting": clock.waited / seconds,
         "prepared_seconds": prepared,
         "peak_mib": peak,
@@ -107,10 +114,14 @@ def measure(asked: argparse.Namespace) -> None:
     names = {
         "samples_per_second": "samples a second",
         "gflops": "GFLOP/s of the U-Net",
+        "peak_gflops_fp32": "a large matrix product, float32",
+        "peak_gflops_bf16": "a large matrix product, bf16",
+        "share_of_peak": "share of that of the U-Net",
         "waiting": "share of time waiting for data",
         "prepared_seconds": "seconds before the first step",
         "peak_mib": "peak memory, MiB",
     }
+    names = {key: said for key, said in names.items() if key in pairs[0]["latentgen"]}  # bf16 on a GPU alone
     medians = {key: {e: statistics.median(pair[e][key] for pair in pairs) for e in ENGINES} for key in names}
     ratio = paired_ratio(pairs, "samples_per_second", "latentgen", "diffusers")
     where = pairs[0]["latentgen"]["machine"]

@@ -39,13 +39,25 @@ def test_the_training_benchmark_says_both_rates(folder: Path, tmp_path: Path) ->
     out = tmp_path / "train.json"
     done = ran("benchmark_train.py", "--weights", folder, "--batch", 4, "--steps", 2, "--rounds", 1, "--json", out)
     assert done.returncode == 0, done.stderr
-    for said in ("latentgen", "diffusers", "samples a second", "GFLOP/s", "waiting for data", "ratio"):
+    for said in (
+        "latentgen",
+        "diffusers",
+        "samples a second",
+        "GFLOP/s",
+        "a large matrix product, float32",
+        "share of that of the U-Net",
+        "waiting for data",
+        "ratio",
+    ):
         assert said in done.stdout
     result = json.loads(out.read_text())
     rates = result["samples_per_second"]
     assert result["ratio"] == pytest.approx(rates["latentgen"] / rates["diffusers"])
     for engine in ("latentgen", "diffusers"):
         assert result["gflops"][engine] > 0
+        assert result["peak_gflops_fp32"][engine] > result["gflops"][engine]
+        best = "peak_gflops_bf16" if "peak_gflops_bf16" in result else "peak_gflops_fp32"
+        assert result["share_of_peak"][engine] == pytest.approx(result["gflops"][engine] / result[best][engine])
         assert 0 < result["waiting"][engine] < 1
 
 
