@@ -1,6 +1,7 @@
 """Recipes: strict TOML into frozen objects. A key that is not known is an error that names the nearest right one."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,25 @@ Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
 Amount = Annotated[float, Field(ge=0)]
+SamplerName = Literal[  # those of `diffusion.sampling`, which would bring in numpy
+    "dpmpp-2m",
+    "unipc",
+    "deis",
+    "ddim",
+    "euler",
+    "heun",
+    "lms",
+    "plms",
+    "pndm",
+    "probability-flow",
+    "ddpm",
+    "euler-ancestral",
+    "dpmpp-2m-sde",
+    "dpmpp-sde",
+    "lcm",
+    "predictor-corrector",
+    "langevin",
+]
 KINDS = ("latent", "pixels")  # of recipes: a text-to-image model in latents; `latentgen.pixels.recipe`
 
 
@@ -190,7 +210,7 @@ class Defaults(Section):
 
     num_inference_steps: Positive = 25
     guidance_scale: Amount = 4.0
-    sampler: str = "dpmpp-2m"
+    sampler: SamplerName = "dpmpp-2m"
 
 
 class Pace(Section):
@@ -288,7 +308,14 @@ def _explain(error: ValidationError, whole: type[BaseModel]) -> str:
         return f"unknown key {key!r} in {place}; {right}{more}"
     if flaw["type"] == "missing":
         return f"{where} is missing; write it{more}"
-    return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{more}"
+    near = _near(flaw["input"], flaw["ctx"]["expected"]) if flaw["type"] == "literal_error" else ""
+    return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{near}{more}"
+
+
+def _near(given: object, expected: str) -> str:
+    """The word nearest to what was given, of those that pydantic lists in quotes."""
+    near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", expected), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _keys(whole: type[BaseModel], section: list[str]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.build import Run
-from latentgen.recipe import Recipe, Train, read_recipe
+from latentgen.checkpoint import open_folder
+from latentgen.continuation import Continuation
+from latentgen.errors import InputError
+from latentgen.pixels.build import PixelRun
+from latentgen.pixels.objective import PixelObjective
+from latentgen.pixels.recipe import read_pixel_recipe
+from latentgen.recipe import Train, read_kind, read_recipe
 from latentgen.training.cache import Items
 from latentgen.training.draw import Draw
 from latentgen.training.loop import LoopSettings, TrainState, fit, order_of
@@ -28,7 +35,11 @@ WARM, SECONDS, MOST = 2, 6.0, 20  # steps before the clock starts; how long, and
 
 @dataclass(frozen=True)
 class Measured:
-    """One stage as its first steps were. gflop: of a sample's forward and backward pass; memory: peak, MiB."""
+    """One stage as its first steps were. gflop: of a sample's forward and backward pass; memory: peak, MiB.
+
+    alone: whether that peak is this stage's own, and not the highest of all up to it. disk: MiB of its two checkpoints,
+    its best weights and its kept averages.
+    """
 
     name: str
     weights: int
@@ -36,39 +47,55 @@ class Measured:
     samples_per_second: float
     seconds: float
     memory: float
+    alone: bool
     checkpoint: float  # MiB on the disk
+    disk: float
 
     def line(self) -> str:
         """What a person wants to know."""
         return (
             f"{self.name}: {self.weights / 1e6:.1f}M weights, {self.gflop:.2f} GFLOP a sample, "
             f"{self.samples_per_second:.1f} samples/s ({self.gflop * self.samples_per_second:.0f} GFLOP/s), "
-            f"{duration(self.seconds)} in all, {self.memory:.0f} MiB of memory, {self.checkpoint:.0f} MiB a checkpoint"
+            f"{duration(self.seconds)} in all, {self.memory:.0f} MiB of memory{'' if self.alone else ' so far'}, "
+            f"{self.checkpoint:.0f} MiB a checkpoint"
         )
 
 
-def rehearse(recipe: Path, out: Path | None, data: Path | None, report: Report) -> list[Measured]:
+def rehearse(
+    recipe: Path, out: Path | None, data: Path | None, report: Report, start: Path | None = None
+) -> list[Measured]:
     """Check a recipe, its data and its place, and say what each stage will take, from a few measured steps.
 
     What a stage would learn from is made up where an earlier stage would have to be trained for it: speed and memory
-    do not depend on it. Nothing is written but to a temporary folder. Raises InputError as `build.train` would.
+    do not depend on it. Each stage is also judged once and draws its sheet, and its gate is held to name figures that
+    there are. start: the weights folder that a run would go on from. Nothing is written but to a temporary folder.
+    Raises InputError as `build.train` would.
     """
-    what = read_recipe(recipe)
+    run: Rehearsal | PixelRehearsal
     with tempfile.TemporaryDirectory(prefix="latentgen-") as scratch:
-        place = Path(scratch) / what.name
-        run = Rehearsal(what, place, data or what.data.folder, report)
+        if read_kind(recipe) == "pixels":
+            pixels = read_pixel_recipe(recipe)
+            name, more = pixels.name, "what the likelihoods take"
+            run = PixelRehearsal(pixels, Path(scratch) / name, data or pixels.data.folder, report)
+        else:
+            what = read_recipe(recipe)
+            name, more = what.name, "what preparing takes"
+            given = (what, Path(scratch) / name, data or what.data.folder, report)
+            run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_folder(start))
         run.all()
-    final = (out or Path("weights") / what.name).absolute()
-    run.report(
-        f"{what.name}: {duration(sum(stage.seconds for stage in run.measured))} in all, and what preparing takes"
-    )
-    needed = run.disk()
+        caches = run.caches + _size_mib(run.state / "cache")
+    final = (out or Path("weights") / name).absolute()
+    run.report(f"{name}: {duration(sum(stage.seconds for stage in run.measured))} in all, and {more}")
+    needed = caches + disk_of(run.measured)
     free = shutil.disk_usage(_existing(final)).free / 2**20
     short = f"; ONLY {free:.0f} MiB are free there" if free < needed else ""
-    run.report(
-        f"{what.name}: would write {final} and, beside it, about {needed:.0f} MiB of checkpoints and caches{short}"
-    )
+    run.report(f"{name}: would write {final} and, beside it, about {needed:.0f} MiB of checkpoints and caches{short}")
     return run.measured
+
+
+def disk_of(stages: Sequence[Measured]) -> float:
+    """MiB that the stages leave on the disk, and of the largest a checkpoint more: it is written before one goes."""
+    return sum(stage.disk for stage in stages) + max(stage.checkpoint for stage in stages)
 
 
 class Rehearsal(Run):
@@ -76,10 +103,10 @@ class Rehearsal(Run):
 
     keeps = False
 
-    def __init__(self, recipe: Recipe, out: Path, folder: Path, say: Report) -> None:
-        super().__init__(recipe, out, folder, say)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.measured: list[Measured] = []
-        self._caches = 0.0
+        self.caches = 0.0  # MiB, of what is made up
 
     def all(self) -> Path:
         """Every stage in turn."""
@@ -88,36 +115,10 @@ class Rehearsal(Run):
         _ = self.finished_vae
         return self.out
 
-    def disk(self) -> float:
-        """MiB of two checkpoints a stage, the best weights, and the caches."""
-        return sum(2.4 * stage.checkpoint for stage in self.measured) + self._caches
-
     def _run(
         self, name: str, objective: Any, what: Train, gate: Mapping[str, float], place: Path
     ) -> Mapping[str, float]:
-        settings = LoopSettings(**what.model_dump())
-        state = TrainState.start(objective.module, settings)
-        gflop = gflop_of(objective, settings, self.accelerator)
-        steps, began = 0, time.monotonic()
-        for progress in fit(objective, state, replace(settings, steps=WARM + MOST), self.accelerator, seed=0):
-            if progress.step == WARM:
-                began = time.monotonic()
-            steps = progress.step - WARM
-            if steps > 0 and time.monotonic() - began > SECONDS:
-                break
-        rate = settings.batch * steps / (time.monotonic() - began)
-        stored = sum(
-            value.numel() * value.element_size() for part in state.tensors().values() for value in part.values()
-        )
-        measured = Measured(
-            name=name,
-            weights=sum(weight.numel() for weight in objective.module.parameters()),
-            gflop=gflop,
-            samples_per_second=rate,
-            seconds=settings.steps * settings.batch / rate,
-            memory=_peak_mib(),
-            checkpoint=stored / 2**20,
-        )
+        measured = measure(name, objective, what, gate, self.accelerator)
         self.measured.append(measured)
         self.report(measured.line())
         self.figures[name] = {}
@@ -129,10 +130,80 @@ class Rehearsal(Run):
     def _cached(self, items: Items) -> np.ndarray:
         shape, kind = (len(items.keys), *items.shape), items.dtype
         size = float(np.prod(shape)) * np.dtype(kind).itemsize
-        self._caches += size / 2**20
+        self.caches += size / 2**20
         rows = min(shape[0], 256)  # as many different ones as tell; the same again and again for the rest
         few: np.ndarray = np.random.default_rng(0).standard_normal((rows, *shape[1:]), dtype=np.float32).astype(kind)
         return few[np.arange(shape[0]) % rows] if size < 2**30 else np.broadcast_to(few[:1], shape)
+
+
+class RehearsedContinuation(Rehearsal, Continuation):
+    """The same for a run that goes on from a finished folder."""
+
+
+class PixelRehearsal(PixelRun):
+    """The same for a pixel recipe; its likelihoods are not taken."""
+
+    caches = 0.0
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.measured: list[Measured] = []
+
+    def all(self) -> Path:
+        """Its one stage."""
+        where, count = self.accelerator.device, self.accelerator.num_processes
+        self.report(f"{self.recipe.name}: a rehearsal on {where}, {count} process(es)")
+        self.report(f"data: {self.ledger.line()}")
+        self.trained()
+        return self.out
+
+    def _run(self, objective: PixelObjective) -> Mapping[str, float]:
+        measured = measure("pixels", objective, self.recipe.train, self.recipe.gate, self.accelerator)
+        self.measured.append(measured)
+        self.report(measured.line())
+        return {}
+
+
+def measure(name: str, objective: Any, what: Train, gate: Mapping[str, float], accelerator: Accelerator) -> Measured:
+    """A stage's first steps by the clock, then one look at it: figures that its gate may name, and a sheet."""
+    settings = LoopSettings(**what.model_dump())
+    alone = _restart_peak()
+    state = TrainState.start(objective.module, settings)
+    gflop = gflop_of(objective, settings, accelerator)
+    steps, began = 0, time.monotonic()
+    for progress in fit(objective, state, replace(settings, steps=WARM + MOST), accelerator, seed=0):
+        if progress.step == WARM:
+            began = time.monotonic()
+        steps = progress.step - WARM
+        if steps > 0 and time.monotonic() - began > SECONDS:
+            break
+    rate = settings.batch * steps / (time.monotonic() - began)
+    check_gate(name, gate, {**objective.validate(), "steps": 0.0, "skipped": 0.0})
+    objective.sheet()
+    stored = sum(value.numel() * value.element_size() for part in state.tensors().values() for value in part.values())
+    averaged = sum(value.numel() for value in state.average.values())
+    halves = len(settings.averages) * (settings.kept_averages + 1)  # power-function averages, 2 bytes a weight
+    return Measured(
+        name=name,
+        weights=sum(weight.numel() for weight in objective.module.parameters()),
+        gflop=gflop,
+        samples_per_second=rate,
+        seconds=settings.steps * settings.batch / rate,
+        memory=_peak_mib(),
+        alone=alone,
+        checkpoint=stored / 2**20,
+        disk=(2 * stored + (4 + 2 * halves) * averaged) / 2**20,
+    )
+
+
+def check_gate(name: str, gate: Mapping[str, float], figures: Mapping[str, float]) -> None:
+    """Raises InputError where a gate names a figure that a stage has not: before the hours, not after them."""
+    for key in gate:
+        figure = key.removeprefix("max_")
+        if figure not in figures:
+            near = difflib.get_close_matches(figure, figures, n=1, cutoff=0.5)
+            right = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(figures)}"
+            raise InputError(f"the gate of {name} names {key!r}, which is none of its figures; {right}")
 
 
 def gflop_of(objective: Any, settings: LoopSettings, accelerator: Accelerator) -> float:
@@ -150,6 +221,18 @@ def gflop_of(objective: Any, settings: LoopSettings, accelerator: Accelerator) -
     return counter.get_total_flops() / count / 1e9
 
 
+def _restart_peak() -> bool:
+    """Count the peak of memory from now on; whether that is possible here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes what is held now
+    except OSError:
+        return False
+    return _linux_peak_mib() is not None
+
+
 def _peak_mib() -> float:
     """Peak memory of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
@@ -158,8 +241,20 @@ def _peak_mib() -> float:
         return float("nan")
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return _linux_peak_mib() or peak
+
+
+def _linux_peak_mib() -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _size_mib(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
 
 
 def _existing(path: Path) -> Path:

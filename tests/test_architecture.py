@@ -41,8 +41,8 @@ MAY_USE["build"] = {*MAY_USE["evaluation"], "evaluation", "foundations", "traini
 MAY_USE["finetuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
 MAY_USE["tuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
 MAY_USE["convert"] = {"checkpoint", "models", "pipeline"}
-MAY_USE["rehearsal"] = {*MAY_USE["build"], "build"}
 MAY_USE["continuation"] = {*MAY_USE["build"], "build"}
+MAY_USE["rehearsal"] = {*MAY_USE["continuation"], "continuation"}
 MAY_USE["cli"] = {name for name in MAY_USE if name != "__init__"}
 MAY_USE["__main__"] = {"cli"}
 NETWORKS = {"diffusers", "transformers", "onnxruntime", "onnx"}  # models/ alone brings them in

@@ -3,14 +3,16 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from latentgen import InputError
 from latentgen.build import scheduler_config
+from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule import from_config
 from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
-from latentgen.recipe import Recipe, read_kind, read_recipe
+from latentgen.recipe import Recipe, SamplerName, read_kind, read_recipe
 from latentgen.training.finish import BETAS, PREDICTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,10 @@ def test_every_recipe_of_ours_holds_and_is_named_for_its_file(path: Path) -> Non
     from_config(scheduler_config(recipe))
 
 
+def test_the_samplers_of_a_recipe_are_those_there_are() -> None:
+    assert set(get_args(SamplerName)) == set(SAMPLERS)
+
+
 def test_there_are_recipes() -> None:
     assert SHIPPED
 
@@ -88,6 +94,10 @@ def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Chang
         (put("channels = [32, 64]", "channels = [32, -1]"), "unet.channels.1 is -1: "),
         (put("head_width = 32", 'schedule = "cosin"'), "unet.schedule is 'cosin': input should be 'cosine', "),
         (put("head_width = 32", 'prediction = "w"'), "unet.prediction is 'w': input should be 'eps', 'x0' or 'v'"),
+        (
+            put('sampler = "dpmpp-2m"', 'sampler = "dpmp-2m"'),
+            r"defaults.sampler is 'dpmp-2m': input should be .*; did you mean 'dpmpp-2m'\?",
+        ),
         (put("head_width = 32", "caption_dropout = 1.5"), "unet.caption_dropout is 1.5: "),
         (put("smileys-emotion = 0.5", "smileys-emotion = -1"), "data.weights.group.smileys-emotion is -1: "),
         (put('name = "tiny"', 'name = "../tiny"'), "name is '../tiny': "),

@@ -1,6 +1,8 @@
 """What `--dry-run` says of a stage's size."""
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentgen.rehearsal import gflop_of
+from latentgen.errors import InputError
+from latentgen.recipe import Train
+from latentgen.rehearsal import check_gate, disk_of, gflop_of, measure
 from latentgen.training.draw import Draw
 from latentgen.training.loop import LoopSettings
 
@@ -28,7 +32,18 @@ class HalfFrozen:
         self._frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+        self.held = torch.zeros(0)  # what was held goes first
+        self.held = torch.ones(2**20 * self.mib // 4)  # bytes are written, so that they count
         return {"loss": self.module(self._frozen(torch.ones(len(items), WIDTH))).mean()}
+
+    mib = 0
+
+    def validate(self) -> Mapping[str, float]:
+        """Nothing is learned."""
+        return {"validation_loss": 1.0}
+
+    def sheet(self) -> None:
+        """Nothing to see."""
 
 
 def test_what_is_frozen_has_no_backward_pass() -> None:
@@ -38,3 +53,59 @@ def test_what_is_frozen_has_no_backward_pass() -> None:
 
     assert found == pytest.approx(3 * PRODUCT)  # two forward, and the gradient of the trained weights
     assert all(weight.grad is None for weight in objective.module.parameters())
+
+
+def test_a_gate_that_names_no_figure_is_refused_before_the_hours() -> None:
+    figures = {"retrieval": 0.5, "validation_loss": 1.0, "steps": 0.0}
+    check_gate("clip", {"retrieval": 0.9, "max_validation_loss": 0.1}, figures)
+    with pytest.raises(InputError, match=r"gate of clip names 'retreival'.*; did you mean 'retrieval'"):
+        check_gate("clip", {"retrieval": 0.1, "retreival": 0.1}, figures)
+    with pytest.raises(InputError, match=r"names 'max_psnr'.*; there is retrieval, validation_loss, steps"):
+        check_gate("clip", {"max_psnr": 1}, figures)
+    what = Train(steps=10, batch=4, rate=1e-3, warmup=1)
+    with pytest.raises(InputError, match="did you mean 'validation_loss'"):
+        measure("half", HalfFrozen(), what, {"max_validaton_loss": 2.0}, Accelerator(cpu=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is counted anew on Linux alone")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the peak of a GPU is another")
+def test_the_memory_of_a_stage_is_its_own() -> None:
+    what = Train(steps=10, batch=4, rate=1e-3, warmup=1)
+    large, small = HalfFrozen(), HalfFrozen()
+    large.mib = 256
+    first = measure("large", large, what, {}, Accelerator(cpu=True))
+    del large.held
+    second = measure("small", small, what, {}, Accelerator(cpu=True))
+    if not second.alone:
+        assert " so far" in second.line()
+        pytest.skip("the kernel does not let the peak be counted anew")
+    assert first.memory - second.memory == pytest.approx(256, abs=64)
+
+
+def test_the_disk_is_that_of_the_checkpoints_the_best_and_the_averages_and_of_one_while_it_is_written() -> None:
+    weights = WIDTH * (WIDTH + 1)
+    objective = HalfFrozen()
+    plain = measure("half", objective, Train(steps=10, batch=4, rate=1e-3, warmup=1), {}, Accelerator(cpu=True))
+    checkpoint = 4 * (4 * weights + 2)  # weights, average, two moments, a count for each of two tensors
+    assert plain.checkpoint * 2**20 == pytest.approx(checkpoint)
+    assert plain.disk * 2**20 == pytest.approx(2 * checkpoint + 4 * weights)
+    assert disk_of([plain, plain]) * 2**20 == pytest.approx(5 * checkpoint + 8 * weights)
+    more = Train(steps=10, batch=4, rate=1e-3, warmup=1, averages=(0.05, 0.1), kept_averages=3)
+    kept = measure("half", objective, more, {}, Accelerator(cpu=True))
+    assert kept.disk * 2**20 == pytest.approx(2 * (checkpoint + 8 * weights) + 4 * weights + 2 * 2 * 4 * weights)
+
+
+def test_the_names_of_gates_and_samplers_are_looked_at_in_a_dry_run(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from latentgen.cli import app
+
+    tiny = (Path(__file__).parent / "data" / "tiny.toml").read_text()
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(tiny.replace("chance = 0.01", "chanse = 0.01"))
+    refused = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert isinstance(refused.exception, InputError)
+    assert "gate of clip names 'chanse'" in str(refused.exception) and "'chance'" in str(refused.exception)
+    recipe.write_text(tiny.replace('sampler = "dpmpp-2m"', 'sampler = "dpmpp2m"'))
+    refused = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert isinstance(refused.exception, InputError) and "did you mean 'dpmpp-2m'" in str(refused.exception)

@@ -291,6 +291,12 @@ def test_a_run_goes_on_only_with_a_u_net_of_its_form(
     assert said in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
 
 
-def test_a_dry_run_rehearses_from_nothing_alone(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--dry-run", "--start", str(tmp_path)]
-    assert "leave --start away" in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+def test_a_dry_run_rehearses_a_run_that_goes_on(trained: tuple[Path, object], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--out", str(tmp_path / "out"), "--dry-run"]
+    command += ["--start", str(trained[0])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+    assert "clip: " not in done.stderr and "vae: " not in done.stderr
+    assert "unet: " in done.stderr and "decoder: " in done.stderr and "would write" in done.stderr
+    command[-1] = str(tmp_path / "none")
+    assert "none" in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))

@@ -54,14 +54,12 @@ def train(
 
     from latentgen.recipe import read_kind
 
-    if (dry_run or start is not None) and read_kind(recipe) == "pixels":
-        raise InputError(f"{recipe} is a pixel recipe, which takes no --dry-run and no --start; leave them away")
+    if start is not None and read_kind(recipe) == "pixels":
+        raise InputError(f"{recipe} is a pixel recipe, which takes no --start; leave it away")
     if dry_run:
         from latentgen.rehearsal import rehearse
 
-        if start is not None:
-            raise InputError("--dry-run rehearses a run from nothing; leave --start away with it")
-        rehearse(recipe, out, data, report)
+        rehearse(recipe, out, data, report, start)
         return
     from latentgen import build, continuation
 

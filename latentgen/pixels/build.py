@@ -219,7 +219,11 @@ class PixelRun:
             label_dropout=what.diffusion.label_dropout,
             sheet=lambda: self.sheet(model),
         )
-        figures = run_stage(
+        return model.eval(), {**self._run(objective), "weights": float(count)}
+
+    def _run(self, objective: PixelObjective) -> Mapping[str, float]:
+        what = self.recipe
+        return run_stage(
             "pixels",
             objective,
             LoopSettings(**what.train.model_dump()),
@@ -230,7 +234,6 @@ class PixelRun:
             pace=Pace(**what.pace.model_dump()),
             report=self.report,
         )
-        return model.eval(), {**figures, "weights": float(count)}
 
     def sheet(self, model: PixelModel) -> Any:
         """A column for each class, from fixed noise."""

@@ -18,6 +18,7 @@ from latentgen.pixels.build import PixelRun, train
 from latentgen.pixels.model import Family, PixelModel
 from latentgen.pixels.recipe import read_pixel_recipe
 from latentgen.pixels.weights import load_pixels, render_classes
+from latentgen.rehearsal import rehearse
 
 OBJECTIVES = ("ddpm", "ve", "vdm", "flow")
 FOUND = ("bound_total", "bound_prior", "bound_diffusion", "bound_reconstruction", "ode")
@@ -245,7 +246,23 @@ def test_pictures_stay_on_the_disk(grey: bool, recipe: Path, bars: Path, tmp_pat
                 assert all(np.array_equal(plane, drawn) for plane in pictures.pixels[row])
 
 
-def test_a_pixel_recipe_takes_neither_a_rehearsal_nor_a_start(recipe: Path) -> None:
-    for option in (["--dry-run"], ["--start", "weights/icons"]):
+def test_a_pixel_recipe_is_rehearsed(recipe: Path, bars: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().replace("ema = 0.9", "ema = 0.9\naverages = [0.1]\nkept_averages = 2")
+    recipe.write_text(text.replace("validate_steps = 3", "validate_steps = 3\nsave_seconds = 0"))
+    lines: list[str] = []
+    (measured,) = rehearse(recipe, tmp_path / "out", bars, lambda line: lines.append(str(line)))
+    assert any("pixels: 0.0M weights" in line and "samples/s" in line for line in lines)
+    assert any("would write" in line for line in lines) and not (tmp_path / "out.training").exists()
+    train(recipe, tmp_path / "out", bars, silent)
+    stage = next((tmp_path / "out.training").glob("pixels-*/checkpoints")).parent
+    left = [path for part in ("checkpoints", "averages") for path in (stage / part).rglob("*.safetensors")]
+    assert sum(path.stat().st_size for path in left) / 2**20 == pytest.approx(measured.disk, rel=0.3)
+    recipe.write_text(recipe.read_text() + "[gate]\nmax_validation_los = 9\n")
+    with pytest.raises(InputError, match="did you mean 'validation_loss'"):
+        rehearse(recipe, tmp_path / "out", bars, silent)
+
+
+def test_a_pixel_recipe_takes_no_start(recipe: Path) -> None:
+    for option in (["--start", "weights/icons"], ["--start", "weights/icons", "--dry-run"]):
         refused = CliRunner().invoke(app, ["train", str(recipe), *option])
         assert isinstance(refused.exception, InputError)
