@@ -44,12 +44,12 @@ def labels_of(
     held: Sequence[Picture], training: Sequence[Picture], concept: str | None = None, style: str | None = None
 ) -> PairLabels | None:
     """From the columns of that name, or the likely ones; None where there are none. Raises InputError."""
-    names = column([*held, *training], concept, CONCEPTS), column([*held, *training], style, STYLES)
-    if names[0] is None or names[1] is None:
+    one, other = column([*held, *training], concept, CONCEPTS), column([*held, *training], style, STYLES)
+    if one is None or other is None:
         return None
 
     def labels(pictures: Sequence[Picture]) -> Labels:
-        return Labels(*(np.array([str(p.attributes[name]) for p in pictures]) for name in names))
+        return Labels(*(np.array([str(p.attributes[name]) for p in pictures]) for name in (one, other)))
 
     return PairLabels(labels(held), labels(training))
 

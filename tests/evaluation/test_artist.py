@@ -1,5 +1,6 @@
 """What an evaluation renders, and when a rendering of before may stand for it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentgen.checkpoint import open_checkpoint
 from latentgen.evaluation import run
 from latentgen.evaluation.run import DIVERSE, EACH, Artist, Order, evaluate
+from latentgen.pipeline import terms_of
 
 ICONS = Path(__file__).parents[1] / "data" / "icons"
 
@@ -19,7 +22,7 @@ class Stopped(Exception):
 
 
 def test_diversity_is_measured_on_captions_of_all_kinds(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sample is sorted by style, as the icons are, and holds 9 pictures out."""
     asked: list[list[str]] = []
@@ -30,6 +33,9 @@ def test_diversity_is_measured_on_captions_of_all_kinds(
             raise Stopped
         return np.zeros((len(captions), 32, 32, 3), np.uint8)
 
+    folder = make_folder(extra_files={"latentgen.json": '{"sample_size": 32}'})
+    pipe = SimpleNamespace(terms=terms_of(open_checkpoint(folder)), machine=None)
+    monkeypatch.setattr(run, "Pipeline", SimpleNamespace(from_pretrained=lambda _: pipe))
     monkeypatch.setattr(Artist, "draw", draw)
     monkeypatch.setattr(run, "DIVERSE", 3)
     with pytest.raises(Stopped):

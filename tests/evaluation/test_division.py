@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from latentgen.checkpoint import open_checkpoint
 from latentgen.cli.evaluating import evaluate as evaluate_verb
 from latentgen.data import read_folder
 from latentgen.errors import InputError
+from latentgen.evaluation import run as evaluation
 from latentgen.evaluation.division import Asked, Division, divided, division_of
 from latentgen.evaluation.run import Artist, Order, evaluate
+from latentgen.pipeline import terms_of
 from latentgen.training.intake import divide, read_pictures
+from latentgen.tuning import run as tuning
 from latentgen.tuning.run import Bench
 from latentgen.tuning.run import Order as Tuning
 
@@ -31,12 +35,23 @@ def unmarked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture
-def own(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny weights with a recipe that holds three hundredths out."""
-    place = Path(shutil.copytree(folder, tmp_path / "own"))
-    (place / "recipe.json").write_text(json.dumps({"name": "own", "data": {**RECIPE, "hold_out": 0.03}}))
-    return place
+@pytest.fixture(scope="module")
+def own(make_folder: Callable[..., Path]) -> Path:
+    """Tiny weights with a recipe that holds three hundredths out."""
+    recipe = {"name": "own", "data": {**RECIPE, "hold_out": 0.03}}
+    files = {"recipe.json": json.dumps(recipe), "latentgen.json": json.dumps({"sample_size": 32})}
+    return make_folder("own", extra_files=files)
+
+
+class Unopened:
+    """In the pipeline's place: enough was seen before anything is rendered."""
+
+    machine = None
+
+    def __init__(self, weights: Path) -> None:
+        self.terms = terms_of(open_checkpoint(weights))
+
+    from_pretrained = classmethod(lambda cls, weights: cls(weights))
 
 
 def held_in_training(root: Path, place: Path, split: str, part: float) -> tuple[list[Path], list[Path]]:
@@ -84,15 +99,18 @@ def test_evaluate_and_tune_judge_on_what_the_recipe_holds_out(
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="enough"):
         patch.setattr(Artist, "draw", draw)
+        patch.setattr(evaluation, "Pipeline", Unopened)
         evaluate(own, Order(unmarked), tmp_path / "cache")
     assert sorted(asked) == expected
     lines: list[str] = []
+    monkeypatch.setattr(tuning, "Pipeline", Unopened)
     bench = Bench.of(open_checkpoint(own), own, Tuning(unmarked, 4), tmp_path / "cache", lines.append)
     assert sorted(bench.captions) == expected and lines == []
 
 
 def test_two_models_that_were_held_to_other_pictures_are_not_compared(
-    unmarked: Path, own: Path, folder: Path, tmp_path: Path
+    unmarked: Path, own: Path, make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
+    folder = make_folder("another")  # it says nothing, so a twentieth
     with pytest.raises(InputError, match="hold other pictures out; say for both"):
         evaluate_verb(str(own), unmarked, tmp_path / "r.html", compare=str(folder), judge="default")
