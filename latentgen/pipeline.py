@@ -23,7 +23,7 @@ from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
-from latentgen.diffusion.schedule.reading import plan_for
+from latentgen.diffusion.schedule.reading import known, plan_for
 from latentgen.errors import InputError
 from latentgen.guiding import guided_as, snapshot_of
 from latentgen.image import Picture, to_bytes
@@ -145,7 +145,7 @@ class Pipeline(TakesLoras, TakesWords):
         from latentgen.models.network import unet_network
         from latentgen.models.text import TextEncoder
 
-        terms = Terms.read(unet.config, vae.config, from_config(scheduler_config).sampler, extras)
+        terms = Terms.read(unet.config, vae.config, from_config(known(scheduler_config)).sampler, extras)
         network = unet_network(unet, gradients=False)
         loras = module_loras(unet=unet, text_encoder=text_encoder)
         return cls(TextEncoder(tokenizer, text_encoder), network, Latent(vae), scheduler_config, terms, loras=loras)

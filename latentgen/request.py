@@ -9,6 +9,7 @@ from typing import Any
 
 from latentgen.checkpoint import Checkpoint, SingleFile, refuse_other_kinds
 from latentgen.diffusion.schedule.plan import from_config
+from latentgen.diffusion.schedule.reading import is_known, known
 from latentgen.errors import InputError
 
 Projected = tuple[float, float | None] | tuple[float, float | None, float]  # eta, norm and momentum
@@ -72,13 +73,19 @@ def assumed(checkpoint: Checkpoint, prediction_type: str | None = None) -> list[
             f"{checkpoint.folder}: nothing in it says what its U-Net predicts, and v is assumed; where pictures are "
             "noise or grey, say prediction_type='epsilon' (--prediction-type epsilon)"
         )
+    scheduler = checkpoint.config("scheduler")
+    if not is_known(scheduler):
+        lines.append(
+            f"{checkpoint.folder}: its scheduler {scheduler['_class_name']!r} is not known; its betas and prediction "
+            "are read as DDIM's"
+        )
     return lines
 
 
 def terms_of(checkpoint: Checkpoint) -> Terms:
     """What a checkpoint allows, from its small files; an InputError where its parts do not fit one another."""
     unet = checkpoint.config("unet")
-    terms = Terms.of(checkpoint, from_config(checkpoint.config("scheduler")).sampler)
+    terms = Terms.of(checkpoint, from_config(known(checkpoint.config("scheduler"))).sampler)
     refuse_other_kinds(checkpoint.folder, unet, terms.channels)
     towers = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
     width = sum(int(checkpoint.config(tower).get("hidden_size", 0)) for tower in towers)

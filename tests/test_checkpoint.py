@@ -13,7 +13,9 @@ import torch
 
 from latentgen import InputError, Pipeline, checkpoint
 from latentgen.checkpoint import default_weights, find, open_checkpoint, open_folder, places, save_pipeline
+from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.models.onnx.export import write_graphs
+from latentgen.request import Assumed
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 DDIM = {"_class_name": "DDIMScheduler"}
@@ -152,7 +154,11 @@ BROKEN: list[tuple[Callable[[Path], Any], bool, str]] = [
         False,
         "text_encoder_2 is CLIPTextModel; one with CLIPTextModelWithProjection is wanted",
     ),
-    (rewrite("scheduler/scheduler_config.json", _class_name="FooScheduler"), False, "scheduler 'FooScheduler'"),
+    (
+        rewrite("scheduler/scheduler_config.json", _class_name="FooScheduler", beta_start=None),
+        False,
+        "scheduler 'FooScheduler'",
+    ),
     (rewrite("unet/config.json", in_channels=9), False, "an inpainting model .its U-Net takes 9 channels in"),
     (rewrite("unet/config.json", cross_attention_dim=99), False, "attends to a width of 99"),
     (rewrite("unet/config.json", block_out_channels=[16, 64]), False, "does not fit its config.json"),
@@ -172,6 +178,24 @@ def test_a_folder_that_is_not_whole_gets_one_line(
     with pytest.raises(InputError, match=line) as caught:
         Pipeline.from_pretrained(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_a_scheduler_that_is_not_known_but_for_its_betas_is_read_as_ddim_and_said(copy: Path) -> None:
+    unlisted(copy)
+    call: dict[str, Any] = {"seed": 1, "num_inference_steps": 3, "output_type": "latent"}
+    (copy / "latentgen.json").unlink()
+    before = Pipeline.from_pretrained(copy, engine="torch")
+    rewrite("scheduler/scheduler_config.json", _class_name="KDPM2DiscreteScheduler")(copy)
+    with pytest.warns(Assumed, match="its scheduler 'KDPM2DiscreteScheduler' is not known; its betas and") as caught:
+        pipe = Pipeline.from_pretrained(copy, engine="torch")
+    assert len([each for each in caught if each.category is Assumed]) == 1
+    assert pipe.terms.sampler == "ddim"
+    for sampler in (None, "dpmpp-2m", "heun"):
+        found, expected = (each("a red apple", sampler=sampler, **call).images for each in (pipe, before))
+        assert torch.equal(found, expected)
+    scheduler = json.loads((copy / "scheduler/scheduler_config.json").read_text())
+    del scheduler["clip_sample"]  # which such a class has not; DDIM's own default would clip latents
+    assert plan_for(scheduler, "ddim").clip is None
 
 
 def test_what_is_no_folder_gets_one_line(folder: Path, tmp_path: Path) -> None:

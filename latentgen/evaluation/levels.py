@@ -16,6 +16,7 @@ from latentgen.diffusion.loss import denoising_loss
 from latentgen.diffusion.schedule.continuous import UniformLogsnr
 from latentgen.diffusion.schedule.plan import from_config
 from latentgen.diffusion.schedule.protocol import Schedule
+from latentgen.diffusion.schedule.reading import known
 from latentgen.evaluation.metrics import Figure, mean_figure
 from latentgen.image import to_bytes
 from latentgen.models.engine import open_engine
@@ -58,7 +59,7 @@ def look_inside(checkpoint: Checkpoint, pixels: np.ndarray, captions: Sequence[s
     (Vahdat et al. 2021, eq. 1) with one draw of z, the decoder a mixture of Laplace distributions about its picture.
     """
     engine = open_engine(checkpoint, "torch", device="cpu", dtype="float32")
-    plan = from_config(checkpoint.config("scheduler"))
+    plan = from_config(known(checkpoint.config("scheduler")))
     losses: list[list[Any]] = [[] for _ in range(LEVELS)]
     bits: list[Any] = []
     pixel_bits: list[Any] = []

@@ -9,7 +9,7 @@ import torch
 
 from latentgen.checkpoint import Checkpoint, find, open_checkpoint, read_json
 from latentgen.diffusion.schedule.plan import Plan, from_config
-from latentgen.diffusion.schedule.reading import plan_for
+from latentgen.diffusion.schedule.reading import known
 from latentgen.errors import InputError
 from latentgen.finetuning.settings import Finetune, Start
 from latentgen.models.latent import Latent
@@ -50,7 +50,7 @@ class Base:
         scheduler = checkpoint.config("scheduler")
         weights = identity(checkpoint, path)
         pipe = Pipeline(text, unet_network(unet), latent, scheduler, terms, weights)
-        return cls(checkpoint, path, unet, text, latent, pipe, plan_for(scheduler, from_config(scheduler).sampler))
+        return cls(checkpoint, path, unet, text, latent, pipe, from_config(known(scheduler)))
 
     @property
     def count(self) -> int:

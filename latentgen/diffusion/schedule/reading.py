@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from latentgen.diffusion.schedule.plan import Plan, from_config
+from latentgen.diffusion.schedule.plan import FAMILIES, Plan, from_config
 
 # The diffusers scheduler that stands for each sampler: it says how the folder's scheduler config is to be read.
 _DPM = {"_class_name": "DPMSolverMultistepScheduler"}
@@ -27,12 +27,26 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the class that a scheduler config names has a reading of its own here."""
+    return str(config.get("_class_name", "DDIMScheduler")) in FAMILIES
+
+
+def known(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config as it stands, or, where its class is not known but its betas are, as DDIM's without clipping."""
+    betas = config.get("trained_betas") is not None or None not in (config.get("beta_start"), config.get("beta_end"))
+    if is_known(config) or not betas:
+        return config
+    return {"clip_sample": False, **config, "_class_name": "DDIMScheduler"}
+
+
 def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
     """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it.
 
     So does `OtherScheduler.from_config(scheduler.config)` in diffusers, but that x0 is never clipped unless the config
     says so: latents have no bounds. Samplers that diffusers has not are read as DDIM, and end without noise.
     """
+    config = known(config)
     plan = from_config(config)
     if sampler != plan.sampler:
         read_as = SCHEDULERS.get(sampler, SCHEDULERS["ddim"])
