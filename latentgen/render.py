@@ -86,7 +86,7 @@ def render(
     loras = [{"path": path, "weight": weight} for path, weight in order.loras]
     with among.to_the_end():
         with among.first_here_first():
-            told = {"tokenizer": order.tokenizer, "prediction_type": order.prediction_type}
+            told: dict[str, Any] = {"tokenizer": order.tokenizer, "prediction_type": order.prediction_type}
             pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras, compile=order.compile, **told)
         for path in order.words:
             pipe.load_textual_inversion(path)
@@ -340,7 +340,7 @@ def _again(
     recorded = settings["weights"] or {}
     name, expected = str(recorded.get("name")), str(recorded.get("sha256"))
     folder = weights if weights is not None else recorded.get("path")
-    told = {key: settings.get(key) for key in ("tokenizer", "prediction_type")}
+    told: dict[str, Any] = {key: settings.get(key) for key in ("tokenizer", "prediction_type")}
     try:
         checkpoint = open_checkpoint(find(folder), tokenizer=told["tokenizer"], verify=False)
     except InputError as error:

@@ -146,7 +146,7 @@ def render(
 
         refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile}
         refused |= {"negative": bool(negative), "guidance_interval": guidance_interval is not None}
-        refused |= {"prediction_type": prediction_type, "tokenizer": tokenizer}
+        refused |= {"prediction_type": prediction_type is not None, "tokenizer": tokenizer is not None}
         refuse_for_pixels(size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:

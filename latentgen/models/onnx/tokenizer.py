@@ -40,8 +40,8 @@ def read_tokenizer(folder: Path, tower: Mapping[str, Any], pad: str | None = Non
         missing = next(named[mark] for mark, id in ids.items() if id is None)
         raise InputError(f"{folder} is no CLIP tokenizer: it has no {missing}")
     if not (folder / "tokenizer.json").is_file():
-        marks = ((named[mark], ids[mark]) for mark in ("eos_token", "bos_token"))
-        tokenizer.post_processor = processors.RobertaProcessing(*marks, trim_offsets=False, add_prefix_space=False)
+        end, start = ((named[mark], ids[mark]) for mark in ("eos_token", "bos_token"))
+        tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     length = min(int(settings.get("model_max_length") or 77), int(tower.get("max_position_embeddings", 77)))
     return tokenizer, Window(length, ids["bos_token"], ids["eos_token"], ids["pad_token"])
 
