@@ -1,5 +1,6 @@
 """ONNX Runtime runs Stable Diffusion XL and single files too, from weights where they are; torch's pictures."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latentgen import Pipeline
 from latentgen.checkpoint import check_safetensors, open_checkpoint
@@ -94,6 +95,15 @@ def lora(file: Path, seed: int) -> Path:
     return file
 
 
+def torch_weight(folder: Path, loras: Any) -> torch.Tensor:
+    """The weight that `lora` changes, as the torch engine computes with it."""
+    pipe = Pipeline.from_pretrained(folder, engine="torch", loras=loras)
+    pipe.fuse_lora()
+    layers: Any = pipe._loras().parts["unet"]
+    weight: torch.Tensor = layers._layers["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"].weight
+    return weight.detach()
+
+
 def test_loras_are_fused_into_graphs_of_their_own_and_give_the_picture_of_torch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,14 +125,38 @@ def test_loras_are_fused_into_graphs_of_their_own_and_give_the_picture_of_torch(
         warnings.simplefilter("error")
         again = Pipeline.from_pretrained(folder, device="cpu", loras=loras)  # the cache's, without being asked for
     assert again("a", **CALL).settings["engine"] == "onnx"
-    files = (tmp_path / "cache").rglob("unet/*.onnx")
-    graphs = [onnx.load(file, load_external_data=False).graph for file in files]
+    (place,) = (tmp_path / "cache").glob("latentgen/onnx/*-fused/unet")
+    (beside,) = place.glob("*.safetensors")
+    graphs = [onnx.load(file, load_external_data=False).graph for file in place.glob("*.onnx")]
     weights = [each for graph in graphs for each in graph.initializer]
-    held = [each for each in weights if not each.external_data and len(each.raw_data) > 512]
-    assert [tuple(each.dims) for each in held] == [(16, 16)]  # the one weight that is changed
+    assert not [each for each in weights if len(each.raw_data) > 512]
+    changed = [each for each in weights if each.external_data and each.external_data[0].value == beside.name]
+    assert [tuple(each.dims) for each in changed] == [(16, 16)]  # the one weight that is changed
+    (values,) = load_file(beside).values()
+    assert torch.equal(values, torch_weight(folder, loras))
     again.load_lora(one, 0.1)  # goes on with torch, and with those it was opened with
     said = again("a", **CALL).settings
     assert said["engine"] == "torch" and [each["weight"] for each in said["loras"]] == [0.7, -0.5, 0.1]
+
+
+def test_graphs_with_other_loras_of_the_same_layers_are_not_taken_for_each_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs differ in the hash of the weights beside them alone; whether copies are kept ready or not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = [lora(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+    found = {}
+    for room in (6 << 30, 0):
+        monkeypatch.setattr("latentgen.models.onnx.ready.ROOM", room)
+        for file in files:
+            pipe = Pipeline.from_pretrained(folder, engine="onnx", loras=[{"path": file, "weight": 0.7}])
+            found[room, file] = pipe(PROMPTS, **CALL, **CALLS[0]).images
+    assert np.abs(found[6 << 30, files[0]] - found[6 << 30, files[1]]).max() > 1e-2
+    shutil.rmtree(tmp_path / "cache/latentgen/onnx/ready")
+    for file in files:
+        np.testing.assert_array_equal(found[0, file], found[6 << 30, file])
+        pipe = Pipeline.from_pretrained(folder, engine="onnx", loras=[{"path": file, "weight": 0.7}])
+        np.testing.assert_array_equal(pipe(PROMPTS, **CALL, **CALLS[0]).images, found[0, file])
 
 
 def test_a_picture_with_loras_on_onnx_replays_to_the_byte(folder: Path, tmp_path: Path) -> None:

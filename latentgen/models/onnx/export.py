@@ -2,11 +2,13 @@
 
 A safetensors file is a header and then raw bytes, so a tensor there is an ONNX external tensor at an offset. What is
 stored in half precision stays so on the disk: a Cast follows it, and ONNX Runtime computes the float32 constant once,
-when it loads the graph. What stands in no file (few small constants) is held by the graph itself.
+when it loads the graph. What stands in no file (few small constants) is held by the graph itself; weights that LoRAs
+changed lie in a safetensors file of their own beside it, as a graph of more than 2 GB cannot be saved.
 """
 
 import hashlib
 import io
+import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -17,11 +19,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
 from torch import nn
 
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
 from latentgen.checkpoint.write import TEXT
-from latentgen.durable import write_file
+from latentgen.durable import sha256, write_file
 from latentgen.models.loading import load_module, quiet
 from latentgen.models.lora.layers import module_loras
 from latentgen.models.onnx.lighten import attend_in_one_node, say_reshapes, split_text
@@ -36,9 +39,12 @@ from latentgen.models.onnx.places import (
     layout,
     weights_folder,
 )
+from latentgen.models.onnx.session import FUSED, OUTSIDE
 from latentgen.models.onnx.widen import wide
 
 OPSET = 18
+NOWHERE = "changed"  # the file of weights that are to be written yet
+CHANGED = "latentgen.changed"  # the key in a graph's metadata of the hash of the weights beside it
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
 
 
@@ -127,8 +133,8 @@ def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
 def export_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
     """The graphs of a checkpoint with LoRAs fused, exported into the user's cache.
 
-    loras: what `Loras.load` takes of each. Weights that they change are held by the graphs; all others lie where they
-    did. Raises InputError for a LoRA that cannot be used.
+    loras: what `Loras.load` takes of each. Weights that they change lie beside the graphs; all others where they did.
+    Raises InputError for a LoRA that cannot be used.
     """
     modules = {part: _module(checkpoint, part) for part in ("unet", *TEXT[: 1 + checkpoint.has_second])}
     adapters = module_loras(**modules)
@@ -147,21 +153,52 @@ def _write(
     for part in (part for part in paths if part != TOLD):
         own = (part, TOLD) if part == "unet" else (part,)
         if again or not all(paths[name].is_file() for name in own):
-            for name, made in graphs(checkpoint, part, (modules or {}).get(part)).items():
+            changed: dict[str, np.ndarray] = {}
+            for name, made in graphs(checkpoint, part, (modules or {}).get(part), changed).items():
+                _put_beside(made, changed, paths[name].with_suffix(FUSED))
                 write_file(paths[name], made.SerializeToString())
 
 
-def graphs(checkpoint: Checkpoint, part: str, network: Any = None) -> dict[str, onnx.ModelProto]:
+def graphs(
+    checkpoint: Checkpoint, part: str, network: Any = None, changed: dict[str, np.ndarray] | None = None
+) -> dict[str, onnx.ModelProto]:
     """The graph of one network, a key of `GRAPHS` or `SECOND`; of the U-Net also `TOLD`, which its own then needs.
 
     Batch, tokens and size are free. network: the module itself, where it computes with other weights than those stored.
+    changed: is given those weights, by name, for which the graph then has no place yet; None is that the graph holds
+    them.
     """
-    made, inputs = _exported(checkpoint, part, network)
+    made, inputs = _exported(checkpoint, part, network, changed if network is not None else None)
     if part != "unet":
         return {part: made}
-    say_reshapes(made, weights_folder(checkpoint, part), _probes(inputs))
+    say_reshapes(made, weights_folder(checkpoint, part), _probes(inputs), changed or {})
     told, step = split_text(made)
     return {TOLD: told, part: step}
+
+
+def _put_beside(made: onnx.ModelProto, changed: Mapping[str, np.ndarray], file: Path) -> None:
+    """Write those of the changed weights that a graph uses into a safetensors file, and let the graph point there.
+
+    The graph says the file's hash, by which a copy that is kept ready is known to be of these very weights.
+    """
+    own = {tensor.name: tensor for tensor in made.graph.initializer if tensor.name in changed}
+    if not own:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}.writing")
+    try:
+        save_file({name: np.ascontiguousarray(changed[name]) for name in own}, aside)
+        header = check_safetensors(aside)
+        with aside.open("rb") as opened:
+            start = 8 + int.from_bytes(opened.read(8), "little")
+        for name, tensor in own.items():
+            first, last = header[name]["data_offsets"]
+            place = Stored(file.name, start + first, last - first, TensorProto.FLOAT)
+            tensor.CopyFrom(_outside(name, tuple(tensor.dims), place))
+        made.metadata_props.add(key=CHANGED, value=sha256(aside))
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _probes(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, np.ndarray]]:
@@ -182,8 +219,10 @@ def _probes(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, np.ndarray]]:
     return probes
 
 
-def _exported(checkpoint: Checkpoint, part: str, network: Any) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
-    """The graph of one network as it is traced, and what it was traced with."""
+def _exported(
+    checkpoint: Checkpoint, part: str, network: Any, changed: dict[str, np.ndarray] | None = None
+) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
+    """The graph of one network as it is traced, and what it was traced with. changed: as `graphs` takes it."""
     assert part in GRAPHS | SECOND
     module, inputs, axes = _traced(part, network or _module(checkpoint, part), raw=checkpoint.has_second)
     outputs = ["out", "pooled"] if part in SECOND else ["out"]
@@ -201,7 +240,7 @@ def _exported(checkpoint: Checkpoint, part: str, network: Any) -> tuple[onnx.Mod
             dynamic_axes=axes,
         )
         made = onnx.load_from_string(buffer.getvalue())
-    _point(made.graph, set(inputs), module.state_dict(), _stored(checkpoint.weights[part]))
+    _point(made.graph, set(inputs), module.state_dict(), _stored(checkpoint.weights[part]), changed)
     made.metadata_props.add(key=LAYOUT, value=layout(checkpoint, part))
     return made, inputs
 
@@ -282,9 +321,16 @@ def _stored(files: tuple[Path, ...]) -> dict[bytes, Stored]:
 
 
 def _point(
-    graph: onnx.GraphProto, inputs: set[str], state: Mapping[str, torch.Tensor], places: Mapping[bytes, Stored]
+    graph: onnx.GraphProto,
+    inputs: set[str],
+    state: Mapping[str, torch.Tensor],
+    places: Mapping[bytes, Stored],
+    changed: dict[str, np.ndarray] | None,
 ) -> None:
-    """Turn the weights among a graph's inputs into initializers that point into the files; unused ones go."""
+    """Turn the weights among a graph's inputs into initializers that point into the files; unused ones go.
+
+    changed: is given those that stand in no file and are not small.
+    """
     used = {name for node in graph.node for name in node.input}
     kept = [value for value in graph.input if value.name in inputs]
     weights = [value.name for value in graph.input if value.name not in inputs and value.name in used]
@@ -294,6 +340,10 @@ def _point(
     for name in weights:
         values = state[name].numpy()
         place = places.get(_digest(values)) if values.dtype == np.float32 else None
+        if place is None and changed is not None and values.dtype == np.float32 and values.nbytes >= OUTSIDE:
+            changed[name] = values
+            graph.initializer.append(_outside(name, values.shape, Stored(NOWHERE, 0, values.nbytes, TensorProto.FLOAT)))
+            continue
         if place is None:
             graph.initializer.append(numpy_helper.from_array(values, name))
             continue

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
 
-from latentgen.models.onnx.session import WEIGHTS_FOLDER
+from latentgen.models.onnx.session import WEIGHTS_FOLDER, give_weights
 
 EACH_STEP = ("sample", "timestep")  # a U-Net's inputs that change from step to step
 CONTRIB = "com.microsoft"
@@ -71,16 +71,22 @@ def _is_plain(layer: Any) -> bool:
 # --- reshapes
 
 
-def say_reshapes(made: onnx.ModelProto, weights: Path, probes: Sequence[Mapping[str, np.ndarray]]) -> None:
+def say_reshapes(
+    made: onnx.ModelProto,
+    weights: Path,
+    probes: Sequence[Mapping[str, np.ndarray]],
+    changed: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Give each Reshape a constant target where one gives the same shape for all probes, and drop what is then unused.
 
     A target's entry is a number that is always the same, 0 (the input's own entry at that place), or, once, −1.
-    weights: the folder of the external data. probes: inputs whose free axes all differ.
+    weights: the folder of the external data. probes: inputs whose free axes all differ. changed: weights by name that
+    stand in no file.
     """
     graph = made.graph
     held = {tensor.name for tensor in graph.initializer}
     reshapes = [node for node in graph.node if node.op_type == "Reshape" and node.input[1] not in held]
-    seen = [_shapes(made, weights, reshapes, probe) for probe in probes]
+    seen = [_shapes(made, weights, reshapes, probe, changed or {}) for probe in probes]
     said = []
     for k, node in enumerate(reshapes):
         target = _target([found[k] for found in seen])
@@ -95,7 +101,11 @@ def say_reshapes(made: onnx.ModelProto, weights: Path, probes: Sequence[Mapping[
 
 
 def _shapes(
-    made: onnx.ModelProto, weights: Path, reshapes: Sequence[onnx.NodeProto], probe: Mapping[str, np.ndarray]
+    made: onnx.ModelProto,
+    weights: Path,
+    reshapes: Sequence[onnx.NodeProto],
+    probe: Mapping[str, np.ndarray],
+    changed: Mapping[str, np.ndarray],
 ) -> list[tuple[list[int], list[int]]]:
     """The shapes that come into each Reshape and those asked of it, as one probe has them."""
     asked = onnx.ModelProto()
@@ -109,8 +119,10 @@ def _shapes(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
+    given = give_weights(options, changed)
     session = onnxruntime.InferenceSession(asked.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found = [[int(side) for side in values] for values in session.run(names, dict(probe))]
+    del session, given  # in this order
     return list(zip(found[::2], found[1::2], strict=True))
 
 

@@ -21,6 +21,7 @@ from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 from latentgen.models.onnx.widen import widened
 
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
+FUSED = ".fused.safetensors"  # beside a graph, instead of its own ending: the weights that LoRAs changed
 OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
 
@@ -72,13 +73,13 @@ def _checked_session(
 
     keep: where it is left for later sessions, which read it in less memory than this one would take to compute.
     """
-    weights = weights_folder(checkpoint, part)
+    weights, fused = weights_folder(checkpoint, part), graph.with_suffix(FUSED)
     wrong = f"{graph} cannot be run with the weights in {weights}"
     try:
         if keep is None:
-            session = _session(held, threads, weights=weights)
+            session = _session(held, threads, weights=weights, fused=fused)
         else:
-            session = _session(widened(held, weights, keep.parent), threads, weights=keep.parent, keep=keep)
+            session = _session(widened(held, weights, keep.parent, fused), threads, weights=keep.parent, keep=keep)
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
         raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
@@ -88,9 +89,18 @@ def _checked_session(
 
 
 def _session(
-    graph: str | bytes, threads: int, *, weights: Path | None = None, optimised: bool = False, keep: Path | None = None
+    graph: str | bytes,
+    threads: int,
+    *,
+    weights: Path | None = None,
+    fused: Path | None = None,
+    optimised: bool = False,
+    keep: Path | None = None,
 ) -> Any:
-    """A session as every network here has it. optimised: the graph is as ONNX Runtime left it at `keep`."""
+    """A session as every network here has it. optimised: the graph is as ONNX Runtime left it at `keep`.
+
+    fused: where the weights that LoRAs changed are, if there are any.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -99,6 +109,11 @@ def _session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if weights is not None:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
+    given: Any = None
+    if fused is not None and fused.is_file():
+        from safetensors.numpy import load_file
+
+        given = give_weights(options, load_file(fused))
     if keep is not None:
         options.add_session_config_entry("session.disable_prepacking", "1")  # it computes nothing
         options.optimized_model_filepath = str(keep)
@@ -106,7 +121,20 @@ def _session(
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(OUTSIDE)
         )
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session.given = given
+    return session
+
+
+def give_weights(options: Any, weights: Mapping[str, np.ndarray]) -> Any:
+    """Let a session take these as the weights of those names, wherever the graph says that they lie.
+
+    Returns what must live for as long as the session: it reads them where they are.
+    """
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(w)) for name, w in weights.items()}
+    if values:
+        options.add_external_initializers(list(values), list(values.values()))
+    return values
 
 
 @dataclass(eq=False)

@@ -16,10 +16,11 @@ FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # of ONNX's TensorProto, which is slow to 
 ALIGNED = 64  # bytes
 
 
-def widened(graph: bytes, weights: Path, folder: Path) -> bytes:
+def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None) -> bytes:
     """The graph with each weight outside it, and the Cast and the Transpose that follow, as one of float32.
 
-    weights: where the graph's external data is; folder: where `WIDE` is written. Raises OSError or ValueError where
+    weights: the folder of the graph's external data; fused: the file of what of it lies elsewhere; folder: where `WIDE`
+    is written. Raises OSError or ValueError where
     the files do not hold what the graph says.
     """
     import onnx
@@ -38,7 +39,8 @@ def widened(graph: bytes, weights: Path, folder: Path) -> bytes:
                 kept.append(tensor)
                 continue
             name = tensor.name
-            values = wide(_mapped(weights / place["location"], place), tensor.data_type).reshape(tuple(tensor.dims))
+            outer = fused if fused is not None and place["location"] == fused.name else weights / place["location"]
+            values = wide(_mapped(outer, place), tensor.data_type).reshape(tuple(tensor.dims))
             if tensor.data_type != FLOAT:
                 if not _is_cast(users[name]):
                     raise ValueError(f"{name} is of half precision and is not widened")
