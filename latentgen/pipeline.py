@@ -28,9 +28,9 @@ from latentgen.errors import InputError
 from latentgen.guiding import guided_as, snapshot_of
 from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
+from latentgen.models.lengths import encoded_apart, of_one_length
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.memory import caching, decoded, in_groups, need_of, pictures_at_a_time, tile_of
-from latentgen.models.prompt import alike
 from latentgen.models.words import TakesWords
 from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
 from latentgen.request import Assumed, Projected, Request, Terms, assumed, check_output_type, read_request
@@ -289,16 +289,14 @@ class Pipeline(TakesLoras, TakesWords):
         negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
         if given_negative[0] is None and not request.said and hasattr(self.text, "empty"):
             negative = replace(self.text.empty(negative), sizes=negative.sizes)
-        one, other = condition.states, negative.states
-        if one is None or other is None or one.shape[1] == other.shape[1]:
-            return condition, negative
-        states, others = alike(one, other)
-        return replace(condition, states=states), replace(negative, states=others)
+        return of_one_length(condition, negative)
 
     def _states(self, request: Request, prompts: Sequence[str], given: Given, name: str) -> Condition:
         states, pooled = given
         if states is None:
-            told = self.text.encode(prompts, weights=request.prompt_weights, limit=request.max_embeddings_multiples)
+            how: dict[str, Any] = {"weights": request.prompt_weights, "limit": request.max_embeddings_multiples}
+            chunks = {text: len(self.text.lay(text, **how).chunks) for text in dict.fromkeys(prompts)}
+            told = encoded_apart(partial(self.text.encode, **how), prompts, [chunks[text] for text in prompts])
         elif len(states.shape) != 3 or len(request) % len(states):
             raise InputError(f"{name} has shape {tuple(states.shape)}; it must be (prompts, tokens, width)")
         else:

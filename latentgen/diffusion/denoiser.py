@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 from latentgen.diffusion.array import Array, Level, column, is_number, namespace
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule.protocol import Schedule
@@ -45,8 +47,8 @@ class Condition:
             joined[name] = namespace(array).concat((array, *rest), axis=0)
         return Condition(**joined)
 
-    def rows(self, index: slice) -> "Condition":
-        """The rows of the batch that a slice names."""
+    def rows(self, index: slice | np.ndarray) -> "Condition":
+        """The rows of the batch that a slice, or numbers, name."""
         return Condition(**{name: array[index] for name, array in self._arrays().items()})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from latentgen.diffusion.array import Array, namespace
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
+from latentgen.models.lengths import Rows, groups, in_order
 
 MOST = 8  # pictures at a time on a CPU: past a few, more at a time is no faster there
 SHARE = 0.5  # of the memory that is free, for activations
@@ -25,14 +26,20 @@ OVERLAP = 0.25  # of a tile, blended with its neighbour
 
 
 def in_groups(network: Network, rows: int) -> Network:
-    """The network, evaluated at most `rows` rows of the batch at a time."""
+    """The network, evaluated at most `rows` rows of the batch at a time, and those alone whose texts are of one length.
+
+    The groups of a condition are the same objects for as long as it is, so that a network knows them again.
+    """
+    last: list[tuple[Condition, list[tuple[Rows, Condition]]]] = []
 
     def grouped(x: Array, time: Array, condition: Condition) -> Array:
-        if len(x) <= rows:
+        if len(x) <= rows and condition.mask is None:
             return network(x, time, condition)
-        parts = [slice(first, first + rows) for first in range(0, len(x), rows)]
-        outs = [network(x[part], time[part], condition.rows(part)) for part in parts]
-        return namespace(x).concat(outs, axis=0)
+        if not last or last[0][0] is not condition:
+            last[:] = [(condition, list(groups(condition, len(x), rows)))]
+        parts = last[0][1]
+        outs = [network(x[part], time[part], shown) for part, shown in parts]
+        return in_order(outs, [part for part, _ in parts])
 
     return grouped
 

@@ -209,13 +209,13 @@ def sheet(prompts: Sequence[Laid], window: Window) -> Sheet:
 
     Where their numbers of chunks differ, each prompt's chunks are repeated to the least common multiple: attention
     over keys that are all repeated is attention over the keys, so a prompt means beside others what it means alone.
-    Raises InputError where that would be more than four times the longest prompt.
+    Raises InputError where that would be more than four times the longest prompt (`fit_together`).
     """
     distinct = list(dict.fromkeys(chunk for laid in prompts for chunk in laid.chunks))
     place = {chunk: number for number, chunk in enumerate(distinct)}
     counts = sorted({len(laid.chunks) for laid in prompts})
     columns = math.lcm(*counts)
-    if len(counts) > 1 and columns > REPEATS * counts[-1]:
+    if not fit_together(counts):
         said = f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
         raise InputError(f"prompts of {said} chunks do not fit into one batch; render them in calls of their own")
     ids = np.full((len(distinct), window.length), window.pad, dtype=np.int64)
@@ -228,6 +228,11 @@ def sheet(prompts: Sequence[Laid], window: Window) -> Sheet:
         weights[row, 1 : used + 1] = chunk.weights
     rows = [[place[chunk] for chunk in laid.chunks] * (columns // len(laid.chunks)) for laid in prompts]
     return Sheet(ids, mask, weights, np.asarray(rows, dtype=np.int64))
+
+
+def fit_together(counts: Sequence[int]) -> bool:
+    """Whether prompts of so many chunks each are repeated to one length, which is no more than `REPEATS` longest."""
+    return len(set(counts)) == 1 or math.lcm(*counts) <= REPEATS * max(counts)
 
 
 def weighted(states: Array, weights: np.ndarray) -> Array:

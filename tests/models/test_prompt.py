@@ -289,6 +289,32 @@ def test_a_long_prompt_renders_alone_as_in_a_batch_and_from_its_states(pipe: Pip
     assert np.abs(alone - pipe(LONG[0], negative_prompt="blue", **PLAIN).images[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+@pytest.mark.parametrize("counts", [(5, 6), (3, 4, 5)])
+def test_prompts_whose_lengths_fit_no_batch_render_as_each_does_alone(
+    folder: Path, engine: str, counts: tuple[int, ...]
+) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine=engine)
+    nouns = ("a red apple", "a blue bird", "rain", "the green frog", "a cat", "an orange umbrella")
+    prompts = [" BREAK ".join(nouns[k % 6] for k in range(count, 2 * count)) for count in counts]
+    for more in ({"guidance_scale": 3.0}, {"guidance_scale": 1.0}, {"negative_prompt": "a BREAK b", "batch": 2}):
+        call = PLAIN | more
+        together = pipe(prompts, **call).images
+        for row, prompt in enumerate(prompts):
+            alone = pipe(prompt, **(call | {"seed": PLAIN["seed"] + row})).images[0]
+            np.testing.assert_allclose(together[row], alone, atol=1e-5)
+    assert np.abs(together[0] - pipe(prompts[1], **PLAIN).images[0]).max() > 1e-3
+
+
+def test_xl_and_its_pooled_text_keep_their_rows_where_lengths_fit_no_batch(xl: Path) -> None:
+    pipe = Pipeline.from_pretrained(xl, engine="torch")
+    prompts = [" BREAK ".join(["a red apple", "rain", "a cat"] * 2), " BREAK ".join(["a blue bird"] * 5)]
+    together = pipe(prompts, **PLAIN).images
+    for row, prompt in enumerate(prompts):
+        alone = pipe(prompt, **(PLAIN | {"seed": PLAIN["seed"] + row})).images[0]
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+
+
 def test_weights_change_the_picture_and_the_switch_makes_brackets_text(pipe: Pipeline) -> None:
     def picture(prompt: str, **more: Any) -> np.ndarray:
         return pipe(prompt, **PLAIN, **more).images[0]

@@ -1,0 +1,79 @@
+"""Prompts of many lengths in one walk: padded to the longest, and shown to a network at their own length.
+
+Prompts whose numbers of chunks have a small common multiple are repeated to it (`prompt.sheet`). Others, of 5 and 6
+chunks, say, get padding, and with it the condition's mask (B, L), on the host, which is 1 where there is no padding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from latentgen.diffusion.array import Array, namespace
+from latentgen.diffusion.denoiser import Condition
+from latentgen.models import prompt
+
+Rows = slice | np.ndarray  # which rows of a batch
+
+
+def encoded_apart(
+    encode: Callable[[Sequence[str]], Condition], prompts: Sequence[str], counts: Sequence[int]
+) -> Condition:
+    """The condition of prompts of so many chunks each; where they fit no common length, padded, with a mask."""
+    if prompt.fit_together(counts):
+        return encode(prompts)
+    rows = {count: [row for row, own in enumerate(counts) if own == count] for count in sorted(set(counts))}
+    parts = [encode([prompts[row] for row in own]) for own in rows.values()]
+    longest = max(int(part.states.shape[1]) for part in parts if part.states is not None)
+    padded = [_padded(part, longest) for part in parts]
+    return padded[0].join(*padded[1:]).rows(np.argsort(np.concatenate(list(rows.values()))))
+
+
+def of_one_length(one: Condition, other: Condition) -> tuple[Condition, Condition]:
+    """Two conditions whose states have one length: repeated, which attention does not notice, or padded."""
+    if one.states is None or other.states is None:
+        return one, other
+    if one.mask is not None or other.mask is not None:
+        longest = max(int(each.states.shape[1]) for each in (one, other) if each.states is not None)
+        return _padded(one, longest), _padded(other, longest)
+    if one.states.shape[1] == other.states.shape[1]:
+        return one, other
+    states, others = prompt.alike(one.states, other.states)
+    return replace(one, states=states), replace(other, states=others)
+
+
+def groups(condition: Condition, count: int, rows: int) -> Iterator[tuple[Rows, Condition]]:
+    """Which of `count` rows are shown to a network together, `rows` at most, all of one length, and their condition."""
+    if condition.mask is None:
+        for first in range(0, count, rows):
+            part = slice(first, first + rows)
+            yield part, condition.rows(part)
+        return
+    lengths = np.asarray(condition.mask).sum(axis=1)
+    for length in np.unique(lengths):
+        own = np.flatnonzero(lengths == length)
+        for first in range(0, len(own), rows):
+            shown = condition.rows(own[first : first + rows])
+            assert shown.states is not None
+            yield own[first : first + rows], replace(shown, states=shown.states[:, : int(length)], mask=None)
+
+
+def in_order(outs: Sequence[Array], places: Sequence[Rows]) -> Array:
+    """What a network gave for each group, as one batch again."""
+    joined = namespace(outs[0]).concat(tuple(outs), axis=0)
+    indices = [place for place in places if isinstance(place, np.ndarray)]
+    return joined[np.argsort(np.concatenate(indices))] if indices else joined
+
+
+def _padded(condition: Condition, length: int) -> Condition:
+    """States (B, L, D) with zeros up to a length, and the mask that says so."""
+    states = condition.states
+    assert states is not None
+    rows, own, width = states.shape
+    mask = np.ones((rows, own), dtype=np.int64) if condition.mask is None else condition.mask
+    if own < length:
+        xp = namespace(states)
+        zeros = xp.zeros((rows, length - own, width), dtype=states.dtype, device=states.device)
+        states = xp.concat((states, zeros), axis=1)
+        mask = np.pad(mask, ((0, 0), (0, length - own)))
+    return replace(condition, states=states, mask=mask)
