@@ -30,7 +30,7 @@ from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
 from latentgen.models.lengths import encoded_apart, of_one_length
 from latentgen.models.lora import Loras, TakesLoras
-from latentgen.models.memory import caching, decoded, in_groups, need_of, pictures_at_a_time, tile_of
+from latentgen.models.memory import caching, decoded, in_groups, need_of, of_one_walk, pictures_at_a_time, tile_of
 from latentgen.models.words import TakesWords
 from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
 from latentgen.request import Assumed, Projected, Request, Terms, assumed, check_output_type, read_request
@@ -247,7 +247,7 @@ class Pipeline(TakesLoras, TakesWords):
         condition, negative = self._encode(request, *given)
         x = self._draw(request, noise, latents) * float(plan.initial_scale(knots[0]))
         rows = at_a_time * (1 if negative is None else 2)
-        network = caching(self.cached, request.feature_cache) if cached else self.network
+        network = caching(self.cached, request.feature_cache) if cached else of_one_walk(self.network)
         denoiser = Denoiser(in_groups(network, rows), plan.schedule, plan.prediction)
         snapshot = None if weaker is None else snapshot_of(weaker, self, rows), weaker_scale
         conditions = condition, negative

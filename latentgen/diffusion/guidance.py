@@ -129,6 +129,7 @@ def guided(
     others = [(weaker, weaker_scale - 1.0), (perturbed, perturbed_scale)]
     references = [(other, weight) for other, weight in others if other is not None and weight]
     running = Momentum(0.0 if projection is None else projection.momentum)
+    pair = Joined()
 
     def denoise(x: Array, logsnr: float) -> Any:
         on = interval is None or interval[0] <= logsnr <= interval[1]
@@ -136,7 +137,7 @@ def guided(
         if uncond is None or scale == 1.0 or not on:
             out = conditional = denoiser.output(x, logsnr, shown)
         else:
-            out_u, conditional = both(denoiser, x, logsnr, uncond, shown)
+            out_u, conditional = both(denoiser, x, logsnr, pair(uncond, shown))
             out = out_u + scale * (conditional - out_u)
             if projection is not None:
                 c, u = denoiser.x0(conditional, x, logsnr), denoiser.x0(out_u, x, logsnr)
@@ -155,10 +156,23 @@ def guided(
     return denoise
 
 
-def both(denoiser: Denoiser, x: Array, logsnr: float, uncond: Condition, condition: Condition) -> tuple[Array, Array]:
+class Joined:
+    """Two conditions one below the other: one object for as long as both are the same, by which networks know it."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Condition, Condition, Condition] | None = None
+
+    def __call__(self, uncond: Condition, condition: Condition) -> Condition:
+        """The unconditional one first."""
+        if self.last is None or self.last[0] is not uncond or self.last[1] is not condition:
+            self.last = (uncond, condition, uncond.join(condition))
+        return self.last[2]
+
+
+def both(denoiser: Denoiser, x: Array, logsnr: float, joined: Condition) -> tuple[Array, Array]:
     """(unconditional, conditional) raw outputs (B, …) from one evaluation of 2B."""
     xp = namespace(x)
-    out = denoiser.output(xp.concat((x, x), axis=0), logsnr, uncond.join(condition))
+    out = denoiser.output(xp.concat((x, x), axis=0), logsnr, joined)
     return out[: x.shape[0]], out[x.shape[0] :]
 
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def open_torch(
         machine=loading.machine(place, kind) | ({"compile": True} if compile else {}),
         loras=adapters,
         perturbed=perturbed_network(unet),
-        cached=partial(FeatureCache, unet, network) if len(unet.up_blocks) > 1 else None,
+        cached=(lambda every: FeatureCache(unet, network.walk(), every)) if len(unet.up_blocks) > 1 else None,
     )
 
 

@@ -89,6 +89,12 @@ def _bytes(arrays: Mapping[str, Array]) -> int:
     return sum(int(each.nbytes) for each in arrays.values())
 
 
+def of_one_walk(network: Network) -> Network:
+    """The network that computes but once what is the same at every step of a walk; itself where it cannot."""
+    walk = getattr(network, "walk", None)
+    return network if walk is None else walk()
+
+
 def caching(cached: Callable[[int], Network] | None, every: int) -> Network:
     """The network of one walk that keeps deep features. Raises InputError where there is none."""
     if cached is None:

@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.models.loading import load_module, quiet
+from latentgen.models.memory import Kept
+
+TOLD_ON_GPU = 1 << 30  # bytes of keys and values kept there
+_LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()  # of each U-Net, whose layers one walk at a time may tell
 
 
 def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
@@ -18,7 +26,8 @@ def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     return load_module(UNet2DConditionModel, checkpoint, "unet", device, dtype).to(memory_format=torch.channels_last)
 
 
-def unet_network(unet: Any, *, gradients: bool | None = None, run: Callable[..., Any] | None = None) -> Network:
+@dataclass(eq=False)
+class UnetNetwork:
     """A diffusers UNet2DConditionModel as a Network: x (B, C, h, w), time (B,), states (B, L, D) -> (B, C, h, w).
 
     Computes in the module's own type and answers in x's. gradients: whether they are recorded (where the caller has
@@ -26,18 +35,81 @@ def unet_network(unet: Any, *, gradients: bool | None = None, run: Callable[...,
     the module's place, itself compiled (compiled.py).
     """
 
-    def network(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
-        states = condition.states
+    unet: Any
+    gradients: bool | None = None
+    run: Callable[..., Any] | None = None
+
+    def __call__(self, x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C', h, w)."""
+        unet, states = self.unet, condition.states
         assert states is not None, "a U-Net with cross-attention needs text states"
-        recorded = unet.training if gradients is None else gradients
+        recorded = unet.training if self.gradients is None else self.gradients
         told = {"encoder_hidden_states": states.to(unet.dtype), "return_dict": False}
         if condition.pooled is not None:  # Podell et al. 2023, section 2.2
             told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(unet.dtype), "time_ids": condition.sizes}
         with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
-            out = (run or unet)(x.to(unet.dtype), time, **told)[0]
+            out: torch.Tensor = (self.run or unet)(x.to(unet.dtype), time, **told)[0]
         return out.to(x.dtype)
 
-    return network
+    def walk(self) -> Network:
+        """The network of one walk, which computes keys and values of a text once; compiled or in training, itself."""
+        plain = self.run is not None or self.unet.training or self.gradients
+        return self if plain else ToldOnce(self.unet, self)
+
+
+unet_network = UnetNetwork
+
+
+@dataclass(eq=False)
+class ToldOnce:
+    """One walk's U-Net: cross-attention computes its keys and values once for each condition, not at each step.
+
+    A condition is known by its states being the same object. Layers are as they were after each step, and one whose
+    weights have changed since (a LoRA, say) computes anew.
+    """
+
+    unet: Any
+    network: Network
+    kept: Kept = field(default_factory=Kept)
+    _time: torch.Tensor | None = None  # held, so that no other step's can lie in its place
+
+    def __post_init__(self) -> None:
+        layers = (layer for layer in self.unet.modules() if getattr(layer, "is_cross_attention", False))
+        self._layers = [told for layer in layers for told in (layer.to_k, layer.to_v) if told is not None]
+        if self.unet.device.type != "cpu":
+            self.kept.room = TOLD_ON_GPU
+
+    def __call__(self, x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C', h, w)."""
+        self._time = time
+        self.kept.at(time.untyped_storage().data_ptr())  # of the step, without asking a GPU for the number
+        told = self.kept.find(lambda states: states is condition.states)
+        with _LOCKS.setdefault(self.unet, Lock()), self._telling({} if told is None else told) as told_now:
+            out: torch.Tensor = self.network(x, time, condition)
+        if told is None:
+            self.kept.keep(condition.states, told_now)
+        return out
+
+    @contextmanager
+    def _telling(self, told: dict[Any, torch.Tensor]) -> Iterator[dict[Any, torch.Tensor]]:
+        """Inside, each layer gives what is told of it, and what it computes is told from then on."""
+        before = [layer.__dict__.get("forward") for layer in self._layers]
+        for number, (layer, own) in enumerate(zip(self._layers, before, strict=True)):
+            key = (number, own, *(weight._version for weight in layer.parameters()))
+            layer.forward = partial(_once, told, key, layer.forward)
+        try:
+            yield told
+        finally:
+            for layer, own in zip(self._layers, before, strict=True):
+                del layer.forward
+                if own is not None:  # a LoRA's
+                    layer.forward = own
+
+
+def _once(told: dict[Any, torch.Tensor], key: Any, forward: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    if key not in told:
+        told[key] = forward(*given, **more)
+    return told[key]
 
 
 def attend_plainly(unet: Any) -> None:

@@ -1,11 +1,15 @@
 """The network is the U-Net itself, in its own type, with gradients only where they are wanted."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from latentgen import Pipeline
 from latentgen.diffusion.denoiser import Condition
 from latentgen.models.network import unet_network
 
@@ -40,3 +44,111 @@ def test_a_half_precision_unet_answers_in_the_type_of_x(parts: dict[str, Any]) -
     out = unet_network(half)(X, TIME, CONDITION)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, unet_network(parts["unet"])(X, TIME, CONDITION), atol=0.1, rtol=0.1)
+
+
+# --- keys and values of the text, once for a walk
+
+CALL: dict[str, Any] = {"num_inference_steps": 4, "seed": 1, "output_type": "np", "guidance_scale": 3.0}
+PROMPTS = ["a red apple", "a blue bird", "the green frog"]
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder, engine="torch")
+
+
+def told_layers(pipe: Pipeline) -> list[Any]:
+    """to_k and to_v of each cross-attention."""
+    unet: Any = pipe.network.unet  # type: ignore[attr-defined]
+    return [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+
+
+def at_every_step(pipe: Pipeline, prompts: Any, call: dict[str, Any]) -> np.ndarray:
+    """The pictures where nothing is taken over."""
+    network = pipe.network
+    pipe.network = lambda *given: network(*given)
+    try:
+        images: np.ndarray = pipe(prompts, **call).images
+    finally:
+        pipe.network = network
+    return images
+
+
+@pytest.mark.parametrize(
+    ("more", "groups"),
+    [
+        ({}, 1),
+        ({"guidance_scale": 1.0}, 1),
+        ({"batch": 1}, 3),
+        ({"sampler": "heun"}, 1),
+        ({"guidance_interval": (0.0, 0.5)}, 2),  # of both conditions, then of the prompt's alone
+        ({"condition_annealing": (0.1, 0.99, 0.2)}, 4),  # another condition at each step
+    ],
+)
+def test_keys_and_values_are_computed_once_for_all_steps_and_the_picture_is_the_same_to_the_bit(
+    pipe: Pipeline, more: dict[str, Any], groups: int
+) -> None:
+    layers, counted = told_layers(pipe), []
+    expected = at_every_step(pipe, PROMPTS, CALL | more)
+    for layer in layers:
+        layer.forward = lambda states, layer=layer: counted.append(1) or type(layer).forward(layer, states)
+    try:
+        found = pipe(PROMPTS, **(CALL | more)).images
+        assert len(counted) == groups * len(layers)
+        assert all(isinstance(layer.__dict__.get("forward"), type(lambda: 0)) for layer in layers)  # as it was before
+    finally:
+        for layer in layers:
+            del layer.forward
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_they_are_taken_over_under_perturbed_attention_too(pipe: Pipeline) -> None:
+    more = {"pag_scale": 2.0}
+    np.testing.assert_array_equal(pipe(PROMPTS, **(CALL | more)).images, at_every_step(pipe, PROMPTS, CALL | more))
+    assert not any("forward" in layer.__dict__ for layer in told_layers(pipe))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_they_are_taken_over_where_deep_features_are(pipe: Pipeline, batch: int) -> None:
+    from latentgen.models.feature_cache import FeatureCache
+
+    call = {**CALL, "num_inference_steps": 6, "batch": batch}
+    found, cached = pipe(PROMPTS, feature_cache=2, **call).images, pipe.cached
+    pipe.cached = lambda every: FeatureCache(pipe.network.unet, pipe.network, every)  # type: ignore[attr-defined]
+    expected = pipe(PROMPTS, feature_cache=2, **call).images
+    pipe.cached = cached
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_lora_loaded_or_taken_out_during_a_walk_counts_from_then_on(pipe: Pipeline, tmp_path: Path) -> None:
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {
+        f"{layer}.lora.{name}.weight": torch.randn(shape) for name, shape in (("down", (2, 16)), ("up", (16, 2)))
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    def change(here: Pipeline, index: int, _: float, __: Any) -> None:
+        if index == 0:
+            here.load_lora(tmp_path / "a.safetensors", 2.0)
+        if index == 1:
+            here.fuse_lora()
+            here.set_lora_weight("a", 4.0)
+        if index == 2:
+            here.unfuse_lora()
+            here.unload_lora()
+
+    call = {**CALL, "callback_on_step_end": change}
+    found = pipe(PROMPTS, **call).images
+    np.testing.assert_array_equal(found, at_every_step(pipe, PROMPTS, call))
+    assert np.abs(found - pipe(PROMPTS, **CALL).images).max() > 1e-4
+    pipe.load_lora(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(pipe(PROMPTS, **CALL).images, at_every_step(pipe, PROMPTS, CALL))
+    pipe.unload_lora()
+
+
+def test_a_walk_in_training_or_compiled_is_the_network_itself(parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["unet"])
+    plain = unet_network(unet)
+    assert plain.walk() is not plain
+    for network in (unet_network(unet, run=unet), unet_network(unet, gradients=True), unet_network(unet.train())):
+        assert network.walk() is network
