@@ -72,14 +72,17 @@ def machine() -> dict[str, Any]:
 def show(
     title: str, rows: Mapping[str, Mapping[str, float]], ratio: str, result: Mapping[str, Any], path: Path | None
 ) -> None:
-    """A table of both engines, the ratio under it; the whole result, its "machine" included, as JSON in `path`."""
+    """A table of both engines, the ratio under it; the whole result, its "machine" included, as JSON in `path`.
+
+    A figure may be of one engine alone.
+    """
     from rich.console import Console
     from rich.table import Table
 
     where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     table = Table("", *ENGINES, title=f"{title}\n{where}", caption=ratio)
     for name, figures in rows.items():
-        table.add_row(name, *(f"{figures[engine]:.4g}" for engine in ENGINES))
+        table.add_row(name, *(f"{figures[engine]:.4g}" if engine in figures else "" for engine in ENGINES))
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,8 @@
 
 A warm picture is one call of the pipeline, pixels on the host, divided by the batch; the first call is not counted.
 Shell to picture is one PNG from a fresh process: `latentgen render`, and the shortest script with diffusers.
+The start is what `import latentgen` and `latentgen --help` take beyond a bare Python's start: the median over runs of
+all three in turn, a fresh process each.
 The ratio is diffusers to latentgen, the median over the rounds: above 1 latentgen is faster. The share of the peak is
 the U-Net's and the decoder's operations over the time of a warm picture, divided by what one large matrix product
 reaches in the same process.
@@ -41,6 +43,8 @@ pipe.to("cuda" if gpu else "cpu")
 call = {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
 pipe(prompt, **call, generator=torch.Generator().manual_seed(0)).images[0].save(out)
 """
+STARTS = {"import": ("-c", "import latentgen"), "--help": ("-m", "latentgen.cli", "--help")}  # what Python is told
+STARTED = 3  # times in each round
 Render = Callable[[list[str], np.ndarray, int, float], np.ndarray]  # prompts, latents, steps, guidance -> (B, H, W, 3)
 
 
@@ -120,11 +124,26 @@ def shell_seconds(asked: argparse.Namespace, folder: Path) -> dict[str, float]:
     return seconds
 
 
+def start_seconds(runs: int) -> dict[str, float]:
+    """Seconds that each of `STARTS` takes beyond a bare Python's start: the median over `runs`, in turn."""
+    commands = {"bare": ("-c", "pass"), **STARTS}
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(runs + 1):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            run([sys.executable, *command])
+            if turn:  # the first reads the files from the disk
+                taken[name].append(time.perf_counter() - start)
+    beyond = {name: zip(taken[name], taken["bare"], strict=True) for name in STARTS}
+    return {name: statistics.median(whole - bare for whole, bare in pairs) for name, pairs in beyond.items()}
+
+
 def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> None:
     """Both engines in turn, then both from the shell in turn; a table and JSON."""
     pairs = in_turn(__file__, [*given, "--weights", str(folder), "--scratch", str(asked.scratch)], asked.rounds)
     shells = [shell_seconds(asked, folder) for _ in range(asked.rounds)]
     pictures = [np.load(asked.scratch / f"{engine}.npy") for engine in ENGINES]
+    started = start_seconds(STARTED * asked.rounds)
     shell = {engine: statistics.median(turn[engine] for turn in shells) for engine in ENGINES}
     warm = {engine: [second for pair in pairs for second in pair[engine]["seconds"]] for engine in ENGINES}
     result: dict[str, Any] = {
@@ -139,6 +158,7 @@ def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> No
         "seconds_median": {engine: statistics.median(warm[engine]) for engine in ENGINES},
         "ratio": paired_ratio(pairs, "median", "diffusers", "latentgen"),
         "shell_seconds": shell,
+        "start_seconds": {name: {"latentgen": seconds} for name, seconds in started.items()},
         "shell_ratio": statistics.median(turn["diffusers"] / turn["latentgen"] for turn in shells),
         "peak_mib": {engine: max(pair[engine]["peak_mib"] for pair in pairs) for engine in ENGINES},
         "share_of_peak": {e: statistics.median(pair[e]["share"] for pair in pairs) for e in ENGINES},
@@ -156,6 +176,7 @@ def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> No
         "share_of_peak": "share of that in a warm picture",
     }
     rows = {said: result[key] for key, said in names.items()}
+    rows |= {f"seconds of {name} beyond a bare Python": figure for name, figure in result["start_seconds"].items()}
     ratio = (
         f"ratio diffusers/latentgen {result['ratio']:.3f} warm, {result['shell_ratio']:.3f} from the shell; largest "
         f"difference of a pixel in [0, 1] {result['largest_difference']:.2g}"

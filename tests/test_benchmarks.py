@@ -24,9 +24,20 @@ def test_the_render_benchmark_says_both_times_and_that_the_pictures_agree(folder
     out = tmp_path / "render.json"
     done = ran("benchmark_render.py", "--weights", folder, "--steps", 2, "--rounds", 1, "--repeats", 1, "--json", out)
     assert done.returncode == 0, done.stderr
-    for said in ("latentgen", "diffusers", "warm picture", "shell to picture", "peak memory", "ratio"):
+    for said in (
+        "latentgen",
+        "diffusers",
+        "warm picture",
+        "shell to picture",
+        "peak memory",
+        "ratio",
+        "of --help beyond",
+    ):
         assert said in done.stdout
     result = json.loads(out.read_text())
+    started = result["start_seconds"]
+    assert set(started) == {"import", "--help"} and all(set(figure) == {"latentgen"} for figure in started.values())
+    assert 0 < started["--help"]["latentgen"] < 30 and abs(started["import"]["latentgen"]) < 30
     assert result["largest_difference"] < 1e-3
     for figure in ("seconds_least", "seconds_median", "shell_seconds", "peak_mib"):
         assert all(result[figure][engine] > 0 for engine in ("latentgen", "diffusers"))
