@@ -52,6 +52,8 @@ def train(recipe: Path, out: Path | None = None, data: Path | None = None, repor
 
 def scheduler_config(recipe: Recipe) -> Mapping[str, Any]:
     """What diffusers' scheduler_config.json says of the recipe's diffusion."""
+    if recipe.unet.schedule == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
     return finish.scheduler_config(recipe.unet.schedule, recipe.unet.prediction)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentgen.build import Run, scheduler_config
 from latentgen.checkpoint import Checkpoint, open_folder, read_json
+from latentgen.diffusion.schedule import from_config
 from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import load_part
@@ -104,6 +105,11 @@ class Continuation(Run):
                     f"the recipe says {key} = {asked[key]!r}, {self.start.folder} was trained with "
                     f"{trained.get(key)!r}; write the same"
                 )
+        learns, learned = (from_config(config).prediction.name for config in (asked, trained))
+        if learns != learned:
+            raise InputError(
+                f"the recipe predicts {learns}, {self.start.folder} was trained on {learned}; write the same"
+            )
         fresh = create.unet(**form)
         unet: UNet2DConditionModel = load_part(self.start, "unet")
         asked, trained = _form(fresh), _form(unet)  # heads do not show in the shapes of the weights

@@ -6,9 +6,9 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentgen.errors import InputError
 
@@ -172,6 +172,7 @@ class Unet(Section):
 
     `caption_orders`: a caption of comma-separated parts is learned in so many orders, its first `caption_keep` parts
     staying in front; `long_captions`: how often a picture is told by its longest caption (`training.captions`).
+    `schedule` and `prediction` "flow", both or neither: rectified flow, from picture to noise on a straight line.
     `times`, `times_mean`, `times_std`: how the times it is trained at are spread (`diffusion.loss.times`).
     `pooled`: every block is also told the caption as a whole, with the time. `align`, `disperse`: weights of what is
     asked of its middle while it trains (`training.features`).
@@ -181,8 +182,8 @@ class Unet(Section):
     layers: Positive = 1
     head_width: Positive = 32
     pooled: bool = False
-    schedule: Literal["cosine", "scaled-linear", "linear"] = "cosine"
-    prediction: Literal["eps", "x0", "v"] = "v"
+    schedule: Literal["cosine", "scaled-linear", "linear", "flow"] = "cosine"
+    prediction: Literal["eps", "x0", "v", "flow"] = "v"
     weighting: str = "simple"
     times: Literal["uniform", "logit-normal", "lognormal-sigma"] = "uniform"
     times_mean: float | None = None
@@ -195,6 +196,12 @@ class Unet(Section):
     disperse: Amount = 0.0
     gate: dict[str, float] = {}
     train: Train
+
+    @model_validator(mode="after")
+    def _flow_is_both(self) -> Self:
+        if (self.schedule == "flow") != (self.prediction == "flow"):
+            raise ValueError('schedule = "flow" and prediction = "flow" belong together; write both or neither')
+        return self
 
 
 class Sample(Section):
@@ -308,6 +315,8 @@ def _explain(error: ValidationError, whole: type[BaseModel]) -> str:
         return f"unknown key {key!r} in {place}; {right}{more}"
     if flaw["type"] == "missing":
         return f"{where} is missing; write it{more}"
+    if flaw["type"] == "value_error":  # said by a section of itself
+        return f"{where}: {flaw['ctx']['error']}{more}"
     near = _near(flaw["input"], flaw["ctx"]["expected"]) if flaw["type"] == "literal_error" else ""
     return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{near}{more}"
 

@@ -28,6 +28,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "plain": {},
         "min-snr": {"unet": {"weighting": "min-snr"}},
         "logit-normal": {"unet": {"times": "logit-normal", "times_mean": 1.0, "times_std": 1.4}},
+        "flow, logit-normal": {"unet": {"schedule": "flow", "prediction": "flow", "times": "logit-normal"}},
         "layout": {"layout": {"train": {"steps": 400}}},
         "layout, logit-normal": {
             "layout": {"train": {"steps": 400}},

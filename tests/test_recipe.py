@@ -93,11 +93,16 @@ def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Chang
         (put("channels = [32, 64]", "channels = []"), r"unet.channels is \[\]: "),
         (put("channels = [32, 64]", "channels = [32, -1]"), "unet.channels.1 is -1: "),
         (put("head_width = 32", 'schedule = "cosin"'), "unet.schedule is 'cosin': input should be 'cosine', "),
-        (put("head_width = 32", 'prediction = "w"'), "unet.prediction is 'w': input should be 'eps', 'x0' or 'v'"),
+        (
+            put("head_width = 32", 'prediction = "w"'),
+            "unet.prediction is 'w': input should be 'eps', 'x0', 'v' or 'flow'",
+        ),
         (
             put('sampler = "dpmpp-2m"', 'sampler = "dpmp-2m"'),
             r"defaults.sampler is 'dpmp-2m': input should be .*; did you mean 'dpmpp-2m'\?",
         ),
+        (put("head_width = 32", 'schedule = "flow"'), '^[^{]*: unet: schedule = "flow" and prediction = "flow" belong'),
+        (put("head_width = 32", 'prediction = "flow"'), "write both or neither"),
         (put("head_width = 32", "caption_dropout = 1.5"), "unet.caption_dropout is 1.5: "),
         (put("smileys-emotion = 0.5", "smileys-emotion = -1"), "data.weights.group.smileys-emotion is -1: "),
         (put('name = "tiny"', 'name = "../tiny"'), "name is '../tiny': "),
@@ -144,5 +149,5 @@ def test_a_recipe_is_frozen() -> None:
 
 def test_every_schedule_and_prediction_of_a_recipe_has_its_row() -> None:
     fields = Recipe.model_fields["unet"].annotation.model_fields  # type: ignore[union-attr]
-    assert set(BETAS) == set(fields["schedule"].annotation.__args__)
-    assert set(PREDICTIONS) == set(fields["prediction"].annotation.__args__)
+    assert {*BETAS, "flow"} == set(fields["schedule"].annotation.__args__)
+    assert {*PREDICTIONS, "flow"} == set(fields["prediction"].annotation.__args__)

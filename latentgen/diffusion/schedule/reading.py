@@ -44,10 +44,13 @@ def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
     """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it.
 
     So does `OtherScheduler.from_config(scheduler.config)` in diffusers, but that x0 is never clipped unless the config
-    says so: latents have no bounds. Samplers that diffusers has not are read as DDIM, and end without noise.
+    says so: latents have no bounds. Samplers that diffusers has not are read as DDIM, and end without noise. A straight
+    line has no betas to read anew: there any sampler walks its levels.
     """
     config = known(config)
     plan = from_config(config)
+    if sampler != plan.sampler and plan.prediction.name == "flow":
+        return replace(plan, sampler=sampler, options={})
     if sampler != plan.sampler:
         read_as = SCHEDULERS.get(sampler, SCHEDULERS["ddim"])
         own = ("solver_type",) if config.get("_class_name") != read_as["_class_name"] else ()
