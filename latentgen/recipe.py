@@ -317,8 +317,8 @@ def _explain(error: ValidationError, whole: type[BaseModel]) -> str:
         return f"{where} is missing; write it{more}"
     if flaw["type"] == "value_error":  # said by a section of itself
         return f"{where}: {flaw['ctx']['error']}{more}"
-    near = _near(flaw["input"], flaw["ctx"]["expected"]) if flaw["type"] == "literal_error" else ""
-    return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{near}{more}"
+    hint = _near(flaw["input"], flaw["ctx"]["expected"]) if flaw["type"] == "literal_error" else ""
+    return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{hint}{more}"
 
 
 def _near(given: object, expected: str) -> str:

@@ -35,7 +35,7 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "training": {"diffusion", "models", "data", "checkpoint"},
     "recipe": set(),
 }
-MAY_USE["pixels"] = {*MAY_USE["render"], "render", "training", "recipe"}
+MAY_USE["pixels"] = {*MAY_USE["render"], "render", "data", "training", "recipe"}
 MAY_USE["foundations"] = {*MAY_USE["training"], "training", "recipe"}
 MAY_USE["build"] = {*MAY_USE["evaluation"], "evaluation", "foundations", "training", "recipe", "pixels"}
 MAY_USE["finetuning"] = {*MAY_USE["evaluation"], "evaluation", "training"}
