@@ -287,7 +287,7 @@ def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_pat
     assert "method is 'loro'" in refused(pictures, folder, out, method="loro")
     assert "divide the batch" in refused(pictures, folder, out, accumulate=3)
     assert 'times = "logit-normal"' in refused(pictures, folder, out, times_mean=0.5)
-    assert "inside" in refused(pictures, folder, pictures / "mine")
+    assert "lies among the pictures" in refused(pictures, folder, pictures / "mine")
     assert "all pictures are held out" in refused(held_out(tmp_path / "held", 3, 3), folder, out)
     with pytest.raises(InputError, match="settings and steps"):
         finetune(pictures, base=folder, out=out, settings=Finetune(), steps=5)
