@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentgen.page import curve_plot, document, table
+from latentgen.training.log import entries
 from latentgen.training.report import smoothed
 from latentgen.training.stage import duration
 
@@ -49,7 +50,7 @@ class Told:
 def write_page(told: Told, place: Path, sheet: Path) -> str:
     """One HTML page that needs nothing beside it. place: the stage's folder, for its log and sheets."""
     title = f"{told.name}: {told.method} of {told.base}"
-    entries = [json.loads(line) for line in _lines(place / "log.jsonl")]
+    logged = entries(place / "log.jsonl")
     rows = [
         f'<tr><td>{html.escape(name.replace("_", " "))}</td><td class="number">{value:.4g}</td></tr>'
         for name, value in told.figures.items()
@@ -68,7 +69,7 @@ def write_page(told: Told, place: Path, sheet: Path) -> str:
             else "; learning by heart does not show. "
         )
         + "The loss on the starting weights' own renderings says what was forgotten.</p>",
-        f'<div class="plots">{"".join(_curves(entries, told))}</div>',
+        f'<div class="plots">{"".join(_curves(logged, told))}</div>',
         table(rows),
         "<h2>proof</h2>",
         f"<p>{html.escape(told.proof)}</p>",
@@ -81,19 +82,15 @@ def write_page(told: Told, place: Path, sheet: Path) -> str:
     return document(title, body)
 
 
-def _curves(entries: Sequence[Mapping[str, float]], told: Told) -> list[str]:
+def _curves(logged: Sequence[Mapping[str, float]], told: Told) -> list[str]:
     plots = []
     for name, title in (("validation_loss", told.judged), ("prior_loss", "the starting weights' renderings")):
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        points = [(entry["step"], entry[name]) for entry in logged if name in entry]
         if f"{name}_before" in told.figures:
             points = [(0.0, told.figures[f"{name}_before"]), *points]
         plots.append(curve_plot({name: points}, f"loss on {title}"))
-    trained = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    trained = [(entry["step"], entry["loss"]) for entry in logged if "loss" in entry]
     return [*plots, curve_plot({"loss": smoothed(trained)}, "training loss")]
-
-
-def _lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
 
 
 def _spread(paths: Sequence[Path], most: int = 4) -> list[Path]:
