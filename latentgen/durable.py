@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from latentgen.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -136,9 +134,9 @@ def saying_what_failed(target: Path) -> Iterator[None]:
     """Turn the system's refusals (a full disk, a read-only place) into the one line a person can act on."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, _safetensor_error()) as error:
         number = error.errno if isinstance(error, OSError) else _number_of(error)
-        if number is None and isinstance(error, SafetensorError):
+        if number is None and not isinstance(error, OSError):
             raise  # not the system's
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
@@ -154,7 +152,13 @@ def sync_folder(folder: Path) -> None:
         _sync(folder)
 
 
-def _number_of(error: SafetensorError) -> int | None:
+def _safetensor_error() -> type[Exception]:
+    """What safetensors raises; OSError where it was not imported, which a start is the shorter for."""
+    module = sys.modules.get("safetensors")
+    return OSError if module is None else module.SafetensorError
+
+
+def _number_of(error: Exception) -> int | None:
     """The system's number of an error that safetensors met; None where it is one of its own."""
     found = re.search(r"(?:os error|code:) (\d+)", str(error))
     return int(found[1]) if found else None

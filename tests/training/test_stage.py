@@ -1,6 +1,5 @@
 """A stage of a run: what it keeps, writes and says on the way, and how it stops."""
 
-import copy
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentgen.checkpoint import open_checkpoint
+from latentgen.models.loading import load_part
 from latentgen.training.averages import gamma_of, stored
 from latentgen.training.draw import Draw
 from latentgen.training.features import FeatureTerms
@@ -157,11 +157,10 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_one_line_and_the_last_chec
         assert state.step >= least
 
 
-def test_averages_kept_beside_an_alignment_are_those_of_the_unet(
-    parts: dict[str, Any], folder: Path, tmp_path: Path
-) -> None:
+def test_averages_kept_beside_an_alignment_are_those_of_the_unet(folder: Path, tmp_path: Path) -> None:
     targets = np.random.default_rng(1).standard_normal((COUNT, 16, 8)).astype(np.float16)
-    made = with_features(copy.deepcopy(parts["unet"]).requires_grad_(True), FeatureTerms(align=0.5), targets)
+    unet = load_part(open_checkpoint(folder), "unet").float().requires_grad_(True)
+    made = with_features(unet, FeatureTerms(align=0.5), targets)
     settings = LoopSettings(steps=4, batch=2, rate=1e-3, warmup=1, averages=(0.1,), kept_averages=2)
     given: dict[str, Any] = {"seed": 1, "gate": {}, "pace": Pace(validate_steps=4), "report": lambda line: None}
     run_stage("unet", made, settings, tmp_path, Accelerator(), **given)
