@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Pictures from words, with a model of your own: render prompts, make a picture again, train from a folder.",
     epilog='Start with:  latentgen render "a red apple"',
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # boxes and colours would take a third of the start of --help
     pretty_exceptions_enable=False,
     add_completion=False,
 )
