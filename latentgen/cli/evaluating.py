@@ -8,6 +8,18 @@ import typer
 
 from latentgen.errors import InputError
 
+Split = Annotated[
+    str | None, typer.Option(help="The split that is held out.", show_default="the weights' recipe's, else test")
+]
+HeldOut = Annotated[
+    float | None,
+    typer.Option(help="The part held out where none is in it.", show_default="the weights' recipe's, else 0.05"),
+]
+Captions = Annotated[str | None, typer.Option(help="files or names.", show_default="the weights' recipe's, else files")]
+Background = Annotated[
+    str | None, typer.Option(help="Under transparent ones.", show_default="the weights' recipe's, else white")
+]
+
 EVALUATE = """Examples:
 
 latentgen evaluate weights/icons --data data/icons --out report.html
@@ -36,19 +48,10 @@ def evaluate(
         "report.html"
     ),
     pictures: Annotated[int, typer.Option(help="Held-out pictures, at most.")] = 400,
-    split: Annotated[
-        str | None, typer.Option(help="The split that is held out.", show_default="the weights' recipe's, else test")
-    ] = None,
-    hold_out: Annotated[
-        float | None,
-        typer.Option(help="The part held out where none is in it.", show_default="the weights' recipe's, else 0.05"),
-    ] = None,
-    captions: Annotated[
-        str | None, typer.Option(help="files or names.", show_default="the weights' recipe's, else files")
-    ] = None,
-    background: Annotated[
-        str | None, typer.Option(help="Under transparent ones.", show_default="the weights' recipe's, else white")
-    ] = None,
+    split: Split = None,
+    hold_out: HeldOut = None,
+    captions: Captions = None,
+    background: Background = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the weights' own")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the weights' own")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the weights' own")] = None,
@@ -114,19 +117,10 @@ def tune(
     ],
     out: Annotated[Path, typer.Option(help="The whole table as JSON.")] = Path("tuning.json"),
     pictures: Annotated[int, typer.Option(help="Held-out captions rendered by the last candidates.")] = 48,
-    split: Annotated[
-        str | None, typer.Option(help="The split that is held out.", show_default="the weights' recipe's, else test")
-    ] = None,
-    hold_out: Annotated[
-        float | None,
-        typer.Option(help="The part held out where none is in it.", show_default="the weights' recipe's, else 0.05"),
-    ] = None,
-    captions: Annotated[
-        str | None, typer.Option(help="files or names.", show_default="the weights' recipe's, else files")
-    ] = None,
-    background: Annotated[
-        str | None, typer.Option(help="Under transparent ones.", show_default="the weights' recipe's, else white")
-    ] = None,
+    split: Split = None,
+    hold_out: HeldOut = None,
+    captions: Captions = None,
+    background: Background = None,
     figure: Annotated[str, typer.Option(help="kid, or unlikeness to the caption's own picture.")] = "kid",
     samplers: Annotated[
         str | None, typer.Option(help="Samplers to try, commas between.", show_default="seven of them")

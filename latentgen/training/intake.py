@@ -20,13 +20,12 @@ from latentgen.data import (
     hold_out,
     keep_fitting,
     load_pixels,
+    page,
     read_folder,
     write_ledger,
-    write_page,
 )
 from latentgen.data.decode import Opener
 from latentgen.data.survey import Facts, Survey
-from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.training.captions import CaptionTable
 
@@ -192,12 +191,7 @@ def keep_ledger(ledger: Ledger, lengths: Mapping[str, int], words: Any, state: P
     counted = count_tokens(ledger, lengths, words.model_max_length, pieces)
     if state is None:
         return f"data: {counted.line()}"
-    table, page = state / "ledger.json", state / "ledger.html"
-    told = counted.as_json().encode()
-    if not (table.is_file() and page.is_file() and table.read_bytes() == told):
-        write_file(page, write_page(counted).encode())
-        write_file(table, told)
-    return f"data: {counted.line()}; see {page}"
+    return f"data: {counted.line()}; see {page.keep_ledger(counted, state)}"
 
 
 def _weight(picture: Picture, weights: Mapping[str, Mapping[str, float]]) -> float:
