@@ -41,7 +41,7 @@ def guided_as(
     return guided(
         denoiser,
         *conditions,
-        scale=max(request.guidance, 1.0),
+        scale=request.scale,
         rescale=request.rescale,
         interval=interval,
         projection=None if request.projection is None else Projection(*request.projection),

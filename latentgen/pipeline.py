@@ -18,7 +18,7 @@ import PIL
 from latentgen import __version__
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.array import Array
-from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
+from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network, told_scale
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
@@ -264,7 +264,7 @@ class Pipeline(TakesLoras, TakesWords):
     def at_a_time(self, request: Request, batch: int | str = "auto") -> int:
         """How many pictures the networks compute at a time: a number, or "auto", as the free memory allows."""
         height, width = request.height // self.terms.factor, request.width // self.terms.factor
-        need = need_of(*self.terms.configs, height, width, request.guidance > 1, self.text.length)
+        need = need_of(*self.terms.configs, height, width, request.scale > 1, self.text.length)
         return pictures_at_a_time(batch, need, len(request), self.latent.device)
 
     def _noise(self, request: Request, generator: Any, seed: Any) -> Any:
@@ -282,7 +282,10 @@ class Pipeline(TakesLoras, TakesWords):
         for text in dict.fromkeys((*request.prompts, *request.negatives)):
             self._say_what_is_cut(text, request)
         condition = self._states(request, request.prompts, given, "prompt_embeds")
-        if request.guidance <= 1:
+        if request.told:
+            guided = np.tile(told_scale(request.guidance, request.told), (len(request), 1))
+            condition = replace(condition, guided=self.latent.array(guided))
+        if request.scale <= 1:
             return condition, None
         if given_negative[0] is not None and any(request.negatives):
             raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")

@@ -55,6 +55,11 @@ class Terms:
             configs=(unet, vae),
         )
 
+    @property
+    def told(self) -> int:
+        """In how many numbers a guidance-distilled U-Net is told the guidance scale; 0 for others."""
+        return int(self.configs[0].get("time_cond_proj_dim") or 0)
+
     @classmethod
     def of(cls, checkpoint: Checkpoint, sampler: str) -> "Terms":
         """The terms of a weights folder, from its small files alone."""
@@ -99,7 +104,7 @@ def terms_of(checkpoint: Checkpoint) -> Terms:
 class Request:
     """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture.
 
-    said: whether a negative prompt was given at all, be it the empty text.
+    said: whether a negative prompt was given at all, be it the empty text. told: as the terms'.
     """
 
     prompts: tuple[str, ...]
@@ -119,9 +124,15 @@ class Request:
     pag: float = 0.0
     said: bool = False
     feature_cache: int = 1
+    told: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def scale(self) -> float:
+        """Of classifier-free guidance: 1, which is off, where the network itself is told the scale."""
+        return 1.0 if self.told else max(self.guidance, 1.0)
 
 
 def read_request(
@@ -157,6 +168,10 @@ def read_request(
     prompts = _prompts(prompt, embedded)
     negatives = _negatives(negative_prompt, len(prompts))
     count = len(prompts) * pictures
+    if terms.told and any(negatives):
+        raise InputError(
+            "these weights are told the guidance scale and know no negative prompt; leave the negative prompt out"
+        )
     return Request(
         prompts=tuple(text for text in prompts for _ in range(pictures)),
         negatives=tuple(text for text in negatives for _ in range(pictures)),
@@ -177,6 +192,7 @@ def read_request(
         pag=_finite("pag_scale", pag, 0.0, math.inf),
         said=negative_prompt is not None,
         feature_cache=_whole("feature_cache", feature_cache, 1),
+        told=terms.told,
     )
 
 

@@ -42,11 +42,6 @@ def refuse_other_kinds(place: Path, unet: Mapping[str, Any], latent_channels: in
         raise InputError(
             f"{place} is {article} {kind} model (its U-Net takes {what}); it is not rendered yet: {wanted}"
         )
-    if unet.get("time_cond_proj_dim"):
-        raise InputError(
-            f"{place} is a guidance-distilled model (its U-Net is told the guidance scale), which is not rendered yet; "
-            f"{wanted}"
-        )
 
 
 def refuse_other_pipelines(folder: Path, index: Mapping[str, Any]) -> None:

@@ -94,6 +94,8 @@ def _unet(shapes: Shapes, family: Family) -> dict[str, Any]:
     if any(depth > 1 for depth in depths) or middle > 1:
         # a level without attention has a depth too in diffusers' config; the middle takes the last level's
         config["transformer_layers_per_block"] = [depth or 1 for depth in depths]
+    if (told := shapes.get(f"{UNET}time_embed.cond_proj.weight")) is not None:
+        config["time_cond_proj_dim"] = told[1]
     if family is Family.SDXL:
         config |= {
             "addition_embed_type": "text_time",
@@ -166,8 +168,11 @@ def _marks(words: int) -> dict[str, Any]:
 def _scheduler(shapes: Shapes, family: Family) -> dict[str, Any]:
     """Stable Diffusion's table. SD2 at 768 px predicts v, and no shape tells it from the base model, which does not."""
     v = family is Family.SD2 or "v_pred" in shapes
+    name = "EulerDiscreteScheduler" if family is Family.SDXL else "DDIMScheduler"
+    if f"{UNET}time_embed.cond_proj.weight" in shapes:
+        name = "LCMScheduler"  # consistency models are the ones that are told the guidance scale
     return {
-        "_class_name": "EulerDiscreteScheduler" if family is Family.SDXL else "DDIMScheduler",
+        "_class_name": name,
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",

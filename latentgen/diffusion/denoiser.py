@@ -17,6 +17,7 @@ class Condition:
 
     states: (B, L, D), the text encoder's hidden states. pooled: (B, D). mask: (B, L). labels: (B,). sizes: (B, 6),
     what Stable Diffusion XL is told in pixels: original height and width, top and left of the crop, height and width.
+    guided: (B, D), the guidance scale as a guidance-distilled network is told it (`told_scale`).
     """
 
     states: Array | None = None
@@ -24,6 +25,7 @@ class Condition:
     mask: Array | None = None
     labels: Array | None = None
     sizes: Array | None = None
+    guided: Array | None = None
 
     def _arrays(self) -> dict[str, Array]:
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
@@ -88,6 +90,18 @@ def halves(out: Array, x: Array) -> tuple[Array, Array | None]:
     """(prediction, learned variance) of a raw output: the second is None unless there are twice x's channels."""
     channels = x.shape[1]
     return (out[:, :channels], out[:, channels:]) if out.shape[1] == 2 * channels else (out, None)
+
+
+def told_scale(scale: float, width: int) -> np.ndarray:
+    """A guidance scale w as a guidance-distilled network is told it, (width,) float32 (Meng et al. 2023, section 3.1).
+
+    1000·(w − 1) by sines and cosines of `width`/2 frequencies, as latent consistency models have it (Luo et al. 2023).
+    """
+    half = width // 2
+    angles = 1000 * (scale - 1) * np.exp(-np.log(10000) / (half - 1) * np.arange(half))
+    found = np.zeros(width, dtype=np.float32)
+    found[: 2 * half] = np.concatenate([np.sin(angles), np.cos(angles)])
+    return found
 
 
 def batch_times(schedule: Schedule, x: Array, logsnr: Level) -> Array:

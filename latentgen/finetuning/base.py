@@ -91,5 +91,10 @@ class Base:
 
 
 def _check_fit(checkpoint: Checkpoint, settings: Finetune) -> None:
+    if checkpoint.config("unet").get("time_cond_proj_dim"):
+        raise InputError(
+            f"{checkpoint.folder} is guidance-distilled (its U-Net is told the guidance scale), which finetune cannot "
+            "keep up; start from the model it was distilled from"
+        )
     if settings.text_encoder and settings.adapter == "lokr":
         raise InputError("text_encoder is not trained with lokr, which has no file form for it; use lora")

@@ -47,6 +47,8 @@ class UnetNetwork:
         told = {"encoder_hidden_states": states.to(unet.dtype), "return_dict": False}
         if condition.pooled is not None:  # Podell et al. 2023, section 2.2
             told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(unet.dtype), "time_ids": condition.sizes}
+        if condition.guided is not None:
+            told["timestep_cond"] = condition.guided.to(unet.dtype)
         with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
             out: torch.Tensor = (self.run or unet)(x.to(unet.dtype), time, **told)[0]
         return out.to(x.dtype)

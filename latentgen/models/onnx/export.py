@@ -88,17 +88,22 @@ class RawStates(nn.Module):
 
 
 class RawOutput(nn.Module):
-    """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, L, D) -> the U-Net's raw output (B, C', h, w)."""
+    """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, L, D) -> the U-Net's raw output (B, C', h, w).
 
-    def __init__(self, unet: nn.Module) -> None:
+    names: of what it is told besides: Stable Diffusion XL's text_embeds (B, P) and time_ids (B, 6), and a
+    guidance-distilled network's timestep_cond (B, D).
+    """
+
+    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.names = unet, names
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor, *added: torch.Tensor
     ) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C', h, w); added: Stable Diffusion XL's text_embeds (B, P) and time_ids (B, 6)."""
-        told = {"added_cond_kwargs": dict(zip(("text_embeds", "time_ids"), added, strict=True))} if added else {}
+        """(B, C, h, w) -> (B, C', h, w)."""
+        more = dict(zip(self.names, added, strict=True))
+        told = {"timestep_cond": more.pop("timestep_cond", None), "added_cond_kwargs": more or None}
         out: torch.Tensor = self.unet(sample, timestep, states, return_dict=False, **told)[0]
         return out
 
@@ -283,8 +288,11 @@ def _traced(
     if network.config.addition_embed_type == "text_time":
         pooled = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
         inputs |= {"text_embeds": torch.randn(2, pooled), "time_ids": torch.full((2, 6), 64.0)}
+    if network.config.time_cond_proj_dim:
+        inputs["timestep_cond"] = torch.randn(2, int(network.config.time_cond_proj_dim))
     free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in inputs}
-    return RawOutput(network), inputs, free | {"sample": square, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+    whole = RawOutput(network, list(inputs)[3:])
+    return whole, inputs, free | {"sample": square, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
 
 
 @contextmanager

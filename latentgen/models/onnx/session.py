@@ -20,7 +20,7 @@ from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 from latentgen.models.onnx.widen import widened
 
-UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
+UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
 FUSED = ".fused.safetensors"  # beside a graph, instead of its own ending: the weights that LoRAs changed
 OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
@@ -176,6 +176,8 @@ def onnx_network(session: Any, told: Told | None = None) -> Network:
         values = {"sample": x, "timestep": time, "encoder_hidden_states": condition.states}
         if condition.pooled is not None:  # Stable Diffusion XL
             values |= {"text_embeds": condition.pooled, "time_ids": condition.sizes}
+        if condition.guided is not None:
+            values["timestep_cond"] = condition.guided
         given = {name: np.asarray(value, dtype=np.float32) for name, value in values.items()}
         if told is not None:
             given |= told(given)
