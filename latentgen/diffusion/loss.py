@@ -46,17 +46,26 @@ def denoising_loss(
     *,
     weighting: str = "simple",
     gamma: float | None = None,
+    teacher: Network | None = None,
+    taught: int = 0,
 ) -> Tensor:
     """The weighted squared error of the network's output, averaged over all but the batch: (B,).
 
     x0, eps: (B, …); t: (B,) in [0, 1]. weighting "simple" is L_simple (Ho et al. 2020, eq. 14) for eps, and the
     plain squared error of its own target for the other predictions; the rest are WEIGHTINGS, each with its own
     `gamma`. A network with a learned variance is judged by its first half (see `hybrid_loss` for the second).
+    The last `taught` rows are compared with what another network, the teacher, answers there (Li & Hoiem 2016).
     """
     logsnr = schedule.logsnr(t)
     alpha, sigma = (column(value, x0) for value in schedule.marginal(logsnr))
-    out = network(alpha * x0 + sigma * eps, schedule.time(logsnr), condition)
-    error = halves(out, x0)[0].float() - prediction.target(x0, eps, alpha, sigma).float()
+    x, time = alpha * x0 + sigma * eps, schedule.time(logsnr)
+    target = prediction.target(x0, eps, alpha, sigma).float()
+    if teacher is not None and taught:
+        rows = slice(len(x) - taught, None)
+        with torch.no_grad():
+            answers = halves(teacher(x[rows], time[rows], condition.rows(rows)), x0)[0].float()
+        target = torch.cat([target[: len(x) - taught], answers])
+    error = halves(network(x, time, condition), x0)[0].float() - target
     loss = error.square().flatten(1).mean(1)
     return loss if weighting == "simple" else loss * output_weight(weighting, schedule, prediction, t, gamma)
 

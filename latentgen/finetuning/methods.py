@@ -1,5 +1,6 @@
 """What is trained: an adapter, the networks' own weights, or a new word; and the files it becomes."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,20 @@ from torch import nn
 
 from latentgen.checkpoint import save_pipeline, write_folder
 from latentgen.checkpoint.write import TEXT
+from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.finetuning.base import Base
 from latentgen.finetuning.settings import Finetune
-from latentgen.models.adapters import Trained, add_adapter, layers_of, text_layers, trained_weights, write_adapter
+from latentgen.models.adapters import (
+    Trained,
+    add_adapter,
+    layers_of,
+    text_layers,
+    trained_weights,
+    without_adapter,
+    write_adapter,
+)
 from latentgen.models.inversion import new_words, start_vectors, teach, vectors_of, write_embedding
+from latentgen.models.network import unet_network
 from latentgen.models.onnx.export import write_graphs
 from latentgen.models.onnx.places import why_not
 from latentgen.models.text import TextEncoder, TwoTextEncoders
@@ -27,7 +38,8 @@ class Trainee:
     """module: every weight that is trained. live: whether texts have to be encoded anew at every step.
 
     settle: bring the weights to what the file will hold. save(out, finish): write the folder, whole or not at all.
-    reopen(folder): what it is to render with what was saved, from nothing.
+    reopen(folder): what it is to render with what was saved, from nothing. teacher: the starting weights' network,
+    where their answers are kept to.
     """
 
     module: nn.Module
@@ -35,6 +47,7 @@ class Trainee:
     settle: Callable[[], None]
     save: Callable[[Path, Finish], Path]
     reopen: Callable[[Path], Pipeline]
+    teacher: Network | None = None
 
 
 def make_trainee(base: Base, settings: Finetune) -> Trainee:
@@ -80,7 +93,20 @@ def _adapter(base: Base, settings: Finetune, kind: str) -> Trainee:
         pipe.load_lora(folder)
         return pipe
 
-    return Trainee(Trained(weights, networks.values()), settings.text_encoder, lambda: None, save, reopen)
+    def before(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        with without_adapter(base.unet):
+            return unet_network(base.unet, gradients=False)(x, time, condition)
+
+    module = Trained(weights, networks.values())
+    teacher = before if settings.prior == "answers" else None
+    return Trainee(module, settings.text_encoder, lambda: halve(module), save, reopen, teacher)
+
+
+@torch.no_grad()
+def halve(module: nn.Module) -> None:
+    """Round the weights to what half precision holds: it is what is stored, and wider ones make other pictures."""
+    for weight in module.parameters():
+        weight.copy_(weight.half().float())
 
 
 def _trained(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -89,17 +115,18 @@ def _trained(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 def _whole(base: Base, settings: Finetune) -> Trainee:
     networks = _networks(base, settings)
+    teacher = None
+    if settings.prior == "answers":
+        teacher = unet_network(copy.deepcopy(base.unet).requires_grad_(False).eval())
     for network in networks.values():
         network.requires_grad_(True)
     weights = _trained(networks)
     module = Trained(weights, networks.values())
 
-    @torch.no_grad()
     def settle() -> None:
-        """Half precision is what is stored, of what was not trained as well; wider weights make other pictures."""
+        """Of what was not trained as well: all of it is stored in half precision."""
         for network in (base.unet, base.latent.vae, *(tower.model for tower in base.text.towers)):
-            for weight in network.parameters():
-                weight.copy_(weight.half().float())
+            halve(network)
 
     def save(out: Path, finish: Finish) -> Path:
         def after(aside: Path) -> None:
@@ -112,7 +139,7 @@ def _whole(base: Base, settings: Finetune) -> Trainee:
     def reopen(folder: Path) -> Pipeline:
         return Pipeline.from_pretrained(folder, engine="torch", device=base.unet.device, dtype="float32")
 
-    return Trainee(module, settings.text_encoder, settle, save, reopen)
+    return Trainee(module, settings.text_encoder, settle, save, reopen, teacher)
 
 
 def _extras(base: Base) -> dict[str, bytes | str]:

@@ -20,6 +20,7 @@ from latentgen.training.draw import VALIDATION, Draw
 
 TRIED = 96  # denoisings that a validation is made of, at the least
 AT_ONCE = 32
+TOLD_NOTHING = 0.1  # of the prior: what guidance starts from is kept too
 
 
 class Conditions(Protocol):
@@ -98,8 +99,10 @@ class Times:
 class FinetuneObjective:
     """The denoising loss (Rombach et al. 2022, equation 3) of a network whose trained weights `module` holds.
 
-    prior: trained on beside the pictures, its loss times prior_weight (Ruiz et al. 2023, equation 2). watched: the
-    starting weights' renderings on which forgetting is measured. held: pictures the validation is made on.
+    prior: trained on beside the pictures, its loss times prior_weight (Ruiz et al. 2023, equation 2). teacher: the
+    starting weights' network, whose answers on the prior's noised pictures are then kept to instead of the pictures
+    (Li & Hoiem 2016), a tenth of them told nothing. watched: the starting weights' renderings on which forgetting is
+    measured. held: pictures the validation is made on.
     """
 
     splits = True
@@ -118,6 +121,7 @@ class FinetuneObjective:
         watched: Kept,
         prior: Kept | None,
         prior_weight: float,
+        teacher: Network | None,
         caption_dropout: float,
         weighting: str,
         times: Times,
@@ -129,7 +133,7 @@ class FinetuneObjective:
         self._network, self._plan, self._pictures, self._captions = network, plan, pictures, captions
         self._conditions, self._held, self._watched, self._prior = conditions, held, watched, prior
         self._prior_weight, self._dropout, self._weighting = prior_weight, caption_dropout, weighting
-        self._accelerator, self._sheet, self._times = accelerator, sheet, times
+        self._accelerator, self._sheet, self._times, self._teacher = accelerator, sheet, times, teacher
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """On the items, some captions empty; and on as many pictures of the prior."""
@@ -143,20 +147,32 @@ class FinetuneObjective:
             return {"loss": self._losses(x0, numbers, times, eps).mean()}
         rows = (draw.uniform().numpy() * len(self._prior)).astype(np.int64)
         kept = self._prior.latents.sample(rows, draw.normal(*shape).to(device))
+        told = self._prior.texts[rows]
+        later, other = self._times.drawn(draw, self._plan, device), draw.normal(*shape).to(device)
+        if self._teacher is not None:
+            told = np.where(draw.uniform().numpy() < TOLD_NOTHING, self._conditions.empty, told)
         both = self._losses(
             torch.cat([x0, kept]),
-            np.concatenate([numbers, self._prior.texts[rows]]),
-            torch.cat([times, self._times.drawn(draw, self._plan, device)]),
-            torch.cat([eps, draw.normal(*shape).to(device)]),
+            np.concatenate([numbers, told]),
+            torch.cat([times, later]),
+            torch.cat([eps, other]),
+            taught=len(rows),
         )
         new, old = both[: len(items)].mean(), both[len(items) :].mean()
         return {"loss": new + self._prior_weight * old, "new": new, "prior": old}
 
-    def _losses(self, x0: Tensor, texts: np.ndarray, times: Tensor, eps: Tensor) -> Tensor:
+    def _losses(self, x0: Tensor, texts: np.ndarray, times: Tensor, eps: Tensor, taught: int = 0) -> Tensor:
         x0, eps = (value.contiguous(memory_format=torch.channels_last) for value in (x0, eps))
-        condition = self._conditions.rows(texts)
-        schedule, prediction = self._plan.schedule, self._plan.prediction
-        return denoising_loss(self._network, schedule, prediction, x0, condition, times, eps, weighting=self._weighting)
+        given = (
+            self._network,
+            self._plan.schedule,
+            self._plan.prediction,
+            x0,
+            self._conditions.rows(texts),
+            times,
+            eps,
+        )
+        return denoising_loss(*given, weighting=self._weighting, teacher=self._teacher, taught=taught)
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:

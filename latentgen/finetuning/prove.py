@@ -18,6 +18,7 @@ from latentgen.pipeline import Pipeline
 
 SAME = 2e-3  # in [0, 1]: what pictures of the same weights may differ by
 EFFECT = 2e-3  # what pictures of changed weights have to differ by
+NUDGE = 1e-6
 STEPS = 8
 
 
@@ -58,7 +59,7 @@ def prove(
     memory = look(base.pipe, base, prompts, size)
     saved = look(trainee.reopen(aside), base, prompts, size)
     apart = float(np.abs(saved - memory).max())
-    if not apart <= SAME:
+    if not apart <= SAME and not apart <= _rounding(base, prompts, memory):
         raise InputError(f"what was saved renders other pictures than the model in memory ({apart:.2g}); nothing kept")
     changed = float(np.abs(saved - start).max())
     if not changed > EFFECT:
@@ -70,14 +71,29 @@ def prove(
         return Proof(len(prompts), apart, None, changed, "stock diffusers opens single files with files from its hub")
     there = _stock(base, settings, prompts, size, aside)
     beyond = float(np.abs(there - memory).max())
-    if not beyond <= SAME:
+    if not beyond <= SAME and not beyond <= _rounding(base, prompts, memory):
         raise InputError(f"stock diffusers renders other pictures from what was saved ({beyond:.2g}); nothing kept")
     return Proof(len(prompts), apart, beyond, changed)
 
 
-def look(pipe: Pipeline, base: Base, prompts: Sequence[str], size: int) -> np.ndarray:
-    """(B, H, W, 3) in [0, 1]: a few steps of the sampler that the scheduler's config names, from fixed noise."""
-    return np.asarray(pipe(list(prompts), latents=_noise(base, prompts, size), **_call(base, size)).images)
+def look(pipe: Pipeline, base: Base, prompts: Sequence[str], size: int, apart: float = 0.0) -> np.ndarray:
+    """(B, H, W, 3) in [0, 1]: a few steps of the sampler that the scheduler's config names, from fixed noise.
+
+    apart: how much of another noise is added to it.
+    """
+    noise = _noise(base, prompts, size)
+    if apart:
+        noise = noise + apart * _noise(base, prompts, size, len(prompts))
+    return np.asarray(pipe(list(prompts), latents=noise, **_call(base, size)).images)
+
+
+def _rounding(base: Base, prompts: Sequence[str], memory: np.ndarray) -> float:
+    """What rounding can make of these pictures: guided steps of a network that knows few pictures amplify it.
+
+    Twice what the model in memory makes of noise that is off by NUDGE, as a float32 network's own answers are.
+    """
+    nudged = look(base.pipe, base, prompts, memory.shape[1], NUDGE)
+    return 2 * float(np.abs(nudged - memory).max())
 
 
 def _call(base: Base, size: int) -> dict[str, Any]:
@@ -95,11 +111,11 @@ def _call(base: Base, size: int) -> dict[str, Any]:
     }
 
 
-def _noise(base: Base, prompts: Sequence[str], size: int) -> Any:
+def _noise(base: Base, prompts: Sequence[str], size: int, first: int = 0) -> Any:
     import torch
 
-    side = size // base.pipe.terms.factor
-    return torch.from_numpy(Noise(range(len(prompts))).initial((base.pipe.terms.channels, side, side)))
+    side, seeds = size // base.pipe.terms.factor, range(first, first + len(prompts))
+    return torch.from_numpy(Noise(seeds).initial((base.pipe.terms.channels, side, side)))
 
 
 def _stock(base: Base, settings: Finetune, prompts: Sequence[str], size: int, aside: Path) -> np.ndarray:

@@ -243,12 +243,15 @@ class _Lesson:
 
     @property
     def _prior_prompts(self) -> list[str]:
-        """The class and, in turn with it, what the starting weights were looked at with: neither is to change."""
+        """The class, plain and in the ways that the starting weights' own prompts name (", twemoji"), and these prompts
+        in turn with it: none of it is to change.
+        """
         others = self.base.prompts
+        ways = ("", *dict.fromkeys(told[told.index(",") :] for told in others if "," in told))
         return [
             told
             for turn in range(int(self.what.prior_pictures or 0))
-            for told in (self.of_class, others[turn % len(others)])
+            for told in (self.of_class + ways[turn % len(ways)], others[turn % len(others)])
         ]
 
     @property
@@ -288,6 +291,7 @@ class _Lesson:
             watched=Kept(_still(watched), np.array([number[text] for text in shown])),
             prior=None if prior is None else Kept(_still(prior), np.array([number[t] for t in self._prior_prompts])),
             prior_weight=what.prior_weight,
+            teacher=trainee.teacher,
             caption_dropout=what.caption_dropout or 0.0,
             weighting=what.weighting,
             times=Times(what.times or "uniform", what.times_mean, what.times_std),

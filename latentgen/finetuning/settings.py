@@ -30,7 +30,8 @@ class Finetune(BaseModel):
     """A fine-tuning run. None is chosen from the pictures and the weights, and said with the reason.
 
     token, class: DreamBooth's rare word and what kind of thing it is ("zwx", "cat"); textual inversion's new word.
-    prior_pictures: of the class, and as many again of other things, rendered by the starting weights and kept to.
+    prior_pictures: of the class, and as many again of other things, rendered by the starting weights; prior: what is
+    kept to, the starting weights' answers on them at every noise level, or the pictures alone.
     like: the word whose embedding a new word starts from. vectors: embeddings of a new word. on: what DreamBooth
     trains. caption: one caption for every picture, in place of its own. targets: the layers that adapters change.
     times: the density of the noise's times (mean and spread are of a logit-normal one). caption_dropout: how often a
@@ -72,6 +73,7 @@ class Finetune(BaseModel):
     vectors: Positive | None = None
     prior_pictures: Annotated[int, Field(ge=0)] | None = None
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    prior: Literal["answers", "pictures"] | None = None
     keep: Literal["best", "last"] | None = None
     patience: Annotated[int, Field(ge=0)] = 4
     validate_steps: Positive | None = None
@@ -111,6 +113,8 @@ class Finetune(BaseModel):
             raise InputError(f"token is dreambooth's and textual-inversion's; {self.method} learns from captions")
         if self.class_word and self.method != "dreambooth":
             raise InputError(f"class is dreambooth's; {self.method} learns from captions")
+        if self.prior == "answers" and self.text_encoder:
+            raise InputError('prior = "answers" wants the text encoder as it was; leave text_encoder out')
         if self.rank is not None and self.adapter is None:
             raise InputError(f"rank is an adapter's; {self.method} has none")
         if self.times != "logit-normal" and (self.times_mean is not None or self.times_std is not None):
@@ -186,6 +190,8 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
         open_["times"] = ("uniform", "as the starting weights were trained")
     prior = (32 if small else 100) if asked.method == "dreambooth" and asked.prior_weight else 0
     open_["prior_pictures"] = (prior, asked.method)
+    if asked.method == "dreambooth" and (asked.prior_pictures or prior):
+        open_["prior"] = prior_kept(asked, small, how)
     steps = asked.steps or int(open_["steps"][0])
     open_["warmup"] = (max(1, min(100, steps // 20)), f"{steps} steps")
     open_["ema"] = (min(0.99, max(0.0, 1 - 20 / steps)), f"{steps} steps")
@@ -194,3 +200,12 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
     chosen = {key: value for key, (value, _) in open_.items() if key not in given and value is not None}
     reasons = tuple(f"{key} = {value} ({open_[key][1]})" for key, value in chosen.items())
     return Chosen(asked.model_copy(update=chosen), reasons)
+
+
+def prior_kept(asked: Finetune, small: bool, how: str) -> tuple[str, str]:
+    """What DreamBooth keeps to, and why: answers want the starting weights beside those that are trained."""
+    if asked.text_encoder:
+        return "pictures", "the text encoder is trained too"
+    if asked.on == "full" and not small:
+        return "pictures", f"{how}, and answers would want it twice in memory"
+    return "answers", "they tell more of what is to stay than pictures do"

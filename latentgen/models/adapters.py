@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def add_adapter(network: nn.Module, kind: str, rank: int, layers: Iterable[str],
         inject_adapter_in_model(config, network, adapter_name=NAME)
 
 
+@contextmanager
+def without_adapter(network: nn.Module) -> Iterator[None]:
+    """Inside, the network answers as it did before `add_adapter`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def layers_of(unet: nn.Module, targets: str) -> list[str]:
     """The names of the layers of a U-Net that adapters change: of its attention, or every one within its blocks."""
     kinds = nn.Linear | nn.Conv2d
@@ -82,11 +98,11 @@ def trained_weights(network: nn.Module, part: str) -> dict[str, nn.Parameter]:
 
 
 def adapter_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    """An adapter's tensors as PEFT saves them: {"down_blocks.….lora_A.weight": …}, float32 on the host."""
+    """An adapter's tensors as PEFT saves them: {"down_blocks.….lora_A.weight": …}, float16 on the host."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(network, adapter_name=NAME)
-    return {name: value.detach().float().cpu().contiguous() for name, value in state.items()}
+    return {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
 
 
 def write_adapter(folder: Path, kind: str, networks: Mapping[str, nn.Module]) -> Path:

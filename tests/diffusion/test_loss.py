@@ -217,3 +217,26 @@ def test_the_variational_loss_teaches_the_network_the_bound_and_the_schedule_its
         found = weights[place].grad
         assert found is not None
         assert float(found[0]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-7)
+
+
+def test_a_teachers_answers_stand_for_the_last_rows() -> None:
+    cosine, v = Cosine(), Prediction("v")
+    x0, eps, t = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3), torch.linspace(0.1, 0.9, 5)
+    states = torch.arange(5.0)[:, None, None]
+
+    def network(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        assert condition.states is not None
+        return 0.3 * x + time[:, None, None, None] * condition.states[..., None]
+
+    def halved(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return 0.5 * network(x, time, condition)
+
+    told = Condition(states)
+    plain = denoising_loss(network, cosine, v, x0, told, t, eps)
+    itself = denoising_loss(network, cosine, v, x0, told, t, eps, teacher=network, taught=2)
+    torch.testing.assert_close(itself[:3], plain[:3])
+    torch.testing.assert_close(itself[3:], torch.zeros(2))
+    other = denoising_loss(network, cosine, v, x0, told, t, eps, teacher=halved, taught=2)
+    alpha, sigma = (value[:, None, None, None] for value in cosine.marginal(cosine.logsnr(t)))
+    answers = network(alpha * x0 + sigma * eps, cosine.time(cosine.logsnr(t)), told)
+    torch.testing.assert_close(other[3:], (0.5 * answers).square().flatten(1).mean(1)[3:])

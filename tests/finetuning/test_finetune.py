@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline, finetune
 from latentgen.checkpoint.defaults import write_defaults
+from latentgen.finetuning import prove
 from latentgen.finetuning.examples import count_pictures
 from latentgen.finetuning.settings import Finetune, Start, choose
 from latentgen.recipe import explained, read_table
@@ -241,6 +242,42 @@ def test_forgetting_and_overfitting_are_two_curves(folder: Path, pictures: Path,
     assert figures["prior_loss"] != figures["prior_loss_before"]
 
 
+@pytest.mark.parametrize("on", ["lora", "full"])
+def test_dreambooth_keeps_to_what_the_starting_weights_answer(
+    on: str, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    asked = {**FAST, "method": "dreambooth", "class": "bird", "on": on, "prior_pictures": 2, "rate": 2e-3}
+    firsts = {}
+    for prior in ("answers", "pictures"):
+        finetune(pictures, base=folder, out=tmp_path / prior, **{**asked, "prior": prior})
+        (log,) = (tmp_path / f"{prior}.training").glob("finetune-*/log.jsonl")
+        firsts[prior] = next(entry for entry in map(json.loads, log.read_text().splitlines()) if "prior" in entry)
+    assert firsts["answers"]["step"] == firsts["pictures"]["step"] == 1
+    assert firsts["answers"]["prior"] < 1e-6 < 1e-2 < firsts["pictures"]["prior"]
+
+
+def test_what_is_kept_to_is_chosen_by_what_there_is_room_for() -> None:
+    small, large = Start(10_000_000, 64), Start(860_000_000, 512)
+    bird = {"method": "dreambooth", "class": "bird"}
+    assert choose(Finetune.of(bird), 5, small, 0).settings.prior == "answers"
+    assert choose(Finetune.of(bird), 5, large, 0).settings.prior == "answers"  # a LoRA is switched off for it
+    assert choose(Finetune.of({**bird, "on": "full"}), 5, large, 0).settings.prior == "pictures"
+    assert choose(Finetune.of({**bird, "text_encoder": True}), 5, small, 0).settings.prior == "pictures"
+    assert choose(Finetune.of({"method": "lora"}), 5, small, 0).settings.prior is None
+
+
+def test_rounding_that_the_model_amplifies_is_no_other_picture(
+    folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "SAME", 1e-9)
+    monkeypatch.setattr(prove, "NUDGE", 0.0)
+    with pytest.raises(InputError, match="other pictures"):
+        finetune(pictures, base=folder, out=tmp_path / "mine", **FAST)
+    monkeypatch.setattr(prove, "NUDGE", 1e-4)
+    out = finetune(pictures, base=folder, out=tmp_path / "mine", **FAST)
+    assert 1e-9 < json.loads((out / "metrics.json").read_text())["proof"]["stock"] < 1e-4
+
+
 def test_it_stops_where_nothing_gets_better(folder: Path, pictures: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     asked = {**FAST, "steps": 200, "rate": 0.5, "hold_out": 0.2, "validate_steps": 2, "patience": 2}
@@ -286,6 +323,7 @@ def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_pat
     assert "no weights" in refused(pictures, tmp_path / "nowhere", out)
     assert "method is 'loro'" in refused(pictures, folder, out, method="loro")
     assert "divide the batch" in refused(pictures, folder, out, accumulate=3)
+    assert "text encoder as it was" in refused(pictures, folder, out, prior="answers", text_encoder=True)
     assert 'times = "logit-normal"' in refused(pictures, folder, out, times_mean=0.5)
     assert "lies among the pictures" in refused(pictures, folder, pictures / "mine")
     assert "all pictures are held out" in refused(held_out(tmp_path / "held", 3, 3), folder, out)
