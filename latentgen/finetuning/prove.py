@@ -57,16 +57,17 @@ def prove(
     """
     size = int(settings.size or 0)
     memory = look(base.pipe, base, prompts, size)
-    saved = look(trainee.reopen(aside), base, prompts, size)
-    apart = float(np.abs(saved - memory).max())
-    if not apart <= SAME and not apart <= _rounding(base, prompts, memory):
-        raise InputError(f"what was saved renders other pictures than the model in memory ({apart:.2g}); nothing kept")
-    changed = float(np.abs(saved - start).max())
+    changed = float(np.abs(memory - start).max())
     if not changed > EFFECT:
         raise InputError(
             f"the training changed nothing that can be seen ({changed:.1e}); give more steps or a larger rate, "
             "nothing was written"
         )
+    saved = look(trainee.reopen(aside), base, prompts, size)
+    apart = float(np.abs(saved - memory).max())
+    if not apart <= SAME and not apart <= _rounding(base, prompts, memory):
+        raise InputError(f"what was saved renders other pictures than the model in memory ({apart:.2g}); nothing kept")
+    changed = float(np.abs(saved - start).max())
     if isinstance(base.checkpoint, SingleFile):
         return Proof(len(prompts), apart, None, changed, "stock diffusers opens single files with files from its hub")
     there = _stock(base, settings, prompts, size, aside)
