@@ -229,6 +229,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between."""
+    return [float(number) for number in text.split(",")]
+
+
 def main() -> int:
     """Run a case and print its figures; 0, or 2 after one line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -236,11 +241,10 @@ def main() -> int:
     parser.add_argument("--weights", default=str(ROOT / "weights/icons"))
     parser.add_argument("--out", type=Path, default=ROOT / "data/finetuned")
     parser.add_argument("--concepts", type=int, default=100, help="style: how many are asked for")
-    parser.add_argument("--dials", default="0,0.25,0.5,0.75,1", help="style: those that are tried")
+    parser.add_argument("--dials", type=numbers, default="0,0.25,0.5,0.75,1", help="style: those that are tried")
     given = parser.parse_args()
     cases: dict[str, Case] = dict(CASES)
-    dials = [float(dial) for dial in given.dials.split(",")]
-    cases["style"] = partial(style, concepts=given.concepts, dials=dials)
+    cases["style"] = partial(style, concepts=given.concepts, dials=given.dials)
     began = time.monotonic()
     try:
         figures = cases[given.case](given.weights, given.out / given.case, open_judge())
