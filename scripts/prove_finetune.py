@@ -1,7 +1,7 @@
 """Fine-tune weights/icons in four ways on real pictures, and measure what each promises.
 
 usage: python scripts/prove_finetune.py style|subject|word|swapped [--out FOLDER] [--weights weights/icons]
-           [--concepts 100] [--dials 0,0.25,0.5,0.75,1]
+           [--concepts 100] [--dials 0,0.5,1,1.5,2]
 
 style    LoRA on 150 OpenMoji pictures. Of 100 concepts outside them: how near renderings come to OpenMoji's own
          pictures (Fréchet distance), whose style the nearest real picture has, whether it shows the concept; and what
@@ -73,7 +73,7 @@ def show(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str], count: i
 
 
 def style(
-    start: str, out: Path, judge: Encoder, concepts: int = 100, dials: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    start: str, out: Path, judge: Encoder, concepts: int = 100, dials: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0)
 ) -> dict[str, Any]:
     """Nearer to OpenMoji than the starting weights are, for concepts outside those it learned from."""
     icons, openmoji = rows_of(ROOT / "data/icons"), rows_of(ROOT / "data/openmoji")
@@ -241,7 +241,7 @@ def main() -> int:
     parser.add_argument("--weights", default=str(ROOT / "weights/icons"))
     parser.add_argument("--out", type=Path, default=ROOT / "data/finetuned")
     parser.add_argument("--concepts", type=int, default=100, help="style: how many are asked for")
-    parser.add_argument("--dials", type=numbers, default="0,0.25,0.5,0.75,1", help="style: those that are tried")
+    parser.add_argument("--dials", type=numbers, default="0,0.5,1,1.5,2", help="style: those that are tried")
     given = parser.parse_args()
     cases: dict[str, Case] = dict(CASES)
     cases["style"] = partial(style, concepts=given.concepts, dials=given.dials)

@@ -98,8 +98,16 @@ def _adapter(base: Base, settings: Finetune, kind: str) -> Trainee:
             return unet_network(base.unet, gradients=False)(x, time, condition)
 
     module = Trained(weights, networks.values())
+
+    @torch.no_grad()
+    def settle() -> None:
+        for name, weight in weights.items():
+            if settings.strength is not None and ".lora_B." in name:
+                weight.mul_(settings.strength)
+        halve(module)
+
     teacher = before if settings.prior == "answers" else None
-    return Trainee(module, settings.text_encoder, lambda: halve(module), save, reopen, teacher)
+    return Trainee(module, settings.text_encoder, settle, save, reopen, teacher)
 
 
 @torch.no_grad()

@@ -350,7 +350,7 @@ class _Lesson:
         if self.what.method == "textual-inversion":
             return f'latentgen render "{prompt}"{start} --word {out}'
         if self.what.method == "style":
-            return f'latentgen render "{prompt}"{start} --style {out}:0.5'
+            return f'latentgen render "{prompt}"{start} --style {out}:1'
         if self.what.adapter is not None:
             return f'latentgen render "{prompt}"{start} --lora {out}'
         return f'latentgen render "{prompt}" --weights {out}'

@@ -36,6 +36,7 @@ class Finetune(BaseModel):
     trains. caption: one caption for every picture, in place of its own. targets: the layers that adapters change.
     times: the density of the noise's times (mean and spread are of a logit-normal one). caption_dropout: how often a
     picture is shown without its caption, so that guidance stays what it was.
+    strength: how much of what a style learned is stored, and so is dial 1; the dial goes above 1 for more.
     keep: the weights with the best held-out loss, or the last. patience: validations without a better one before it
     stops; 0 never stops. prompts: looked at while it trains.
     """
@@ -46,6 +47,7 @@ class Finetune(BaseModel):
     on: Literal["lora", "full"] | None = None
     rank: Positive | None = None
     targets: Literal["attention", "all"] | None = None
+    strength: Above | None = None
     text_encoder: bool = False
     steps: Positive | None = None
     batch: Positive | None = None
@@ -115,6 +117,8 @@ class Finetune(BaseModel):
             raise InputError(f"class is dreambooth's; {self.method} learns from captions")
         if self.prior == "answers" and self.text_encoder:
             raise InputError('prior = "answers" wants the text encoder as it was; leave text_encoder out')
+        if self.strength is not None and self.method != "style":
+            raise InputError(f"strength is a style's; what {self.method} learns is stored as it is")
         if self.rank is not None and self.adapter is None:
             raise InputError(f"rank is an adapter's; {self.method} has none")
         if self.times != "logit-normal" and (self.times_mean is not None or self.times_std is not None):
@@ -168,6 +172,8 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
     if asked.adapter is not None:
         open_["rank"] = (4 if pictures < 12 else 8 if pictures < 60 else 16, few)
         open_["targets"] = ("all" if small else "attention", how)
+    if asked.method == "style":
+        open_["strength"] = (0.5, "the most that leaves what prompts name; the dial goes above 1 for more")
     if asked.method == "textual-inversion":
         open_["vectors"] = (8 if small else 1, how)
     open_["size"] = (start.size, "what the weights were trained at")

@@ -266,6 +266,25 @@ def test_what_is_kept_to_is_chosen_by_what_there_is_room_for() -> None:
     assert choose(Finetune.of({"method": "lora"}), 5, small, 0).settings.prior is None
 
 
+def test_a_style_is_stored_at_its_strength(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    found = {}
+    for strength in (0.5, 1.0):
+        out = finetune(pictures, base=folder, out=tmp_path / f"{strength}", method="style", strength=strength, **FAST)
+        found[strength] = load_file(out / "pytorch_lora_weights.safetensors")
+    assert all(value.dtype == torch.float16 for value in found[1.0].values())
+    for name, value in found[1.0].items():
+        torch.testing.assert_close(found[0.5][name], value * (0.5 if ".lora_B." in name else 1.0), atol=1e-7, rtol=1e-3)
+    pipe = Pipeline.from_pretrained(folder, engine="torch")
+    pictures_of = []
+    for strength, dial in ((0.5, 2.0), (1.0, 1.0)):
+        pipe.load_lora(tmp_path / f"{strength}", weight=dial)
+        pictures_of.append(np.asarray(pipe("a red apple", seed=1, **CALL).images))
+        pipe.unload_lora()
+    np.testing.assert_allclose(*pictures_of, atol=1e-3)
+    chosen = choose(Finetune.of({"method": "style"}), 20, Start(10_000_000, 64), 0).settings
+    assert chosen.strength == 0.5 and choose(Finetune.of({}), 20, Start(10_000_000, 64), 0).settings.strength is None
+
+
 def test_rounding_that_the_model_amplifies_is_no_other_picture(
     folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +342,7 @@ def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_pat
     assert "no weights" in refused(pictures, tmp_path / "nowhere", out)
     assert "method is 'loro'" in refused(pictures, folder, out, method="loro")
     assert "divide the batch" in refused(pictures, folder, out, accumulate=3)
+    assert "strength is a style's" in refused(pictures, folder, out, strength=0.5)
     assert "text encoder as it was" in refused(pictures, folder, out, prior="answers", text_encoder=True)
     assert 'times = "logit-normal"' in refused(pictures, folder, out, times_mean=0.5)
     assert "lies among the pictures" in refused(pictures, folder, pictures / "mine")
