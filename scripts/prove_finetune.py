@@ -72,9 +72,7 @@ def show(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str], count: i
     contact_sheet(chosen, min(count, len(rows[0])), [*labels[:count]] * len(rows)).save(path)
 
 
-def style(
-    start: str, out: Path, judge: Encoder, concepts: int = 100, dials: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0)
-) -> dict[str, Any]:
+def style(start: str, out: Path, judge: Encoder, concepts: int, dials: Sequence[float]) -> dict[str, Any]:
     """Nearer to OpenMoji than the starting weights are, for concepts outside those it learned from."""
     icons, openmoji = rows_of(ROOT / "data/icons"), rows_of(ROOT / "data/openmoji")
     _, kept = taught_and_kept(icons, openmoji)
@@ -221,7 +219,7 @@ def swapped(start: str, out: Path, judge: Encoder) -> dict[str, Any]:
 
 
 Case = Callable[[str, Path, Encoder], dict[str, Any]]
-CASES: dict[str, Case] = {"style": style, "subject": subject, "word": word, "swapped": swapped}
+CASES: dict[str, Case] = {"subject": subject, "word": word, "swapped": swapped}
 
 
 def say(line: str) -> None:
@@ -237,14 +235,13 @@ def numbers(text: str) -> list[float]:
 def main() -> int:
     """Run a case and print its figures; 0, or 2 after one line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("case", choices=("style", *CASES))
     parser.add_argument("--weights", default=str(ROOT / "weights/icons"))
     parser.add_argument("--out", type=Path, default=ROOT / "data/finetuned")
     parser.add_argument("--concepts", type=int, default=100, help="style: how many are asked for")
     parser.add_argument("--dials", type=numbers, default="0,0.5,1,1.5,2", help="style: those that are tried")
     given = parser.parse_args()
-    cases: dict[str, Case] = dict(CASES)
-    cases["style"] = partial(style, concepts=given.concepts, dials=given.dials)
+    cases: dict[str, Case] = {**CASES, "style": partial(style, concepts=given.concepts, dials=given.dials)}
     began = time.monotonic()
     try:
         figures = cases[given.case](given.weights, given.out / given.case, open_judge())
