@@ -79,6 +79,9 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     def train(name: str, processes: int, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
         verb = ["-m", "latentgen.cli", "train", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)]
+        if name == "two":  # accelerate's launcher, which calls every device that is shared out a GPU
+            launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+            launch += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
         return run([sys.executable, *(launch if processes > 1 else []), *verb], code, **settings)
 
     train("one", 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -133,105 +133,127 @@ class Noise:
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
         return like(rows(quick_normal, self.seeds, FIRST_STEP + index, tuple(like_.shape[1:])), like_)
 
-    def brownian(self, levels: Sequence[float] = ()) -> "Noise":
+    def brownian(self, levels: Sequence[float]) -> "Noise":
         """The Brownian path of the same seeds, for samplers that follow one path however many steps they take.
 
-        levels: the rising logSNR levels the walk will ask for; the path then costs about two draws a step.
+        levels: the logSNR levels the walk will ask for, and no others; a step between two of them takes about one draw.
         """
         return Brownian(self.seeds, levels)
+
+
+class Cell(NamedTuple):
+    """A stretch of the path: parted in two where the walk has a level in it, a leaf where it has none.
+
+    parent: its index in the list of cells, −1 for the two outermost; side: 0 for the parent's left part, 1 for the
+    right one. low, high, split (None for a leaf) are levels in units of 2**−DEPTH; number, the counter of the normal
+    numbers that part it.
+    """
+
+    parent: int
+    side: int
+    low: int
+    high: int
+    split: int | None
+    number: int
 
 
 class Brownian(Noise):
     """Noise as the normalised increments of one Brownian path a picture, its clock being logSNR.
 
     The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
-    same picture. The path is a Brownian tree from W(0) = 0 out to ±END: the middle of a cell is the bridge between its
-    ends and the cell's own normal number, drawn from its own counter, and halves of cells are cells. A cell that holds
-    one level of the walk is not halved: its number makes the bridge at that level, which is exact, and near what more
-    levels would find there. A level of no walk is put at the nearest multiple of 2**−UNTOLD.
+    same picture. The path is a tree of bridges (Lévy 1948) from W(0) = 0 out to ±END: a cell's counter gives the normal
+    numbers by which its increment is shared out between two parts, exactly, wherever it is parted. Counters belong to
+    halves of halves of (0, END), the same in every walk. A cell is parted at the level of the walk that is nearest to
+    the middle of its half, or at that middle where none is near: so a draw makes a step, or little more, and walks of
+    more levels come ever nearer to one path. Levels are met to 2**−DEPTH.
     """
 
-    END, DEPTH, UNTOLD = 64, 40, 8  # cells are at least 2**−DEPTH wide
-    _walk: dict[float, tuple[int, int]]
-    _at: Callable[[int, tuple[int, ...]], Any]
-    _level: Callable[[float, tuple[int, ...]], Any]
+    END, DEPTH = 64, 40
+    _cells: list[Cell]
+    _leaves: list[int]  # indices of the cells without parts, from left to right
+    _first: dict[int, int]  # a leaf's low end -> its place among them
+    _open: list[tuple[int, tuple[Any, Any]]]  # the cells above the last leaf, and the increments of their parts
 
-    def __init__(self, seeds: Sequence[int], levels: Sequence[float] = ()) -> None:
+    def __init__(self, seeds: Sequence[int], levels: Sequence[float]) -> None:
         super().__init__(seeds)
-        object.__setattr__(self, "_walk", cells(levels, self.END << self.DEPTH, 1 << self.DEPTH))
-        # the caches save the next steps from drawing what they share; they go when the walk does
-        object.__setattr__(self, "_at", lru_cache(maxsize=20)(self._drawn_at))
-        object.__setattr__(self, "_level", lru_cache(maxsize=3)(self._drawn_level))
+        if not all(-self.END < level < self.END for level in levels):
+            raise InputError(f"levels of a Brownian path are logSNRs between −{self.END} and {self.END}")
+        cells = parted(sorted({self._place(level) for level in levels}), self.END << self.DEPTH)
+        leaves = sorted((cell.low, index) for index, cell in enumerate(cells) if cell.split is None)
+        object.__setattr__(self, "_cells", cells)
+        object.__setattr__(self, "_leaves", [index for _, index in leaves])
+        object.__setattr__(self, "_first", {low: place for place, (low, _) in enumerate(leaves)})
+        object.__setattr__(self, "_open", [])
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
-        """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …)."""
-        if span is None or not -self.END <= span[0] < span[1] <= self.END:
-            raise InputError("a Brownian path needs the span of logSNR that the step walks")
+        """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …).
+
+        Raises InputError for a span whose ends are not levels of the walk.
+        """
         if like_.shape[0] != len(self.seeds):
             raise InputError(f"a batch of {like_.shape[0]} rows needs as many seeds, not {len(self.seeds)}")
+        now, after = (0, 0) if span is None else (self._first.get(self._place(level), -1) for level in span)
+        if span is None or not (span[0] < span[1] and 0 <= now <= after):
+            raise InputError("a Brownian path needs the span of logSNR that the step walks, of levels it was told")
         shape = tuple(like_.shape[1:])
-        now, after = span
-        if not (now in self._walk and after in self._walk):
-            now, after = (round(level * 2**self.UNTOLD) / 2**self.UNTOLD for level in span)
-            after = max(after, now + 2.0**-self.UNTOLD)
-        total = self._level(after, shape) - self._level(now, shape)
-        total *= np.float32(1 / math.sqrt(after - now))
-        return like(total, like_)
+        steps = [self._increment(leaf, shape) for leaf in self._leaves[now:after]]
+        total = sum(steps[1:], steps[0]) if steps else np.zeros((len(self), *shape), np.float32)
+        return like(total * np.float32(1 / math.sqrt(span[1] - span[0])), like_)
 
-    def _drawn_level(self, level: float, shape: tuple[int, ...]) -> Any:
-        """W at a level (B, *shape) float32: the bridge over its cell."""
-        unit = 1 << self.DEPTH
-        low, high = self._walk.get(level) or (round(level * unit),) * 2
-        if low == high:
-            return self._at(low, shape)
-        width, start = (high - low) / unit, self._at(low, shape)
-        share = (level - low / unit) / width
-        bridge = self._normal((low + high) // 2, shape)  # an array of its own, so all is done in its place
-        bridge *= np.float32(math.sqrt((1 - share) / share * width))
-        bridge += self._at(high, shape)
-        bridge -= start
-        bridge *= np.float32(share)
-        bridge += start
-        return bridge
+    def _place(self, level: float) -> int:
+        """A level in units of 2**−DEPTH."""
+        return round(level * (1 << self.DEPTH))
 
-    def _drawn_at(self, place: int, shape: tuple[int, ...]) -> Any:
-        """W at a place of the tree, in units of 2**−DEPTH: (B, *shape) float32, or the number 0."""
-        if place == 0:
-            return np.float32(0)
-        fresh = self._normal(place, shape)
-        if abs(place) == self.END << self.DEPTH:
-            fresh *= np.float32(math.sqrt(self.END))
-            return fresh
-        half = place & -place  # of the cell whose middle this is
-        fresh *= np.float32(math.sqrt(2 * half / (1 << self.DEPTH)))
-        fresh += self._at(place - half, shape)
-        fresh += self._at(place + half, shape)
-        fresh *= np.float32(0.5)
-        return fresh
+    def _increment(self, index: int, shape: tuple[int, ...]) -> Any:
+        """W(high) − W(low) of a cell: (B, *shape) float32, not to be written to."""
+        cell = self._cells[index]
+        if cell.parent >= 0:
+            return self._parts(cell.parent, shape)[cell.side]
+        self._open.clear()
+        whole = self._normal(cell.low or cell.high, shape)
+        whole *= np.float32(math.sqrt(self.END))
+        return whole
 
-    def _normal(self, middle: int, shape: tuple[int, ...]) -> np.ndarray:
-        """The normal numbers of the cell with this middle."""
-        return rows(quick_normal, self.seeds, BROWNIAN + (self.END << self.DEPTH) + middle, shape)
+    def _parts(self, index: int, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """The increments of a cell's two parts. They are kept while the walk is inside the cell, so that none is drawn
+        twice on the way."""
+        for depth, (kept, parts) in enumerate(self._open):
+            if kept == index and parts[0].shape[1:] == shape:
+                del self._open[depth + 1 :]
+                return parts
+        cell = self._cells[index]
+        assert cell.split is not None
+        whole = self._increment(index, shape)
+        before, after = cell.split - cell.low, cell.high - cell.split
+        share = before / (before + after)
+        left = self._normal(cell.number, shape)
+        left *= np.float32(math.sqrt(share * after / (1 << self.DEPTH)))
+        left += np.float32(share) * whole
+        parts = left, whole - left
+        self._open.append((index, parts))
+        return parts
+
+    def _normal(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The normal numbers of a counter."""
+        return rows(quick_normal, self.seeds, BROWNIAN + (self.END << self.DEPTH) + number, shape)
 
 
-def cells(levels: Sequence[float], end: int, unit: int) -> dict[float, tuple[int, int]]:
-    """For each level, as a multiple of 1/unit, the largest cell of the tree over ±end that holds no other level.
-
-    Cells are (low, high), halved from (−end, 0) and (0, end); a level on a middle that was needed is (middle, middle),
-    and so are levels that one smallest cell holds together.
-    """
-    found = dict.fromkeys(levels, (0, 0))
+def parted(levels: Sequence[int], end: int) -> list[Cell]:
+    """The cells over (−end, 0) and (0, end), parted until no level lies inside one; parents come before their parts."""
+    found: list[Cell] = []
     waiting = [
-        (-end, 0, [level for level in levels if level < 0]),
-        (0, end, [level for level in levels if level > 0]),
+        (-1, 0, -end, 0, (-end, 0), [level for level in levels if level < 0]),
+        (-1, 1, 0, end, (0, end), [level for level in levels if level > 0]),
     ]
     while waiting:
-        low, high, held = waiting.pop()
-        if high - low == 1 or len(held) == 1:
-            found |= {level: (low, high if len(held) == 1 else low) for level in held}
-        elif held:
-            middle = (low + high) // 2
-            found |= {level: (middle, middle) for level in held if level * unit == middle}
-            waiting.append((low, middle, [level for level in held if level * unit < middle]))
-            waiting.append((middle, high, [level for level in held if level * unit > middle]))
+        parent, side, low, high, (left, right), held = waiting.pop()
+        middle, split = (left + right) // 2, None
+        if held:
+            split = min(held, key=lambda level: abs(level - middle))  # noqa: B023
+            if len(held) > 1 and low < middle < high and 8 * abs(split - middle) > right - left:
+                split = middle
+            below, above = [level for level in held if level < split], [level for level in held if level > split]
+            waiting.append((len(found), 0, low, split, (left, middle), below))
+            waiting.append((len(found), 1, split, high, (middle, right), above))
+        found.append(Cell(parent, side, low, high, split, middle))
     return found

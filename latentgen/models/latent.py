@@ -121,7 +121,7 @@ class GeneratorNoise:
         drawn = self._draw(tuple(like.shape[1:]))
         return drawn.to(like) if isinstance(like, torch.Tensor) else drawn.cpu().numpy().astype(like.dtype)
 
-    def brownian(self, levels: Sequence[float] = ()) -> "GeneratorNoise":
+    def brownian(self, levels: Sequence[float]) -> "GeneratorNoise":
         """Itself: draws from a generator are independent, and lie on no path."""
         return self
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from latentgen.diffusion.denoiser import Condition, Denoiser
 from latentgen.diffusion.guidance import AnnealedCondition, Projection, bounded, guided, rescaled
-from latentgen.diffusion.noise import Noise, cells
+from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import (
     LOGSNR_MIN,
@@ -215,54 +215,6 @@ def test_noise_is_a_function_of_seed_and_stream_alone() -> None:
 
 
 PINNED = -1.9769443273544312
-
-
-def test_brownian_increments_are_normal_independent_and_add_up() -> None:
-    path, like = Noise([1, 2]).brownian(), np.zeros((2, 50_000), dtype=np.float32)
-    edges = [-3.75, -3.125, -0.25, -0.24609375, 2.0, 2.5]
-    pieces = [path.step(0, like, (a, b)) for a, b in pairwise(edges)]
-    for piece in pieces:
-        assert abs(float(piece.mean())) < 0.02 and abs(float(piece.std()) - 1) < 0.02
-    assert np.all(np.abs(np.corrcoef([piece[0] for piece in pieces]) - np.eye(5)) < 0.03)
-    total = sum(math.sqrt(b - a) * p for (a, b), p in zip(pairwise(edges), pieces, strict=True))
-    whole = math.sqrt(edges[-1] - edges[0]) * path.step(9, like, (edges[0], edges[-1]))
-    assert np.allclose(total, whole, atol=1e-4)
-    with pytest.raises(InputError):
-        path.step(0, like)
-
-
-@given(levels=st.lists(st.floats(-40, 40), unique=True, min_size=1, max_size=30))
-@settings(max_examples=100, deadline=None)
-def test_a_cell_of_the_brownian_tree_holds_one_level(levels: list[float]) -> None:
-    unit = 1 << 40
-    found = cells(sorted(levels), 64 * unit, unit)
-    assert set(found) == set(levels)
-    for level, (low, high) in found.items():
-        if low == high:
-            assert abs(level - low / unit) < 2 / unit  # a middle, or one smallest cell for several
-        else:
-            assert low < level * unit < high and high - low == (high - low) & -(high - low)
-            assert low % (high - low) == 0
-            assert not any(low < other * unit < high for other in levels if other != level)
-
-
-def test_a_walk_told_beforehand_has_normal_independent_increments_and_refines_a_coarser_one() -> None:
-    generator, like = np.random.default_rng(0), np.zeros((1, 40_000), dtype=np.float32)
-    fine = np.sort(generator.uniform(-7, 7, 60)).tolist()
-    fine_path, coarse = Noise([5]).brownian(fine), fine[::6]
-    coarse_path = Noise([5]).brownian(coarse)
-    pieces = {span: fine_path.step(0, like, span)[0] for span in pairwise(fine)}
-    table = np.corrcoef(list(pieces.values()))
-    assert np.abs(table - np.eye(len(pieces))).max() < 0.025
-    assert all(abs(float(piece.mean())) < 0.025 and abs(float(piece.std()) - 1) < 0.02 for piece in pieces.values())
-    near = []
-    for low, high in pairwise(coarse):
-        refined = sum(math.sqrt(b - a) * piece for (a, b), piece in pieces.items() if low <= a and b <= high)
-        near.append(np.corrcoef(refined, coarse_path.step(0, like, (low, high))[0])[0, 1])
-    assert min(near) > 0.7 and np.mean(near) > 0.85  # the same picture: independent noise would give 0
-    again = Noise([5]).brownian(fine)
-    backwards = {span: again.step(0, like, span)[0] for span in reversed(list(pairwise(fine)))}
-    assert all(np.array_equal(piece, backwards[span]) for span, piece in pieces.items())  # a function, no stream
 
 
 def test_sampling_imports_neither_torch_nor_diffusers() -> None:

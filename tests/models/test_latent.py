@@ -62,7 +62,7 @@ def test_generators_draw_what_diffusers_draws() -> None:
     one = GeneratorNoise(tuple(generators(1)), 2)
     (theirs,) = generators(1)
     np.testing.assert_array_equal(one.initial((4, 3, 3)), randn_tensor((2, 4, 3, 3), generator=theirs).numpy())
-    step = one.brownian().step(5, torch.zeros(2, 4, 3, 3, dtype=torch.float64))
+    step = one.brownian([]).step(5, torch.zeros(2, 4, 3, 3, dtype=torch.float64))
     torch.testing.assert_close(step, randn_tensor((2, 4, 3, 3), generator=theirs).double())
     several = GeneratorNoise(tuple(generators(1, 2)), 2)
     expected = randn_tensor((2, 4, 3, 3), generator=generators(1, 2))

@@ -49,7 +49,7 @@ class Tape(Noise):
     def step(self, index: int, like_: Any, span: Any = None) -> Any:
         return torch.randn(like_.shape, generator=self.generator, dtype=torch.float32).to(like_.dtype)
 
-    def brownian(self, levels: Sequence[float] = ()) -> Noise:
+    def brownian(self, levels: Sequence[float]) -> Noise:
         return self
 
 

@@ -164,8 +164,8 @@ def dpmpp_sde(
             middle = between(leg.logsnr, leg.next_logsnr, r)
             alpha, sigma = marginal(middle)
             half = leg._replace(next_logsnr=middle, next_alpha=float(alpha), next_sigma=float(sigma))
-            share = 1 / (2 * r)
-            x0 = (1 - share) * x0 + share * denoise(_ancestral(x, x0, half, noise, eta), middle)
+            share, inside = 1 / (2 * r), denoise(_ancestral(x, x0, half, noise, eta), middle)
+            x0 = inside if share == 1 else (1 - share) * x0 + share * inside
         x = _ancestral(x, x0, leg, noise, eta)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
@@ -192,4 +192,4 @@ def path(noise: Noise | None, knots: np.ndarray, r: float | None = None) -> Nois
     levels = [float(level) for level in knots if level < LOGSNR_MAX]
     if r is not None:
         levels += [between(now, after, r) for now, after in pairwise(levels)]
-    return noise.brownian(sorted(set(levels)))
+    return noise.brownian(levels)
