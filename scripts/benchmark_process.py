@@ -35,11 +35,11 @@ def run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def in_turn(script: str, arguments: Sequence[str], rounds: int) -> list[Pair]:
+def in_turn(script: str, arguments: Sequence[str], rounds: int, engines: tuple[str, ...] = ENGINES) -> list[Pair]:
     """Run `script` as a worker of each engine, `rounds` times; who goes first changes from round to round."""
     pairs = []
     for turn in range(rounds):
-        order = ENGINES if turn % 2 == 0 else ENGINES[::-1]
+        order = engines if turn % 2 == 0 else engines[::-1]
         commands = {engine: [sys.executable, script, *arguments, "--worker", engine] for engine in order}
         pairs.append({engine: json.loads(run(command).splitlines()[-1]) for engine, command in commands.items()})
     return pairs
@@ -70,7 +70,12 @@ def machine() -> dict[str, Any]:
 
 
 def show(
-    title: str, rows: Mapping[str, Mapping[str, float]], ratio: str, result: Mapping[str, Any], path: Path | None
+    title: str,
+    rows: Mapping[str, Mapping[str, float]],
+    ratio: str,
+    result: Mapping[str, Any],
+    path: Path | None,
+    engines: tuple[str, ...] = ENGINES,
 ) -> None:
     """A table of both engines, the ratio under it; the whole result, its "machine" included, as JSON in `path`.
 
@@ -80,9 +85,9 @@ def show(
     from rich.table import Table
 
     where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    table = Table("", *ENGINES, title=f"{title}\n{where}", caption=ratio)
+    table = Table("", *engines, title=f"{title}\n{where}", caption=ratio)
     for name, figures in rows.items():
-        table.add_row(name, *(f"{figures[engine]:.4g}" if engine in figures else "" for engine in ENGINES))
+        table.add_row(name, *(f"{figures[engine]:.4g}" if engine in figures else "" for engine in engines))
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

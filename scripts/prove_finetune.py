@@ -1,7 +1,7 @@
 """Fine-tune weights/icons in four ways on real pictures, and measure what each promises.
 
 usage: python scripts/prove_finetune.py style|subject|word|swapped [--out FOLDER] [--weights weights/icons]
-           [--concepts 100] [--dials 0,0.5,1,1.5,2]
+           [--concepts 100] [--dials 0,1,2]
 
 style    LoRA on 150 OpenMoji pictures. Of 100 concepts outside them: how near renderings come to OpenMoji's own
          pictures (Fréchet distance), whose style the nearest real picture has, whether it shows the concept; and what
@@ -113,7 +113,7 @@ def style(start: str, out: Path, judge: Encoder, concepts: int, dials: Sequence[
         }
         say(f"style: dial {dial}: {found[f'dial {dial}']}")
         shown.append(made)
-    show(out.with_suffix(".png"), [*shown[:2], *shown[3::2]], [row["label"] for row in asked], 12)
+    show(out.with_suffix(".png"), shown, [row["label"] for row in asked], 12)
     return found
 
 
@@ -239,7 +239,7 @@ def main() -> int:
     parser.add_argument("--weights", default=str(ROOT / "weights/icons"))
     parser.add_argument("--out", type=Path, default=ROOT / "data/finetuned")
     parser.add_argument("--concepts", type=int, default=100, help="style: how many are asked for")
-    parser.add_argument("--dials", type=numbers, default="0,0.5,1,1.5,2", help="style: those that are tried")
+    parser.add_argument("--dials", type=numbers, default="0,1,2", help="style: those that are tried")
     given = parser.parse_args()
     cases: dict[str, Case] = {**CASES, "style": partial(style, concepts=given.concepts, dials=given.dials)}
     began = time.monotonic()
