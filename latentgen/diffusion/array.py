@@ -14,6 +14,7 @@ Array = Any  # a NumPy array or a torch tensor; the state x is whatever the netw
 Level = Any  # a logSNR (or a time): a Python float, or an array of shape (B,) with one for each row
 
 NUMBERS = (float, int, np.floating, np.integer)
+_NAMESPACES: dict[type, Any] = {}
 
 
 def is_number(value: Any) -> bool:
@@ -22,9 +23,12 @@ def is_number(value: Any) -> bool:
 
 
 def namespace(value: Any) -> Any:
-    """The array namespace of `value`; a plain number has NumPy's."""
-    numpy = is_number(value) or isinstance(value, np.ndarray)
-    return np if numpy else array_api_compat.array_namespace(value)
+    """The array namespace of `value`; a plain number has NumPy's. That of a type is looked up once."""
+    found = _NAMESPACES.get(type(value))
+    if found is None:
+        numpy = is_number(value) or isinstance(value, np.ndarray)
+        found = _NAMESPACES[type(value)] = np if numpy else array_api_compat.array_namespace(value)
+    return found
 
 
 def exp(value: Any) -> Any:

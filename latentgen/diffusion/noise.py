@@ -249,7 +249,7 @@ def parted(levels: Sequence[int], end: int) -> list[Cell]:
         parent, side, low, high, (left, right), held = waiting.pop()
         middle, split = (left + right) // 2, None
         if held:
-            split = min(held, key=lambda level: abs(level - middle))  # noqa: B023
+            split = min(held, key=lambda level: abs(level - middle))
             if len(held) > 1 and low < middle < high and 8 * abs(split - middle) > right - left:
                 split = middle
             below, above = [level for level in held if level < split], [level for level in held if level > split]

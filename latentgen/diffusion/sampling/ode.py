@@ -4,7 +4,7 @@ The DPM-Solver++ forms take the reverse SDE too (eta > 0): it is the same expone
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -82,49 +82,51 @@ def dpmpp_2m(
         past = [(0.5 * leg.logsnr, x0), *past[: order - 1]]
         usable = 1 if leg.simple or (leg.last and (few or euler_at_final)) else len(past)
         usable = min(usable, 2) if few and leg.index == len(knots) - 3 else usable
-        slopes = differences(past[:usable], leg.h)
-        x = exponential_step(x, x0, slopes, leg, solver, eta)
+        x = exponential_step(x, past[:usable], leg, solver, eta)
         if eta and not leg.simple:
             x += (leg.next_sigma * math.sqrt(-math.expm1(-2 * eta * leg.h))) * drawn(noise, leg, x)
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
-def differences(past: list[tuple[float, Array]], h: float) -> list[Array]:
-    """Divided differences of x0 in lambda, scaled by h: [] for one point, [D1] for two, [D1, D2] for three.
+def differences(levels: Sequence[float], h: float) -> list[tuple[float, ...]]:
+    """Divided differences of x0 in lambda, scaled by h, as weights of the x0s at `levels` (lambda, newest first).
 
-    Lu et al. 2022, appendix: r0 = (lambda_0 − lambda_1)/h, D1_0 = (m0 − m1)/r0, and so on.
+    [] for one level, [D1] for two, [D1, D2] for three. Lu et al. 2022, appendix: r0 = (lambda_0 − lambda_1)/h,
+    D1_0 = (m0 − m1)/r0, and so on.
     """
-    if len(past) == 1:
+    if len(levels) == 1:
         return []
-    (l0, m0), (l1, m1) = past[:2]
-    r0 = (l0 - l1) / h
-    d10 = m0 - m1
-    d10 /= r0
-    if len(past) == 2:
-        return [d10]
-    l2, m2 = past[2]
-    r1 = (l1 - l2) / h
-    d11 = (m1 - m2) / r1
-    return [d10 + (r0 / (r0 + r1)) * (d10 - d11), (d10 - d11) / (r0 + r1)]
+    r0 = (levels[0] - levels[1]) / h
+    if len(levels) == 2:
+        return [(1 / r0, -1 / r0)]
+    r1 = (levels[1] - levels[2]) / h
+    bend = (1 / r0, -1 / r0 - 1 / r1, 1 / r1)  # D1_0 − D1_1
+    share = r0 / (r0 + r1)
+    return [
+        (1 / r0 + share * bend[0], -1 / r0 + share * bend[1], share * bend[2]),
+        tuple(weight / (r0 + r1) for weight in bend),
+    ]
 
 
 def exponential_step(
-    x: Array, x0: Array, slopes: list[Array], leg: Leg, solver: Solver = "midpoint", eta: float = 0.0
+    x: Array, past: Sequence[tuple[float, Array]], leg: Leg, solver: Solver = "midpoint", eta: float = 0.0
 ) -> Array:
     """The noise-free part of an exponential step, H = (1 + eta)·h (Lu et al. 2022b, eq. 9 and after).
 
-    x_t = (sigma_t/sigma_s)·e^(−eta·h)·x + alpha_t·(1 − e^−H)·x0 + the terms of x0's slopes in lambda.
+    x_t = (sigma_t/sigma_s)·e^(−eta·h)·x + alpha_t·(1 − e^−H)·x0 + the terms of x0's slopes in lambda, all of it one
+    combination of x and of the x0s. past: (lambda, x0), newest first.
     """
     h = (1 + eta) * leg.h
     drop = math.expm1(-h)  # e^−H − 1
+    slopes = differences([level for level, _ in past], leg.h)
+    weights = [-drop, *[0.0] * (len(past) - 1)]
+    if slopes:
+        first = -0.5 * drop if len(slopes) == 1 and solver == "midpoint" else drop / h + 1
+        for share, slope in zip((first, 0.5 - (drop + h) / h**2), slopes, strict=False):
+            weights = [weight + share * part for weight, part in zip(weights, slope, strict=True)]
     x = (leg.next_sigma / leg.sigma * math.exp(-eta * leg.h)) * x
-    x -= (leg.next_alpha * drop) * x0
-    if len(slopes) == 1 and solver == "midpoint":
-        x -= (0.5 * leg.next_alpha * drop) * slopes[0]
-    elif slopes:
-        x += (leg.next_alpha * (drop / h + 1)) * slopes[0]
-    if len(slopes) == 2:
-        x -= (leg.next_alpha * ((drop + h) / h**2 - 0.5)) * slopes[1]
+    for weight, (_, x0) in zip(weights, past, strict=True):
+        x += (leg.next_alpha * weight) * x0  # x is this function's own
     return x
 
 
