@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
