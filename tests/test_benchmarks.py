@@ -99,3 +99,9 @@ def test_the_speedrun_judges_held_out_captions_and_does_not_start_where_somethin
     assert told["reached"] == (rank <= told["asked"]) == (done.returncode == 0) and told["seconds"] is None
     refused = ran("speedrun.py", *asked)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "move it away" in refused.stderr
+
+
+def test_what_the_benchmark_beside_stable_diffusion_cpp_cannot_do_is_said_in_one_line() -> None:
+    done = ran("benchmark_sdcpp.py", "--steps", 0)
+    assert done.returncode == 2
+    assert done.stderr == "latentgen: --steps and --rounds must be 1 or more\n"
