@@ -136,7 +136,7 @@ class Noise:
     def brownian(self, levels: Sequence[float]) -> "Noise":
         """The Brownian path of the same seeds, for samplers that follow one path however many steps they take.
 
-        levels: the logSNR levels the walk will ask for, and no others; a step between two of them takes about one draw.
+        levels: the logSNR levels the walk will ask for, and no others; a step then takes about two draws.
         """
         return Brownian(self.seeds, levels)
 
@@ -162,10 +162,9 @@ class Brownian(Noise):
 
     The reverse SDE's noise over a short step is sigma·dW with W's clock logSNR, so a run of more steps refines the
     same picture. The path is a tree of bridges (Lévy 1948) from W(0) = 0 out to ±END: a cell's counter gives the normal
-    numbers by which its increment is shared out between two parts, exactly, wherever it is parted. Counters belong to
-    halves of halves of (0, END), the same in every walk. A cell is parted at the level of the walk that is nearest to
-    the middle of its half, or at that middle where none is near: so a draw makes a step, or little more, and walks of
-    more levels come ever nearer to one path. Levels are met to 2**−DEPTH.
+    numbers by which its increment is shared out between two parts. Cells are halved, the same in every walk, until one
+    holds a single level of the walk, and parted there: exact, and near what more levels would find. Levels are met to
+    2**−DEPTH.
     """
 
     END, DEPTH = 64, 40
@@ -242,18 +241,16 @@ def parted(levels: Sequence[int], end: int) -> list[Cell]:
     """The cells over (−end, 0) and (0, end), parted until no level lies inside one; parents come before their parts."""
     found: list[Cell] = []
     waiting = [
-        (-1, 0, -end, 0, (-end, 0), [level for level in levels if level < 0]),
-        (-1, 1, 0, end, (0, end), [level for level in levels if level > 0]),
+        (-1, 0, -end, 0, [level for level in levels if level < 0]),
+        (-1, 1, 0, end, [level for level in levels if level > 0]),
     ]
     while waiting:
-        parent, side, low, high, (left, right), held = waiting.pop()
-        middle, split = (left + right) // 2, None
+        parent, side, low, high, held = waiting.pop()
+        middle, split = (low + high) // 2, None
         if held:
-            split = min(held, key=lambda level: abs(level - middle))
-            if len(held) > 1 and low < middle < high and 8 * abs(split - middle) > right - left:
-                split = middle
+            split = held[0] if len(held) == 1 else middle
             below, above = [level for level in held if level < split], [level for level in held if level > split]
-            waiting.append((len(found), 0, low, split, (left, middle), below))
-            waiting.append((len(found), 1, split, high, (middle, right), above))
+            waiting.append((len(found), 0, low, split, below))
+            waiting.append((len(found), 1, split, high, above))
         found.append(Cell(parent, side, low, high, split, middle))
     return found

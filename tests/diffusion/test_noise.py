@@ -62,16 +62,10 @@ def test_the_cells_of_a_brownian_path_meet_at_every_level_of_the_walk(levels: li
     assert set(places) <= {low for low, _ in leaves}
     numbers = [cell.number for cell in cells if cell.split is not None]
     assert len(set(numbers)) == len(numbers)  # a counter for each draw
-    assert len(numbers) <= 2 * len(places) + 60
     for cell in cells:
         if cell.parent >= 0:
             above = cells[cell.parent]
             assert (cell.low, cell.high) == ((above.low, above.split), (above.split, above.high))[cell.side]
-
-
-def test_a_walk_of_even_steps_takes_about_a_draw_a_step() -> None:
-    levels = [round(level * (1 << 40)) for level in np.linspace(-7, 5, 51)]
-    assert sum(cell.split is not None for cell in parted(levels, 64 << 40)) < 1.25 * 50  # 2.2 with middles alone
 
 
 def test_a_walk_told_beforehand_has_normal_independent_increments_and_refines_a_coarser_one() -> None:
@@ -87,7 +81,7 @@ def test_a_walk_told_beforehand_has_normal_independent_increments_and_refines_a_
     for low, high in pairwise(coarse):
         refined = sum(math.sqrt(b - a) * piece for (a, b), piece in pieces.items() if low <= a and b <= high)
         near.append(np.corrcoef(refined, coarse_path.step(0, like, (low, high))[0])[0, 1])
-    assert min(near) > 0.5 and np.mean(near) > 0.8  # the same path: independent noise would give 0, middles alone 0.9
+    assert min(near) > 0.7 and np.mean(near) > 0.85  # the same picture: independent noise would give 0
     again = Noise([5]).brownian(fine)
     backwards = {span: again.step(0, like, span)[0] for span in reversed(list(pairwise(fine)))}
     assert all(np.array_equal(piece, backwards[span]) for span, piece in pieces.items())  # a function, no stream
