@@ -84,7 +84,8 @@ class Run(Foundations):
         what, data = self.recipe.unet, self.data
         vae, text = self.vae, self.text_encoder
         upstream = (content_of(vae), content_of(text), data.fingerprint)
-        form = what.model_dump(include={"channels", "layers", "head_width"}) | ({"pooled": True} if what.pooled else {})
+        form = what.model_dump(include={"channels", "layers", "head_width"})
+        form |= {key: value for key in ("pooled", "dropout") if (value := getattr(what, key))}
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
         if what.times != "uniform":

@@ -174,14 +174,15 @@ class Unet(Section):
     staying in front; `long_captions`: how often a picture is told by its longest caption (`training.captions`).
     `schedule` and `prediction` "flow", both or neither: rectified flow, from picture to noise on a straight line.
     `times`, `times_mean`, `times_std`: how the times it is trained at are spread (`diffusion.loss.times`).
-    `pooled`: every block is also told the caption as a whole, with the time. `align`, `disperse`: weights of what is
-    asked of its middle while it trains (`training.features`).
+    `pooled`: every block is also told the caption as a whole, with the time. `dropout`: of its blocks, in training.
+    `align`, `disperse`: weights of what is asked of its middle while it trains (`training.features`).
     """
 
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
     layers: Positive = 1
     head_width: Positive = 32
     pooled: bool = False
+    dropout: Part = 0.0
     schedule: Literal["cosine", "scaled-linear", "linear", "flow"] = "cosine"
     prediction: Literal["eps", "x0", "v", "flow"] = "v"
     weighting: str = "simple"

@@ -33,15 +33,15 @@ ASKED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "outpu
 
 @cache
 def latents() -> torch.Tensor:
-    return torch.from_numpy(Noise([7, 8]).initial((12, 8, 8)))
+    return torch.from_numpy(Noise([7, 8]).initial((16, 8, 8)))
 
 
 @cache
 def rendered(engine: str) -> np.ndarray:
-    """(2, 64, 64, 3) in [0, 1]."""
+    """(2, 128, 128, 3) in [0, 1]."""
     pipe = Pipeline.from_pretrained(engine=engine)
     found = np.asarray(pipe(PROMPTS, latents=latents().clone(), sampler="dpmpp-2m", **ASKED).images)
-    assert found.shape == (2, 64, 64, 3) and found.std() > 0.1  # pictures, no grey fields
+    assert found.shape == (2, 128, 128, 3) and found.std() > 0.1  # pictures, no grey fields
     return found
 
 
@@ -73,7 +73,7 @@ def test_stock_diffusers_renders_the_default_weights_as_we_do() -> None:
     theirs = StableDiffusionPipeline.from_pretrained(default_weights(), safety_checker=None, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     assert theirs.unet.config.addition_embed_type == "text"
-    expected = np.asarray(theirs(PROMPTS, latents=latents().clone(), height=64, width=64, **ASKED).images)
+    expected = np.asarray(theirs(PROMPTS, latents=latents().clone(), height=128, width=128, **ASKED).images)
     np.testing.assert_allclose(rendered("torch"), expected, atol=1e-3)
     np.testing.assert_allclose(rendered("onnx"), expected, atol=2e-3)
 

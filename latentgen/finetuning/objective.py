@@ -139,16 +139,16 @@ class FinetuneObjective:
         """On the items, some captions empty; and on as many pictures of the prior."""
         device = self._accelerator.device
         shape = self._pictures.moments.shape[2:]
-        x0 = self._pictures.sample(items, draw.normal(*shape).to(device))
+        x0 = self._pictures.sample(items, draw.normal(*shape, device=device))
         numbers = self._captions.choose(items, draw.uniform().numpy())
         numbers = np.where(draw.uniform().numpy() < self._dropout, self._conditions.empty, numbers)
-        times, eps = self._times.drawn(draw, self._plan, device), draw.normal(*shape).to(device)
+        times, eps = self._times.drawn(draw, self._plan, device), draw.normal(*shape, device=device)
         if self._prior is None:
             return {"loss": self._losses(x0, numbers, times, eps).mean()}
         rows = (draw.uniform().numpy() * len(self._prior)).astype(np.int64)
-        kept = self._prior.latents.sample(rows, draw.normal(*shape).to(device))
+        kept = self._prior.latents.sample(rows, draw.normal(*shape, device=device))
         told = self._prior.texts[rows]
-        later, other = self._times.drawn(draw, self._plan, device), draw.normal(*shape).to(device)
+        later, other = self._times.drawn(draw, self._plan, device), draw.normal(*shape, device=device)
         if self._teacher is not None:
             told = np.where(draw.uniform().numpy() < TOLD_NOTHING, self._conditions.empty, told)
         both = self._losses(
@@ -186,8 +186,8 @@ class FinetuneObjective:
         found = []
         for number, part in enumerate(np.array_split(items, -(-len(items) // AT_ONCE))):
             draw = Draw(0, number, len(part), stream=VALIDATION)
-            x0 = kept.latents.sample(part, draw.normal(*shape).to(device))
-            eps = draw.normal(*shape).to(device)
+            x0 = kept.latents.sample(part, draw.normal(*shape, device=device))
+            eps = draw.normal(*shape, device=device)
             found.append(self._losses(x0, kept.texts[part], Times().drawn(draw, self._plan, device), eps))
         return float(torch.cat(found).mean())
 

@@ -115,11 +115,13 @@ def unet(
     latent_size: int,
     text_width: int,
     pooled: bool = False,
+    dropout: float = 0.0,
 ) -> UNet2DConditionModel:
     """A U-Net with cross-attention on the text at every level (Rombach et al. 2022, section 3.3).
 
     pooled: the text states, pooled by attention, are added to the time embedding too (Saharia et al. 2022, section
     2.3): each block is told the whole caption, not only what its places ask for. Stock pipelines need not know.
+    dropout: of what the blocks' second convolutions take, in training.
     """
     count = len(channels)
     whole = {"addition_embed_type": "text", "addition_embed_type_num_heads": max(1, text_width // 64)}
@@ -134,5 +136,6 @@ def unet(
         # diffusers reads `attention_head_dim` as the number of heads of its attention blocks (its issue 2011)
         attention_head_dim=tuple(width // head_width for width in channels),
         cross_attention_dim=text_width,
+        dropout=dropout,
         **(whole if pooled else {}),
     ).to(memory_format=torch.channels_last)

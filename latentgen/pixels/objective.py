@@ -60,7 +60,7 @@ class PixelObjective:
         untold = (draw.uniform() < self._dropout).to(device)
         labels = torch.where(untold, torch.full_like(labels, self._model.classes), labels)
         times = draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)
-        return {"loss": self._model.losses(x0, labels, times, draw.normal(*x0.shape[1:]).to(device)).mean()}
+        return {"loss": self._model.losses(x0, labels, times, draw.normal(*x0.shape[1:], device=device)).mean()}
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
@@ -72,7 +72,10 @@ class PixelObjective:
             for number, part in enumerate(np.array_split(items, max(1, -(-len(items) // ROWS)))):
                 draw = Draw(turn, number, len(part), stream=VALIDATION)
                 x0, labels = self._held.rows(part, device)
-                times, eps = draw.stratified().clamp(1e-6, 1 - 1e-6).to(device), draw.normal(*x0.shape[1:]).to(device)
+                times, eps = (
+                    draw.stratified().clamp(1e-6, 1 - 1e-6).to(device),
+                    draw.normal(*x0.shape[1:], device=device),
+                )
                 told.append(self._model.losses(x0, labels, times, eps))
                 if turn == 0:
                     none = torch.full_like(labels, self._model.classes)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from latentgen.training.clip import shift, to_unit
 from latentgen.training.draw import VALIDATION, Draw
+from latentgen.training.near import Near
 from latentgen.training.sheet import contact_sheet, from_unit
 
 if TYPE_CHECKING:
@@ -104,15 +105,15 @@ class AutoencoderObjective:
         self.vae = vae
         self.weights = weights
         self._perceptual = Perceptual(tower).to(accelerator.device) if tower is not None else None
-        self._pixels, self._held_out, self._terms, self._reach = pixels, held_out, terms, reach
+        self._near, self._held_out, self._terms, self._reach = Near(pixels), held_out, terms, reach
         self._device = accelerator.device
         self._size = (pixels.shape[1], pixels.shape[2])
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """-> "loss" and its terms. Pictures are moved a little, so that patches fall on no fixed grid."""
-        real = shift(to_unit(self._pixels[items], self._device), draw.uniform(2), self._reach)
+        real = shift(to_unit(self._near.take(items, self._device), self._device), draw.uniform(2), self._reach)
         posterior = self.vae.encode(real).latent_dist
-        noise = draw.normal(*posterior.mean.shape[1:]).to(self._device)
+        noise = draw.normal(*posterior.mean.shape[1:], device=self._device)
         latents = posterior.mean + posterior.std * noise
         if self._terms.equivariance:
             latents, real = moved(latents, real, self._terms.equivariance, *draw.shared(3))
@@ -218,7 +219,7 @@ def _moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> tu
     drawn = []
     for number, part in enumerate(np.array_split(chosen, max(1, len(chosen) // 64))):
         posterior = vae.encode(to_unit(part, device)).latent_dist
-        noise = Draw(0, number, len(part), stream=VALIDATION).normal(*posterior.mean.shape[1:]).to(device)
+        noise = Draw(0, number, len(part), stream=VALIDATION).normal(*posterior.mean.shape[1:], device=device)
         drawn.append(posterior.mean + posterior.std * noise)
     latents = torch.cat(drawn)
     return latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))

@@ -14,23 +14,27 @@ from torch.nn import functional as F
 
 from latentgen.training.captions import CaptionTable
 from latentgen.training.draw import Draw
+from latentgen.training.near import Near
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 
-def to_unit(pixels: np.ndarray, device: torch.device) -> Tensor:
+def to_unit(pixels: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], channels last in memory."""
-    writable = pixels if pixels.flags.writeable else pixels.copy()  # a part of a memory-mapped array is not
-    return torch.from_numpy(writable).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    if not isinstance(pixels, Tensor):
+        pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # memory-mapped, it is not
+    return pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def shift(pixels: Tensor, offsets: Tensor, reach: int) -> Tensor:
     """Each picture (B, 3, H, W) moved by up to `reach` pixels, its edge repeated; offsets (B, 2) uniform in [0, 1)."""
-    size = pixels.shape[-2:]
-    padded = F.pad(pixels, (reach,) * 4, mode="replicate")
-    starts = (offsets * (2 * reach + 1)).long().tolist()
-    return torch.stack([p[:, y : y + size[0], x : x + size[1]] for p, (y, x) in zip(padded, starts, strict=True)])
+    height, width = pixels.shape[-2:]
+    padded = F.pad(pixels, (reach,) * 4, mode="replicate").permute(0, 2, 3, 1)
+    top, left = (offsets * (2 * reach + 1)).long().to(pixels.device).T
+    rows = top[:, None, None] + torch.arange(height, device=pixels.device)[:, None]
+    columns = left[:, None, None] + torch.arange(width, device=pixels.device)
+    return padded[torch.arange(len(pixels), device=pixels.device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
 
 class ClipObjective:
@@ -58,12 +62,13 @@ class ClipObjective:
         self._words, self._pixels, self._captions, self._held_out = words, pixels, captions, held_out
         self._accelerator, self._reach = accelerator, reach
         self._ids = tokens(words, captions.texts)
+        self._near = Near(pixels)
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """Equation of figure 3 of the paper, with soft targets where captions coincide."""
         device = self._accelerator.device
         chosen = self._captions.choose(items, draw.uniform().numpy())
-        pixels = shift(to_unit(self._pixels[items], device), draw.uniform(2), self._reach)
+        pixels = shift(to_unit(self._near.take(items, device), device), draw.uniform(2), self._reach)
         images = self.image_features(pixels)
         texts = self.text_features(self._ids[chosen].to(device))
         names = torch.from_numpy(chosen).to(device)

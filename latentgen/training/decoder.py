@@ -28,6 +28,7 @@ from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import to_unit
 from latentgen.training.denoise import Latents, TextStates
 from latentgen.training.draw import VALIDATION, Draw
+from latentgen.training.near import Near
 from latentgen.training.sheet import contact_sheet, from_unit
 
 if TYPE_CHECKING:
@@ -108,16 +109,16 @@ class DecoderObjective:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.weights = weights
         self._painter, self._drawing, self._device = painter, drawing, device
-        self._latents, self._captions, self._states, self._pixels = latents, captions, states, pixels
+        self._latents, self._captions, self._states, self._near = latents, captions, states, Near(pixels)
         self._held_out = held_out
         self._painted: Tensor | None = None
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """-> "loss". Which rows are drawn anew and with what noise is told by the draw; for how many steps, to all."""
         shape = self._latents.shape(items)
-        x0 = self._latents.sample(items, draw.normal(*shape).to(self._device))
+        x0 = self._latents.sample(items, draw.normal(*shape, device=self._device))
         chosen = self._captions.choose(items, draw.uniform().numpy())
-        eps = draw.normal(*shape).to(self._device)
+        eps = draw.normal(*shape, device=self._device)
         latents = x0 + self._drawing.noise * draw.uniform(1, 1, 1).to(self._device) * eps
         rows = np.flatnonzero(draw.uniform().numpy() < self._drawing.drawn)
         steps = 1 + int(draw.shared(1)[0] * self._drawing.most)
@@ -129,7 +130,7 @@ class DecoderObjective:
             )
             latents[rows] = self._painter.draw(x0[rows], told, empty, steps, eps[rows]).to(latents.dtype)
         found = _decoded(self.vae, latents)
-        return {"loss": (found.float() - to_unit(self._pixels[items], self._device)).abs().mean()}
+        return {"loss": (found.float() - to_unit(self._near.take(items, self._device), self._device)).abs().mean()}
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
@@ -169,7 +170,7 @@ class DecoderObjective:
             latents, states, _ = self._held_out
             rows = self._judged
             draw = Draw(0, 0, len(rows), stream=VALIDATION)
-            x0, eps = (draw.normal(*latents.shape(rows)).to(self._device) for _ in range(2))
+            x0, eps = (draw.normal(*latents.shape(rows), device=self._device) for _ in range(2))
             x0 = latents.sample(rows, x0)
             told, empty = (states.rows(numbers, self._device) for numbers in (rows, np.full(len(rows), states.empty)))
             self._painter.unet.eval()

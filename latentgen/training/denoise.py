@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from latentgen.diffusion.schedule import Schedule
 from latentgen.models.network import attend_plainly, unet_network
 from latentgen.training.captions import CaptionTable
 from latentgen.training.draw import VALIDATION, Draw
+from latentgen.training.near import Near
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -34,7 +36,7 @@ class Latents:
 
     def sample(self, items: np.ndarray, eps: Tensor) -> Tensor:
         """Latents (B, C, h, w) from standard normal eps, where eps lives."""
-        chosen = torch.from_numpy(self.moments[items].astype(np.float32)).to(eps.device)
+        chosen = self._near.take(items, eps.device).float()
         return chosen[:, 0] + chosen[:, 1] * eps
 
     def shape(self, items: np.ndarray) -> tuple[int, ...]:
@@ -45,6 +47,10 @@ class Latents:
         """All items, in parts of about `most` that have one shape."""
         count = len(self.moments)
         return np.array_split(np.arange(count), max(1, -(-count // most)))
+
+    @cached_property
+    def _near(self) -> Near:
+        return Near(self.moments)
 
 
 @dataclass(frozen=True)
@@ -57,20 +63,24 @@ class BucketLatents(Latents):
 
     def sample(self, items: np.ndarray, eps: Tensor) -> Tensor:
         """Of items of one bucket: latents (B, C, h, w) from standard normal eps, where eps lives."""
-        return Latents(self._own(items)).sample(self.row[items], eps)
+        return self._own(items).sample(self.row[items], eps)
 
     def shape(self, items: np.ndarray) -> tuple[int, ...]:
         """(C, h, w) of items of one bucket."""
-        return self._own(items).shape[2:]
+        return self._own(items).moments.shape[2:]
 
     def parts(self, most: int) -> list[np.ndarray]:
         """All items, bucket after bucket."""
         own = [items for n in range(len(self.shaped)) if len(items := np.flatnonzero(self.bucket == n))]
         return [part for items in own for part in np.array_split(items, -(-len(items) // most))]
 
-    def _own(self, items: np.ndarray) -> np.ndarray:
+    def _own(self, items: np.ndarray) -> Latents:
         (bucket,) = set(self.bucket[items].tolist())
-        return self.shaped[bucket]
+        return self._latents[bucket]
+
+    @cached_property
+    def _latents(self) -> tuple[Latents, ...]:
+        return tuple(Latents(own) for own in self.shaped)
 
 
 @dataclass(frozen=True)
@@ -97,12 +107,16 @@ class TextStates:
 
     def rows(self, numbers: np.ndarray, device: torch.device) -> Condition:
         """The conditions of some captions, float32."""
-        return Condition(torch.from_numpy(self.states[numbers]).to(device).float())
+        return Condition(self._near.take(numbers, device).float())
 
     @property
     def empty(self) -> int:
         """The number of the empty caption."""
         return len(self.states) - 1
+
+    @cached_property
+    def _near(self) -> Near:
+        return Near(self.states)
 
 
 class DenoiseObjective:
@@ -137,12 +151,12 @@ class DenoiseObjective:
         """Equation 3 of Rombach et al. 2022, for the prediction chosen; some captions empty (Ho & Salimans 2022)."""
         device = self._accelerator.device
         shape = self._latents.shape(items)
-        x0 = self._latents.sample(items, draw.normal(*shape).to(device))
+        x0 = self._latents.sample(items, draw.normal(*shape, device=device))
         chosen = self._captions.choose(items, draw.uniform().numpy())
         dropped = draw.uniform().numpy() < self._what.caption_dropout
         condition = self._states.rows(np.where(dropped, self._states.empty, chosen), device)
         times = self._times(draw.stratified()).to(device)
-        losses = self._losses(x0, condition, times, draw.normal(*shape).to(device))
+        losses = self._losses(x0, condition, times, draw.normal(*shape, device=device))
         return {"loss": losses.mean()}
 
     def _times(self, u: Tensor) -> Tensor:
@@ -167,8 +181,8 @@ class DenoiseObjective:
             for number, part in enumerate(latents.parts(64)):
                 draw = Draw(turn, number, len(part), stream=VALIDATION)
                 shape = latents.shape(part)
-                x0 = latents.sample(part, draw.normal(*shape).to(device))
-                eps, times = draw.normal(*shape).to(device), draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)
+                x0 = latents.sample(part, draw.normal(*shape, device=device))
+                eps, times = draw.normal(*shape, device=device), draw.stratified().clamp(1e-6, 1 - 1e-6).to(device)
                 told.append(self._losses(x0, states.rows(part, device), times, eps))
                 if turn == 0:
                     empty = np.full(len(part), states.empty)

@@ -9,6 +9,8 @@ from torch import Tensor
 WHOLE, BLOCK = 256, 32  # rows of a batch that are drawn in one; of a block of a larger batch
 ORDER, STEP, VALIDATION, TURNS = 1, 2, 3, 4  # streams: numbers drawn for one purpose never depend on another's
 
+ON_DEVICE = 1 << 20  # beyond any number of blocks: keys of what a GPU draws
+
 LEAST_TURNS, MOST_TURNS = 8, 2**17  # of the rarest bucket in a round of turns, so that its share comes out; of a round
 
 
@@ -20,15 +22,17 @@ def _key(*parts: int) -> int:
 class Draw:
     """The random numbers of one step, drawn on the host; each process draws those of its own rows.
 
-    So the numbers an item gets do not depend on the device or on how many processes share the batch, in how many
-    parts. Rows are drawn in blocks, each from a stream of its own: a batch of up to WHOLE rows is one block, drawn
-    whole; of a larger one only those blocks of BLOCK rows are drawn that hold some of `rows` (a slice of step 1).
+    So the numbers an item gets do not depend on how many processes share the batch, in how many parts; nor, but for
+    the normal ones that a GPU draws for itself, on the device. Rows are drawn in blocks, each from a stream of its own:
+    a batch of up to WHOLE rows is one block, drawn whole; of a larger one only those blocks of BLOCK rows are drawn
+    that hold some of `rows` (a slice of step 1).
     """
 
     def __init__(self, seed: int, step: int, total: int, rows: slice = slice(None), *, stream: int = STEP) -> None:
         self.step = step
         self.total = total
         self.rows = rows
+        self._named, self._near = (stream, seed, step), 0
         self._generator = torch.Generator().manual_seed(_key(stream, seed, step))
         self._blocks, self._own = [(self._generator, total)], rows  # own: the rows, among those that are drawn
         if total > WHOLE:
@@ -40,9 +44,16 @@ class Draw:
                 for block in range(first, end)
             ]
 
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, (rows, *shape) float32."""
-        return self._drawn(torch.randn, shape)
+    def normal(self, *shape: int, device: torch.device | None = None) -> Tensor:
+        """Standard normal numbers, (rows, *shape) float32, on a device (None: the host).
+
+        A GPU draws its own, others than the host would: of the whole batch, keyed by (seed, step) as all are.
+        """
+        if device is None or device.type != "cuda":
+            return self._drawn(torch.randn, shape).to(device)
+        self._near += 1
+        generator = torch.Generator(device).manual_seed(_key(*self._named, ON_DEVICE + self._near))
+        return torch.randn((self.total, *shape), generator=generator, device=device)[self.rows]
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), (rows, *shape) float32."""

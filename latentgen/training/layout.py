@@ -24,6 +24,7 @@ from latentgen.errors import InputError
 from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import to_unit, tokens
 from latentgen.training.draw import Draw
+from latentgen.training.near import Near
 from latentgen.training.sheet import contact_sheet, from_unit
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class LayoutObjective:
         self._words, self._pixels, self._captions, self._held_out = words, pixels, captions, held_out
         self._accelerator, self._grid, self._keep, self._dropout = accelerator, grid, keep, caption_dropout
         self._ids = tokens(words, [*captions.texts, ""])
+        self._near = Near(pixels)
         self._mean, self._scale = self._statistics()
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
@@ -90,7 +92,7 @@ class LayoutObjective:
         ids = self._ids[np.where(dropped, len(self._ids) - 1, chosen)].to(device)
         states = self.module["text"](ids).last_hidden_state
         found = self._told(states)
-        layout = (found.float() - patches(self._thumbnails(self._pixels[items]), self._grid)).square().mean()
+        layout = (found.float() - patches(self._thumbnails(self._near.take(items, device)), self._grid)).square().mean()
         if not self._keep:
             return {"loss": layout, "layout": layout}
         with torch.no_grad():
@@ -132,11 +134,11 @@ class LayoutObjective:
         ids = tokens(self._words, texts).to(self._accelerator.device)
         return self._told(self.module["text"](ids).last_hidden_state).float()
 
-    def _thumbnails(self, pixels: np.ndarray) -> Tensor:
+    def _thumbnails(self, pixels: np.ndarray | Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, side, side), mean 0 and variance 1 over the pictures trained on."""
         return (self._shrunk(pixels) - self._mean) / self._scale
 
-    def _shrunk(self, pixels: np.ndarray) -> Tensor:
+    def _shrunk(self, pixels: np.ndarray | Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(to_unit(pixels, self._accelerator.device), self._grid * PATCH)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:

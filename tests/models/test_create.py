@@ -124,3 +124,19 @@ def test_the_unet_has_heads_of_the_width_asked_for() -> None:
     with torch.no_grad():
         out = unet(torch.zeros(2, 3, 4, 4), torch.tensor([3.0, 9.5]), torch.zeros(2, 5, 16)).sample
     assert out.shape == (2, 3, 4, 4)
+
+
+def test_dropout_acts_while_the_unet_trains_and_leaves_what_it_draws_alone() -> None:
+    form: dict[str, Any] = {"channels": (32, 64), "head_width": 16, "layers": 1, "latent_channels": 4}
+    form |= {"latent_size": 8, "text_width": 16}
+    dropping, plain = create.unet(**form, dropout=0.5), create.unet(**form)
+    plain.load_state_dict(dropping.state_dict())
+    x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+
+    def drawn(network: Any) -> torch.Tensor:
+        out: torch.Tensor = network(x, torch.tensor([10.0, 500.0]), encoder_hidden_states=states).sample
+        return out
+
+    with torch.no_grad():
+        assert not torch.allclose(drawn(dropping.train()), drawn(dropping))
+        assert torch.equal(drawn(dropping.eval()), drawn(plain.eval()))
