@@ -1,6 +1,6 @@
 """What the recipe keys for small models do: the same short training with each of them, judged alike; a table.
 
-usage: python scripts/compare_keys.py [--recipe pipelines/icons.toml] [--data FOLDER] [--out runs/keys]
+usage: python scripts/compare_keys.py [--recipe pipelines/icons-64.toml] [--data FOLDER] [--out runs/keys]
            [--only 'plain;layout;…'] [--steps 600] [--pictures 100] [--seed 0]
 
 The recipe is made small (a U-Net of 64 and 128 channels) and short, then trained once for each variant into OUT/NAME;
@@ -90,7 +90,7 @@ def table(found: Mapping[str, Mapping[str, Figure]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the script; 0, or 2 after one line on standard error."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--recipe", type=Path, default=ROOT / "pipelines/icons.toml", help="the recipe")
+    options.add_argument("--recipe", type=Path, default=ROOT / "pipelines/icons-64.toml", help="the recipe")
     options.add_argument("--data", type=Path, help="captioned pictures instead of the recipe's")
     options.add_argument("--out", type=Path, default=ROOT / "runs/keys", help="where the weights folders go")
     options.add_argument("--only", default=";".join(VARIANTS), help="variants, with semicolons between them")

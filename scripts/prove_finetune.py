@@ -40,6 +40,7 @@ TOKEN, WORD, CLASS = "zwx", "<my-robot>", "robot"
 ELSEWHERE = ("{} on the grass", "{} in the snow", "{} under a tree", "{} on a beach", "a photo of {}", "{} at night")
 OTHERS = ("a red apple", "a cat, twemoji style", "a house, emojione", "a smiling face, twemoji", "a car, noto emoji")
 STEPS = 12
+SIZE = 128  # of weights/icons, in pixels
 
 
 def teach(recipe: str, pictures: str, start: str, out: Path) -> None:
@@ -60,7 +61,7 @@ def pixels(pipe: Pipeline, prompts: Sequence[str], first: int = 0) -> np.ndarray
     return np.concatenate(found)
 
 
-def read(paths: Sequence[Path], size: int = 64) -> np.ndarray:
+def read(paths: Sequence[Path], size: int = SIZE) -> np.ndarray:
     """(N, size, size, 3) uint8."""
     opened = (Image.open(path).convert("RGB").resize((size, size), Image.Resampling.LANCZOS) for path in paths)
     return np.stack([np.asarray(picture) for picture in opened])
