@@ -1,6 +1,6 @@
 """The sheet of forty everyday prompts in README: animals, food, faces, vehicles, tools, weather, in nine styles.
 
-usage: python scripts/draw_sheet.py [--weights FOLDER] [--out docs/icons.png] [--seed 0] [--scale 2]
+usage: python scripts/draw_sheet.py [--weights FOLDER] [--out docs/icons.png] [--seed 0] [--scale 1]
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     options.add_argument("--weights", help="a weights folder; the embedded one if not given")
     options.add_argument("--out", type=Path, default=Path("docs/icons.png"))
     options.add_argument("--seed", type=int, default=0, help="of the first picture; picture k has seed + k")
-    options.add_argument("--scale", type=int, default=2, help="how many times larger the pictures are shown")
+    options.add_argument("--scale", type=int, default=1, help="how many times larger the pictures are shown")
     given = options.parse_args()
     prompts = [f"{subject}, {STYLES[number % len(STYLES)]}" for number, subject in enumerate(SUBJECTS)]
     pipe = Pipeline.from_pretrained(given.weights)
