@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 WHOLE, BLOCK = 256, 32  # rows of a batch that are drawn in one; of a block of a larger batch
-ORDER, STEP, VALIDATION, TURNS = 1, 2, 3, 4  # streams: numbers drawn for one purpose never depend on another's
+ORDER, STEP, VALIDATION, TURNS, MASKS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+)  # streams: numbers drawn for one purpose never depend on another's
 
 ON_DEVICE = 1 << 20  # beyond any number of blocks: keys of what a GPU draws
 
@@ -17,6 +23,14 @@ LEAST_TURNS, MOST_TURNS = 8, 2**17  # of the rarest bucket in a round of turns, 
 def _key(*parts: int) -> int:
     """63 bits that depend on every part (NumPy's SeedSequence hash)."""
     return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_masks(seed: int, step: int, row: int) -> None:
+    """Seed what torch itself draws in a step (dropout's masks) for the part of a batch that begins with `row`.
+
+    So a resumed run drops what the uninterrupted one would have; a batch in other parts drops other things.
+    """
+    torch.manual_seed(_key(MASKS, seed, step, row))
 
 
 class Draw:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from latentgen.errors import InputError
 from latentgen.training.averages import decay_at, gamma_of
-from latentgen.training.draw import BucketOrder, Draw, Order
+from latentgen.training.draw import BucketOrder, Draw, Order, seed_masks
 from latentgen.training.optimizer import make_optimizer
 from latentgen.training.sharding import part_again, put, whole
 
@@ -243,6 +243,7 @@ def fit(
         for start in range(first, first + part * parts, part):
             rows = slice(start, start + part)
             draw = Draw(seed, step, settings.batch, rows)
+            seed_masks(seed, step, start)
             with accelerator.autocast():
                 losses = objective.loss(items[rows], draw)
             (losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]

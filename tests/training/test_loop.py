@@ -87,6 +87,28 @@ def test_the_average_follows_the_weights_after_a_warm_up() -> None:
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
 
 
+def test_a_run_with_dropout_that_goes_on_ends_in_the_bits_of_one_that_did_not_stop() -> None:
+    def begin() -> tuple[Regression, TrainState]:
+        objective = Regression()
+        objective.module = nn.Sequential(*objective.module, nn.Dropout(0.5))
+        return objective, TrainState.start(objective.module, SETTINGS)
+
+    objective, whole = begin()
+    for _ in fit(objective, whole, SETTINGS, Accelerator(), seed=3):
+        torch.rand(5)  # whoever draws between the steps changes nothing
+    objective, state = begin()
+    for progress in fit(objective, state, SETTINGS, Accelerator(), seed=3):
+        if progress.step == 13:
+            break
+    kept = {file: {name: value.clone() for name, value in part.items()} for file, part in state.tensors().items()}
+    objective, resumed = begin()
+    resumed.load(kept, 13)
+    torch.manual_seed(99)
+    assert [progress.step for progress in fit(objective, resumed, SETTINGS, Accelerator(), seed=3)][-1] == 30
+    for name, value in flat(whole).items():
+        assert torch.equal(value, flat(resumed)[name]), name
+
+
 def test_swapping_the_average_twice_changes_nothing() -> None:
     objective, state = start()
     for _ in fit(objective, state, SETTINGS, Accelerator(), seed=1):
