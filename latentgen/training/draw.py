@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 WHOLE, BLOCK = 256, 32  # rows of a batch that are drawn in one; of a block of a larger batch
-ORDER, STEP, VALIDATION, TURNS, MASKS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-)  # streams: numbers drawn for one purpose never depend on another's
+ORDER, STEP, VALIDATION, TURNS, MASKS = 1, 2, 3, 4, 5  # streams: of one purpose each, none depends on another
 
 ON_DEVICE = 1 << 20  # beyond any number of blocks: keys of what a GPU draws
 
