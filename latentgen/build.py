@@ -19,7 +19,6 @@ from latentgen.durable import alone, write_file
 from latentgen.foundations import Foundations, loop_of
 from latentgen.models import create
 from latentgen.models.onnx.export import write_graphs
-from latentgen.pixels import build as pixels
 from latentgen.recipe import Recipe, read_kind, read_recipe
 from latentgen.training import board, finish
 from latentgen.training.cache import content_of
@@ -44,7 +43,9 @@ def train(recipe: Path, out: Path | None = None, data: Path | None = None, repor
     Raises InputError for a recipe, a folder or a gate that does not hold.
     """
     if read_kind(recipe) == "pixels":
-        return pixels.train(recipe, out, data, report)
+        from latentgen.pixels.build import train as train_pixels
+
+        return train_pixels(recipe, out, data, report)
     what = read_recipe(recipe)
     run = Run(what, out or Path("weights") / what.name, data or what.data.folder, report)
     return run.all()

@@ -105,6 +105,14 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Any]:
     return {"tokenizer": tokenizer, "text_encoder": text.eval(), "vae": vae.eval(), "unet": unet.eval()}
 
 
+LONGEST = ("test_finetune", "test_train_end_to_end", "test_processes", "test_benchmarks", "test_compiled")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that processes which share the tests end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the tests' own, for graphs that are exported."""

@@ -1,8 +1,6 @@
 """Pictures keep nearly their shape: cut no more than allowed, enlarged only when asked, a batch of one shape each."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from latentgen.training.captions import CaptionTable
 from latentgen.training.denoise import BucketLatents, DenoiseObjective, Denoising, Latents, TextStates
 from latentgen.training.draw import BucketOrder, Draw, Order
 from latentgen.training.intake import divide, in_shapes, read_pictures
+from tests.forked import verb
 
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "tests" / "data" / "icons"
@@ -228,8 +227,7 @@ def test_a_run_with_buckets_and_varied_captions_trains_to_its_end_and_says_what_
     text = text.replace("[data.weights.group]\nsmileys-emotion = 0.5", "[data.buckets]\nstep = 16\nratio = 3")
     text = text.replace("[unet]\n", "[unet]\ncaption_orders = 3\nlong_captions = 0.5\n")
     (tmp_path / "r.toml").write_text(text)
-    run = [sys.executable, "-m", "latentgen.cli", "train", str(tmp_path / "r.toml"), "--data", str(tmp_path / "data")]
-    done = subprocess.run([*run, "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = verb("train", tmp_path / "r.toml", "--data", tmp_path / "data", "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     assert "data: left out" in done.stderr and "200 x 20" in done.stderr and "does not fit" in done.stderr
     assert "data: buckets 32 x 32: " in done.stderr and "48 x 16: " in done.stderr and "unet: step 3/3" in done.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from latentgen.data import (
 from latentgen.data.decode import Opener
 from latentgen.data.ledger import Entry
 from latentgen.data.survey import difference_hash
+from tests.forked import verb
 
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "tests" / "data" / "icons"
@@ -221,8 +221,7 @@ def test_pictures_are_held_out_by_their_names_alone(tmp_path: Path) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "latentgen.cli", "doctor", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "160"})
+    return verb("doctor", *arguments, COLUMNS="160")
 
 
 def test_the_verb_prints_writes_and_refuses(folder: Path) -> None:

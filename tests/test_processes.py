@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forked import verb
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny.toml"
 
@@ -76,18 +78,25 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     for name, recipe in recipes.items():
         (tmp_path / f"{name}.toml").write_text(recipe)
 
-    def train(name: str, processes: int, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
+    def asked(name: str) -> list[str]:
+        return ["train", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)]
+
+    def by_itself(name: str) -> str:
+        done = verb(*asked(name), ACCELERATE_USE_CPU="true")
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def train(name: str, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        verb = ["-m", "latentgen.cli", "train", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)]
         if name == "two":  # accelerate's launcher, which calls every device that is shared out a GPU
             launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
             launch += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
-        return run([sys.executable, *(launch if processes > 1 else []), *verb], code, **settings)
+        return run([sys.executable, *launch, "-m", "latentgen.cli", *asked(name)], code, **settings)
 
-    train("one", 1)
+    by_itself("one")
     one = tmp_path / "one.training"
 
-    stopped = train("clip", 2, code=2)  # its gate cannot hold: it stops there
+    stopped = train("clip", code=2)  # its gate cannot hold: it stops there
     assert "clip does not pass its gate" in stopped.stderr
     alone, shared = weights(one, "clip"), weights(tmp_path / "clip.training", "clip")
     np.testing.assert_allclose(norms(tmp_path / "clip.training", "clip")[:3], norms(one, "clip")[:3], rtol=1e-4)
@@ -97,7 +106,7 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     for made in ("tokenizer", "clip"):
         (place,) = one.glob(f"{made}-*")
         shutil.copytree(place, two / place.name)
-    done = train("two", 2)
+    done = train("two")
     assert "2 process(es)" in done.stderr and done.stderr.count("vae: starts") == 1
     assert "clip: done before" in done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "two")]
@@ -110,15 +119,15 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
         shutil.copytree(place, parts / place.name)
     (tmp_path / "parts.toml").write_text(text)
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    refused = train("parts", 2, code=2, **(fsdp | {"FSDP_VERSION": "1"}))
+    refused = train("parts", code=2, **(fsdp | {"FSDP_VERSION": "1"}))
     assert "set fsdp_version: 2" in refused.stderr
-    train("parts", 2, **fsdp)
+    train("parts", **fsdp)
     np.testing.assert_allclose(norms(parts, "unet"), norms(one, "unet"), rtol=1e-4)
     alone, shared = weights(one, "unet"), weights(parts, "unet")
     assert float((shared - alone).norm() / alone.norm()) < 1e-4
     head, tail = text.split("[unet.train]\n")
     (tmp_path / "parts.toml").write_text(head + "[unet.train]\n" + tail.replace("steps = 16", "steps = 18", 1))
-    assert "unet: goes on from step 16 of 18" in train("parts", 1).stderr  # whole again, in one process
+    assert "unet: goes on from step 16 of 18" in by_itself("parts")  # whole again, in one process
 
     lost = tmp_path / "lost.training"  # one of two processes dies: all stop, and one goes on from what was saved
     for made in ("tokenizer", "clip", "vae"):
@@ -131,4 +140,4 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     step = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
     shorter = tail.replace("steps = 16", f"steps = {step + 2}", 1)
     (tmp_path / "lost.toml").write_text(head + "[unet.train]\n" + shorter)
-    assert f"unet: goes on from step {step} of {step + 2}" in train("lost", 1).stderr
+    assert f"unet: goes on from step {step} of {step + 2}" in by_itself("lost")

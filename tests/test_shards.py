@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from PIL import Image
 
 from latentgen.data import hold_out, load_pixels, read_folder, write_ledger, write_page
 from latentgen.errors import InputError
+from tests.forked import verb
 
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "tests" / "data" / "icons"
@@ -253,8 +252,7 @@ def test_doctor_and_a_run_take_shards(tmp_path: Path) -> None:
     for number in range(2):
         tar(tmp_path / "set" / f"{number}.tar", *members[16 * number : 16 * (number + 1)])
     pattern = str(tmp_path / "set" / "{0..1}.tar")
-    doctor = [sys.executable, "-m", "latentgen.cli", "doctor", pattern, "--json", str(tmp_path / "ledger.json")]
-    done = subprocess.run(doctor, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = verb("doctor", pattern, "--json", tmp_path / "ledger.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "ledger.json").read_text())["files"] == {
         "used": 16,
@@ -263,18 +261,7 @@ def test_doctor_and_a_run_take_shards(tmp_path: Path) -> None:
     }
     recipe = tmp_path / "tiny.toml"
     recipe.write_text((ROOT / "tests" / "data" / "tiny.toml").read_text().replace("batch = 32", "batch = 8"))
-    run = [
-        sys.executable,
-        "-m",
-        "latentgen.cli",
-        "train",
-        str(recipe),
-        "--data",
-        pattern,
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = verb("train", recipe, "--data", pattern, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "14 pictures to train on, 2 held out" in done.stderr
     assert "data: 34 files: 16 used, 16 description, 2 container" in done.stderr

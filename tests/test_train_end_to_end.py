@@ -1,7 +1,6 @@
 """`latentgen train` from captions to a folder that renders, here and in diffusers; again; with flaws in the data."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from latentgen import Pipeline
 from latentgen.checkpoint import open_folder
 from latentgen.diffusion.noise import Noise
+from tests.forked import verb
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny.toml"
@@ -27,18 +27,15 @@ pytestmark = pytest.mark.slow
 
 
 def train(out: Path, data: Path | None = None, recipe: Path = TINY) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--out", str(out)]
-    if data is not None:
-        command += ["--data", str(data)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return verb("train", recipe, "--out", out, *(() if data is None else ("--data", data)))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder that the tiny recipe became, and what was said on the way."""
     out = tmp_path_factory.mktemp("trained") / "tiny"
-    done = train(out)
+    command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--out", str(out)]  # as a person runs it
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -199,11 +196,9 @@ def test_a_recipe_that_does_not_hold_is_refused_before_anything(tmp_path: Path) 
 
 
 def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--out", str(tmp_path / "out"), "--dry-run"]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = verb("train", TINY, "--out", tmp_path / "out", "--dry-run", TMPDIR=str(scratch))
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert list(tmp_path.iterdir()) == [scratch] and not list(scratch.glob("latentgen-*"))
     lines = done.stderr.splitlines()
@@ -216,8 +211,7 @@ def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(tmp_path: Path
 def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text(TINY.read_text().replace("tests/data/icons", "tests/data/nowhere"))
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--dry-run"]
-    assert "nowhere" in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120))
+    assert "nowhere" in refused(verb("train", recipe, "--dry-run"))
 
 
 def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_is(
@@ -226,8 +220,7 @@ def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_i
     start, out, recipe = trained[0], tmp_path / "more", tmp_path / "more.toml"
     *before, last = TINY.read_text().rpartition("steps = 16")  # of the U-Net
     recipe.write_text("".join([*before[:-1], "steps = 100", last]))
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--start", str(start), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = verb("train", recipe, "--start", start, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "clip: " not in done.stderr and "vae: " not in done.stderr and "decoder: starts" in done.stderr
 
@@ -259,8 +252,7 @@ def test_a_run_that_goes_on_learns_a_layout_first_and_only_once(trained: tuple[P
     folders = [trained[0], tmp_path / "once", tmp_path / "twice"]
     said = []
     for start, out in pairwise(folders):
-        command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--start", str(start)]
-        done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        done = verb("train", recipe, "--start", start, "--out", out)
         assert done.returncode == 0, done.stderr
         said.append(done.stderr)
     assert "layout: starts at step 0 of 20" in said[0] and "layout: " not in said[1]
@@ -286,17 +278,13 @@ def test_a_run_goes_on_only_with_a_u_net_of_its_form(
 ) -> None:
     recipe = tmp_path / "other.toml"
     recipe.write_text(TINY.read_text().replace(written, instead))
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--out", str(tmp_path / "out")]
-    command += ["--start", str(trained[0])]
-    assert said in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+    assert said in refused(verb("train", recipe, "--out", tmp_path / "out", "--start", trained[0]))
 
 
 def test_a_dry_run_rehearses_a_run_that_goes_on(trained: tuple[Path, object], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(TINY), "--out", str(tmp_path / "out"), "--dry-run"]
-    command += ["--start", str(trained[0])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    asked = ("train", TINY, "--out", tmp_path / "out", "--dry-run", "--start")
+    done = verb(*asked, trained[0])
     assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
     assert "clip: " not in done.stderr and "vae: " not in done.stderr
     assert "unet: " in done.stderr and "decoder: " in done.stderr and "would write" in done.stderr
-    command[-1] = str(tmp_path / "none")
-    assert "none" in refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+    assert "none" in refused(verb(*asked, tmp_path / "none"))

@@ -14,8 +14,6 @@ from latentgen.errors import InputError
 
 if TYPE_CHECKING:
     from latentgen.data import Ledger
-    from latentgen.pixels.recipe import PixelRecipe
-    from latentgen.recipe import Recipe
 
 SHOWN = 12  # files named under the tables
 DOCTOR = """Examples:
@@ -53,9 +51,10 @@ def doctor(
     """
     from latentgen.data import Buckets, hold_out, read_folder, write_ledger, write_page
     from latentgen.durable import write_file
+    from latentgen.pixels.recipe import read_any_recipe
     from latentgen.recipe import Recipe
 
-    what = read_any(recipe) if recipe is not None else None
+    what = read_any_recipe(recipe) if recipe is not None else None
     pictures = read_folder(folder, captions or (what.data.captions if what else "files"))
     size, background = (what.data.size, what.data.background) if what else (None, "white")
     buckets = None
@@ -80,14 +79,6 @@ def doctor(
     for written in (json_file, html_file):
         if written is not None:
             print(f"latentgen: wrote {written}", file=sys.stderr, flush=True)
-
-
-def read_any(path: Path) -> Recipe | PixelRecipe:
-    """A recipe of either kind. Raises InputError, naming the key."""
-    from latentgen.pixels.recipe import read_pixel_recipe
-    from latentgen.recipe import read_kind, read_recipe
-
-    return read_pixel_recipe(path) if read_kind(path) == "pixels" else read_recipe(path)
 
 
 def find_tokenizer(weights: str | None, name: str | None) -> Path | None:

@@ -71,7 +71,6 @@ def finetune(
         print(line, file=sys.stderr, flush=True)
 
     from latentgen.finetuning import Finetune
-    from latentgen.finetuning import finetune as run
     from latentgen.recipe import explained, read_table
 
     asked: dict[str, Any] = {} if recipe is None else read_table(recipe)
@@ -95,4 +94,6 @@ def finetune(
     settings = explained(Finetune, asked, f"recipe {recipe}" if recipe is not None else "finetune")
     if not isinstance(settings, Finetune):
         raise InputError("these are no settings of finetune")
+    from latentgen.finetuning import finetune as run
+
     typer.echo(run(pictures, base=base, out=out, settings=settings, report=report))

@@ -52,9 +52,10 @@ def train(
     def report(line: object) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    from latentgen.recipe import read_kind
+    from latentgen.pixels.recipe import PixelRecipe, read_any_recipe
 
-    if start is not None and read_kind(recipe) == "pixels":
+    what = read_any_recipe(recipe)  # a mistake in it is said before what takes seconds is imported
+    if start is not None and isinstance(what, PixelRecipe):
         raise InputError(f"{recipe} is a pixel recipe, which takes no --start; leave it away")
     if dry_run:
         from latentgen.rehearsal import rehearse

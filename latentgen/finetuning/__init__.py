@@ -6,7 +6,19 @@ that are started from; methods.py makes the weights that are trained; objective.
 prior.py is what the starting weights did before; prove.py saves, loads anew and compares; run.py is the whole of it.
 """
 
-from latentgen.finetuning.run import finetune
+from typing import TYPE_CHECKING, Any
+
 from latentgen.finetuning.settings import METHODS, Finetune
 
+if TYPE_CHECKING:
+    from latentgen.finetuning.run import finetune
+
 __all__ = ["METHODS", "Finetune", "finetune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "finetune":
+        raise AttributeError(f"module 'latentgen.finetuning' has no attribute {name!r}")
+    from latentgen.finetuning.run import finetune  # here, since it imports torch: settings are checked without it
+
+    return finetune

@@ -1,16 +1,24 @@
-"""New networks, with random weights, in the forms Stable Diffusion pipelines are made of."""
+"""New networks, with random weights, in the forms Stable Diffusion pipelines are made of.
+
+diffusers and transformers are imported where a network is made, not here: they take seconds.
+"""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentgen.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 START, END, SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
 
@@ -22,6 +30,8 @@ def tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> CLIPTok
     written in it. `context` is the longest text in tokens, start and end included. Raises InputError for a vocabulary
     too small to hold the bytes.
     """
+    from transformers import CLIPTokenizer
+
     alphabet = sorted(ByteLevel.alphabet())
     fixed = 2 * len(alphabet) + 2
     if vocabulary <= fixed:
@@ -46,6 +56,8 @@ def tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> CLIPTok
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer that `save_pretrained` left in a folder."""
+    from transformers import CLIPTokenizer
+
     words: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
     return words
 
@@ -54,6 +66,8 @@ def clip(
     words: CLIPTokenizer, *, size: int, patch: int, width: int, heads: int, text_layers: int, image_layers: int
 ) -> CLIPModel:
     """A CLIP (Radford et al. 2021) of two towers of one width; pictures (B, 3, size, size) in [-1, 1]."""
+    from transformers import CLIPConfig, CLIPModel
+
     tower = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
     text = {
         **tower,
@@ -77,6 +91,8 @@ def clip(
 
 def text_tower(model: CLIPModel) -> CLIPTextModel:
     """The text tower alone, as Stable Diffusion pipelines hold it; a copy of the weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     tower = CLIPTextModel(CLIPTextConfig(**model.config.text_config.to_dict()))
     tower.load_state_dict(_tower_weights(model, tower))
     return tower.eval()
@@ -93,6 +109,8 @@ def autoencoder(*, channels: Sequence[int], latent_channels: int, layers: int, g
 
     Convolutional throughout (no attention in the middle), so that it takes any size.
     """
+    from diffusers import AutoencoderKL
+
     count = len(channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * count,
@@ -123,6 +141,8 @@ def unet(
     2.3): each block is told the whole caption, not only what its places ask for. Stock pipelines need not know.
     dropout: of what the blocks' second convolutions take, in training.
     """
+    from diffusers import UNet2DConditionModel
+
     count = len(channels)
     whole = {"addition_embed_type": "text", "addition_embed_type_num_heads": max(1, text_width // 64)}
     return UNet2DConditionModel(

@@ -44,13 +44,16 @@ class UnetNetwork:
         unet, states = self.unet, condition.states
         assert states is not None, "a U-Net with cross-attention needs text states"
         recorded = unet.training if self.gradients is None else self.gradients
-        told = {"encoder_hidden_states": states.to(unet.dtype), "return_dict": False}
+        kind = next(
+            weight.dtype for weight in unet.parameters() if weight.is_floating_point()
+        )  # .dtype walks all modules
+        told = {"encoder_hidden_states": states.to(kind), "return_dict": False}
         if condition.pooled is not None:  # Podell et al. 2023, section 2.2
-            told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(unet.dtype), "time_ids": condition.sizes}
+            told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(kind), "time_ids": condition.sizes}
         if condition.guided is not None:
-            told["timestep_cond"] = condition.guided.to(unet.dtype)
+            told["timestep_cond"] = condition.guided.to(kind)
         with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
-            out: torch.Tensor = (self.run or unet)(x.to(unet.dtype), time, **told)[0]
+            out: torch.Tensor = (self.run or unet)(x.to(kind), time, **told)[0]
         return out.to(x.dtype)
 
     def walk(self) -> Network:

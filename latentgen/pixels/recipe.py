@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from latentgen.errors import InputError
-from latentgen.recipe import Amount, Data, Pace, Part, Positive, Section, Train, read_as
+from latentgen.recipe import Amount, Data, Pace, Part, Positive, Recipe, Section, Train, read_as, read_kind, read_recipe
 
 Objective = Literal["ddpm", "ve", "vdm", "flow"]
 
@@ -91,3 +91,8 @@ def read_pixel_recipe(path: Path, **changes: Any) -> PixelRecipe:
     if recipe.data.buckets is not None:
         raise InputError(f"recipe {path}: a pixel model learns from squares alone; take [data.buckets] away")
     return recipe
+
+
+def read_any_recipe(path: Path) -> Recipe | PixelRecipe:
+    """A recipe of either kind. Raises InputError, naming the key."""
+    return read_pixel_recipe(path) if read_kind(path) == "pixels" else read_recipe(path)

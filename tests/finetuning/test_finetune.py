@@ -1,7 +1,6 @@
 """Fine-tuning proves what it saves, on every kind of weights; resumes to the bit; and refuses in one line."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from latentgen.finetuning import prove
 from latentgen.finetuning.examples import count_pictures
 from latentgen.finetuning.settings import Finetune, Start, choose
 from latentgen.recipe import explained, read_table
+from tests.forked import Verb, verb
 
 ROOT = Path(__file__).parents[2]
 FAST: dict[str, Any] = {"steps": 6, "batch": 4, "size": 32, "rate": 2e-2, "validate_steps": 6}
@@ -148,17 +148,12 @@ def test_a_new_word_is_read_in_prompts_and_replayed(folder: Path, pictures: Path
         pictures, base=folder, out=tmp_path / "word", method="textual-inversion", token="<x>", vectors=2,
         **{**FAST, "rate": 0.5},
     )  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-
-    def run(*verb: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "latentgen", *verb]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-
     target = tmp_path / "x.png"
-    run("render", "a <x> bird", "--weights", str(folder), "--word", str(out), "--seed", "3", "--out", str(target))
+    rendered = verb("render", "a <x> bird", "--weights", folder, "--word", out, "--seed", "3", "--out", target)
+    assert rendered.returncode == 0, rendered.stderr
     moved = out.rename(tmp_path / "elsewhere")
-    replayed = run("replay", str(target), "--word", str(moved), "--out", str(tmp_path / "y.png"))
-    assert "byte for byte" in replayed.stderr
+    replayed = verb("replay", target, "--word", moved, "--out", tmp_path / "y.png")
+    assert replayed.returncode == 0 and "byte for byte" in replayed.stderr
     assert target.read_bytes() == (tmp_path / "y.png").read_bytes()
     pipe = Pipeline.from_pretrained(folder)
     assert pipe.load_textual_inversion(moved) == "<x>"
@@ -172,28 +167,21 @@ def test_a_new_word_is_read_in_prompts_and_replayed(folder: Path, pictures: Path
 def test_killed_and_started_again_it_ends_in_the_same_bits(folder: Path, pictures: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text("steps = 24\nbatch = 4\nsize = 32\nrate = 2e-2\nhold_out = 0.2\nvalidate_steps = 4\n")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-    def start(out: Path) -> subprocess.Popen[str]:
-        verb = ["finetune", str(pictures), "--from", str(folder), "--recipe", str(recipe), "--out", str(out)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "latentgen", *verb], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE
-        )
+    def start(out: Path) -> Verb:
+        return Verb("finetune", pictures, "--from", folder, "--recipe", recipe, "--out", out)
 
-    whole = start(tmp_path / "whole")
-    assert whole.wait() == 0
+    assert start(tmp_path / "whole").wait() == 0
     torn = start(tmp_path / "torn")
-    assert torn.stderr is not None
-    for line in torn.stderr:
+    for line in torn.lines():
         if "step 8, held out" in line:
-            torn.send_signal(signal.SIGTERM)  # it saves between two steps, as Ctrl-C would have it
+            torn.signal(signal.SIGTERM)  # it saves between two steps, as Ctrl-C would have it
     assert torn.wait() == 130
     assert not (tmp_path / "torn").exists()  # nothing half-made stands in its place
     killed = start(tmp_path / "torn")
-    assert killed.stderr is not None
-    for line in killed.stderr:
+    for line in killed.lines():
         if "step 16, held out" in line:
-            killed.kill()
+            killed.signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "torn").exists()
     assert start(tmp_path / "torn").wait() == 0
     one, other = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "torn"))

@@ -1,15 +1,18 @@
 """torch.compile of the U-Net: the pictures of the torch engine, and one line where it cannot work."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from latentgen.checkpoint import save_pipeline
 from latentgen.errors import InputError
 from latentgen.models.compiled import why_no_compiling
 from latentgen.pipeline import Pipeline
 from latentgen.render import Order, render
+from tests.conftest import SCHEDULE
 
 LACKS = why_no_compiling(torch.device("cpu"))
 
@@ -17,11 +20,27 @@ LACKS = why_no_compiling(torch.device("cpu"))
 @pytest.mark.slow
 @pytest.mark.skipif(LACKS is not None, reason=f"torch.compile cannot work here: {LACKS}")
 def test_the_compiled_unet_renders_the_pictures_of_the_torch_engine(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from diffusers import UNet2DConditionModel
     from torch._dynamo.utils import counters
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    unet = UNet2DConditionModel(  # one level: compiling takes a second for each kernel
+        sample_size=8,
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=16,
+    )
+    folder = save_pipeline(
+        tmp_path / "w",
+        **{**parts, "unet": unet.eval()},
+        scheduler_config={**SCHEDULE, "_class_name": "DDIMScheduler"},
+    )
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     call = {"num_inference_steps": 3, "guidance_scale": 4.0, "seed": 3, "output_type": "np"}
     plain = Pipeline.from_pretrained(folder, engine="torch", device="cpu")("a red apple", **call)
     counters.clear()

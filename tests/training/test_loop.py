@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +23,7 @@ from latentgen.training.loop import PATIENCE, LoopSettings, NotFinite, TrainStat
 from latentgen.training.optimizer import OPTIMIZERS
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, run_stage
+from tests.forked import Verb, verb
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = LoopSettings(steps=30, batch=4, rate=1e-2, warmup=5, ema=0.9)
@@ -404,11 +402,6 @@ def test_a_stage_that_stays_broken_gives_up_with_a_line_and_keeps_what_was_good(
     ]
 
 
-def train(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "latentgen.cli", "train", str(recipe), "--out", str(out)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_stage_a_run_ends_in_the_same_weights_to_the_bit(tmp_path: Path) -> None:
     text = (ROOT / "tests" / "data" / "tiny.toml").read_text()
@@ -417,12 +410,11 @@ def test_killed_in_the_middle_of_a_stage_a_run_ends_in_the_same_weights_to_the_b
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(text)
 
-    whole = train(recipe, tmp_path / "whole")
-    _, said = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
+    whole = verb("train", recipe, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
 
     for stage_name in ("vae", "unet"):  # killed twice: once in each, after some steps and before the last
-        run = train(recipe, tmp_path / "cut")
+        run = Verb("train", recipe, "--out", tmp_path / "cut")
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
             steps = sorted((tmp_path / "cut.training").glob(f"{stage_name}-*/checkpoints/step-*"))
@@ -430,14 +422,12 @@ def test_killed_in_the_middle_of_a_stage_a_run_ends_in_the_same_weights_to_the_b
                 break
             assert run.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)
-        os.kill(run.pid, signal.SIGKILL)
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL
+        run.signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
         assert not (tmp_path / "cut").exists()
-    last = train(recipe, tmp_path / "cut")
-    _, said = last.communicate(timeout=300)
-    assert last.returncode == 0, said
-    assert "unet: goes on from step" in said and "vae: done before" in said
+    last = verb("train", recipe, "--out", tmp_path / "cut")
+    assert last.returncode == 0, last.stderr
+    assert "unet: goes on from step" in last.stderr and "vae: done before" in last.stderr
     for file in sorted((tmp_path / "whole").rglob("*.safetensors")):
         expected, found = load_file(file), load_file(tmp_path / "cut" / file.relative_to(tmp_path / "whole"))
         assert expected.keys() == found.keys()
