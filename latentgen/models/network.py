@@ -44,9 +44,7 @@ class UnetNetwork:
         unet, states = self.unet, condition.states
         assert states is not None, "a U-Net with cross-attention needs text states"
         recorded = unet.training if self.gradients is None else self.gradients
-        kind = next(
-            weight.dtype for weight in unet.parameters() if weight.is_floating_point()
-        )  # .dtype walks all modules
+        kind = computing_type(unet, x)
         told = {"encoder_hidden_states": states.to(kind), "return_dict": False}
         if condition.pooled is not None:  # Podell et al. 2023, section 2.2
             told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(kind), "time_ids": condition.sizes}
@@ -63,6 +61,11 @@ class UnetNetwork:
 
 
 unet_network = UnetNetwork
+
+
+def computing_type(module: Any, x: torch.Tensor) -> torch.dtype:
+    """The type of a module's first weights, or x's where it has none. diffusers' `.dtype` walks all modules first."""
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), x.dtype)
 
 
 @dataclass(eq=False)
