@@ -71,6 +71,14 @@ def like(values: Any, model: Array) -> Array:
     return xp.asarray(values, dtype=model.dtype, device=model.device)
 
 
+def increase(x: Array, share: Any, y: Array) -> Array:
+    """x + share·y, in x's own memory: a tensor does it in one pass (`add_`), an array in two."""
+    if is_number(share) and hasattr(x, "add_"):
+        return x.add_(y, alpha=share)
+    x += share * y
+    return x
+
+
 def column(level: Level, x: Array) -> Any:
     """A level (B,) shaped (B, 1, …, 1) and typed as x, so that it multiplies x; a plain number is returned as it is."""
     if is_number(level):

@@ -172,6 +172,7 @@ class Brownian(Noise):
     _leaves: list[int]  # indices of the cells without parts, from left to right
     _first: dict[int, int]  # a leaf's low end -> its place among them
     _open: list[tuple[int, tuple[Any, Any]]]  # the cells above the last leaf, and the increments of their parts
+    _last: tuple[int, int, Any]  # the last stretch of leaves that was asked for, and its increment
 
     def __init__(self, seeds: Sequence[int], levels: Sequence[float]) -> None:
         super().__init__(seeds)
@@ -183,6 +184,7 @@ class Brownian(Noise):
         object.__setattr__(self, "_leaves", [index for _, index in leaves])
         object.__setattr__(self, "_first", {low: place for place, (low, _) in enumerate(leaves)})
         object.__setattr__(self, "_open", [])
+        object.__setattr__(self, "_last", (-1, -1, None))
 
     def step(self, index: int, like_: Array, span: tuple[float, float] | None = None) -> Array:
         """(W(next) − W(now))/sqrt(next − now) for the `span` walked: standard normal, like `like_` (B, …).
@@ -194,10 +196,24 @@ class Brownian(Noise):
         now, after = (0, 0) if span is None else (self._first.get(self._place(level), -1) for level in span)
         if span is None or not (span[0] < span[1] and 0 <= now <= after):
             raise InputError("a Brownian path needs the span of logSNR that the step walks, of levels it was told")
-        shape = tuple(like_.shape[1:])
-        steps = [self._increment(leaf, shape) for leaf in self._leaves[now:after]]
-        total = sum(steps[1:], steps[0]) if steps else np.zeros((len(self), *shape), np.float32)
+        total = self._walked(now, after, tuple(like_.shape[1:]))
         return like(total * np.float32(1 / math.sqrt(span[1] - span[0])), like_)
+
+    def _walked(self, now: int, after: int, shape: tuple[int, ...]) -> Any:
+        """W's increment over the leaves from `now` to before `after`: (B, *shape) float32, not to be written to.
+
+        The last one is kept: a second-order step asks for the way to its middle, then for the whole of its way.
+        """
+        start, end, total = self._last
+        if start != now or end > after or total.shape[1:] != shape:
+            end, total = now, None
+        for leaf in self._leaves[end:after]:
+            more = self._increment(leaf, shape)
+            total = more if total is None else total + more
+        if total is None:
+            total = np.zeros((len(self), *shape), np.float32)
+        object.__setattr__(self, "_last", (now, after, total))
+        return total
 
     def _place(self, level: float) -> int:
         """A level in units of 2**−DEPTH."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from latentgen.diffusion.array import Array
+from latentgen.diffusion.array import Array, increase
 from latentgen.errors import InputError
 
 Row = Callable[[Any, Any], tuple[Any, Any]]  # (alpha, sigma) -> (a, b)
@@ -59,9 +59,7 @@ class Prediction:
             return out
         a, b = ROWS[self.name](alpha, sigma)
         det = alpha * b - sigma * a
-        x0 = (b / det) * x
-        x0 -= (sigma / det) * out
-        return x0
+        return increase((b / det) * x, -sigma / det, out)
 
     def split(self, out: Array, x: Array, alpha: Any, sigma: Any) -> tuple[Array, Array]:
         """(x0, eps) from the network's output and its input, both of x's shape; alpha and sigma broadcast with x."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from latentgen.diffusion.array import Array, exp
+from latentgen.diffusion.array import Array, exp, increase
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
 from latentgen.errors import InputError
@@ -25,9 +25,7 @@ Variance = Literal["fixed-small", "fixed-large", "learned-range"]
 def move(x: Array, x0: Array, leg: Leg, kept: float) -> Array:
     """alpha_s·x0 + kept·eps with eps = (x − alpha·x0)/sigma, as one combination of x and x0."""
     share = kept / leg.sigma
-    moved = share * x
-    moved += (leg.next_alpha - share * leg.alpha) * x0
-    return moved
+    return increase(share * x, leg.next_alpha - share * leg.alpha, x0)
 
 
 def ddim(
@@ -39,7 +37,7 @@ def ddim(
         std = eta * leg.next_sigma * math.sqrt(leg.ratio)  # eq. 16, in terms of SNR
         x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
         if std > 0 and not leg.simple:
-            x += std * drawn(noise, leg, x)  # x is this loop's own
+            x = increase(x, std, drawn(noise, leg, x))  # x is this loop's own
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -69,7 +67,7 @@ def ddpm(
             std = small * exp(0.5 * (v + 1) * math.log(large / small))
         x = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - small**2, 0.0)))  # the posterior mean, eq. 7
         if not leg.simple:
-            x += std * drawn(noise, leg, x)
+            x = increase(x, std, drawn(noise, leg, x))
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from latentgen.diffusion.array import Array
+from latentgen.diffusion.array import Array, increase
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
 from latentgen.errors import InputError
@@ -73,7 +73,7 @@ def _adams(
         weights = adams_weights([level for level, _ in past[:usable]], -0.5 * leg.next_logsnr, in_log)
         x = (leg.next_alpha / leg.alpha) * x
         for weight, (_, eps) in zip(weights, past, strict=False):
-            x += (leg.next_alpha * weight) * eps  # x is this loop's own
+            x = increase(x, leg.next_alpha * weight, eps)  # x is this loop's own
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -116,15 +116,13 @@ def output_of(x: Array, x0: Array, alpha: float, sigma: float, of: Of) -> Array:
         share, other = 1 / sigma, alpha / sigma
     else:
         share, other = alpha / sigma, (alpha**2 + sigma**2) / sigma
-    out = share * x
-    out -= other * x0
-    return out
+    return increase(share * x, -other, x0)
 
 
 def transfer(x: Array, out: Array, leg: Leg, of: Of) -> Array:
     """x carried along one output to the next knot."""
     kept, share = carry(leg, of)
-    return kept * x + share * out
+    return increase(kept * x, share, out)
 
 
 def plms(
@@ -201,7 +199,7 @@ def combined(x: Array, past: list[Array], leg: Leg, of: Of) -> Array:
     kept, share = carry(leg, of)
     x = kept * x
     for weight, out in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True):
-        x += (share * weight) * out  # x is this function's own
+        x = increase(x, share * weight, out)  # x is this function's own
     return x
 
 
@@ -247,10 +245,9 @@ def _unified_step(x: Array, leg: Leg, past: list[tuple[float, Array]], solver: s
     # the differences D_k = (value − x0)/r_k, and ahead − x0 with r = 1, each times its weight
     others = [*earlier, *([] if ahead is None else [(level + leg.h, ahead)])]
     shares = [leg.next_alpha * scale * weight / ratio for weight, ratio in zip(weights, [*ratios, 1.0], strict=False)]
-    x = (leg.next_sigma / leg.sigma) * x
-    x += (sum(shares) - leg.next_alpha * math.expm1(-leg.h)) * x0
+    x = increase((leg.next_sigma / leg.sigma) * x, sum(shares) - leg.next_alpha * math.expm1(-leg.h), x0)
     for share, (_, value) in zip(shares, others, strict=True):
-        x -= share * value
+        x = increase(x, -share, value)
     return x
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentgen.diffusion.array import Array
+from latentgen.diffusion.array import Array, increase
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling.ancestral import drawn, move
 from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
@@ -47,8 +47,8 @@ def _heun_corrected(x: Array, x0: Array, end: Array, leg: Leg) -> Array:
     s, s_next = leg.sigma / leg.alpha, leg.next_sigma / leg.next_alpha
     slope, bend = (s_next - s) / s, (s_next - s) / (2 * s_next)
     x = (leg.next_alpha / leg.alpha * (1 + slope)) * x
-    x += (leg.next_alpha * (bend - slope)) * x0
-    x -= (leg.next_alpha * bend) * end
+    x = increase(x, leg.next_alpha * (bend - slope), x0)
+    x = increase(x, -leg.next_alpha * bend, end)
     return x
 
 
@@ -84,7 +84,7 @@ def dpmpp_2m(
         usable = min(usable, 2) if few and leg.index == len(knots) - 3 else usable
         x = exponential_step(x, past[:usable], leg, solver, eta)
         if eta and not leg.simple:
-            x += (leg.next_sigma * math.sqrt(-math.expm1(-2 * eta * leg.h))) * drawn(noise, leg, x)
+            x = increase(x, leg.next_sigma * math.sqrt(-math.expm1(-2 * eta * leg.h)), drawn(noise, leg, x))
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
 
@@ -126,7 +126,7 @@ def exponential_step(
             weights = [weight + share * part for weight, part in zip(weights, slope, strict=True)]
     x = (leg.next_sigma / leg.sigma * math.exp(-eta * leg.h)) * x
     for weight, (_, x0) in zip(weights, past, strict=True):
-        x += (leg.next_alpha * weight) * x0  # x is this function's own
+        x = increase(x, leg.next_alpha * weight, x0)  # x is this function's own
     return x
 
 
@@ -177,7 +177,7 @@ def _ancestral(x: Array, x0: Array, leg: Leg, noise: Noise | None, eta: float) -
     std = eta * leg.next_sigma * math.sqrt(leg.ratio)
     moved = move(x, x0, leg, math.sqrt(max(leg.next_sigma**2 - std**2, 0.0)))
     if std > 0 and not leg.simple:
-        moved += std * drawn(noise, leg, x)  # its own array
+        moved = increase(moved, std, drawn(noise, leg, x))  # its own array
     return moved
 
 
