@@ -243,8 +243,9 @@ class Brownian(Noise):
         share = before / (before + after)
         left = self._normal(cell.number, shape)
         left *= np.float32(math.sqrt(share * after / (1 << self.DEPTH)))
-        left += np.float32(share) * whole
-        parts = left, whole - left
+        right = np.float32(share) * whole
+        left += right
+        parts = left, np.subtract(whole, left, out=right)
         self._open.append((index, parts))
         return parts
 
