@@ -219,12 +219,12 @@ def test_a_hub_name_that_cannot_be_reached_is_said_in_one_line(tmp_path: Path, m
     assert "\n" not in str(caught.value)
 
 
-def test_the_default_is_the_first_that_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_what_is_shipped_the_packages_own_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "latentgen"
     monkeypatch.setattr(places, "PACKAGE", package)
     with pytest.raises(InputError, match="no embedded weights here"):
         default_weights()
-    for place in (tmp_path / "weights/icons", package / "weights/icons", tmp_path / "weights/icons-128"):
+    for place in (tmp_path / "weights/icons", package / "weights/icons"):
         place.mkdir(parents=True)
         (place / "model_index.json").write_text("{}")
         assert default_weights() == place

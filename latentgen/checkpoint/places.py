@@ -10,19 +10,18 @@ from latentgen.checkpoint.folder import PARTS
 from latentgen.durable import recover
 from latentgen.errors import InputError
 
-SHIPPED = ("icons-128", "icons")  # the embedded default: the first that is there
+SHIPPED = "icons"  # the embedded default
 PACKAGE = Path(__file__).parents[1]
 SETTINGS = ("*.json", "*.txt")  # of the subfolders that decide a picture
 
 
 def default_weights() -> Path:
     """The folder of the embedded default, inside an installed package or in a checkout's `weights/`."""
-    for name in SHIPPED:
-        for folder in (PACKAGE / "weights" / name, PACKAGE.parent / "weights" / name):
-            if (folder / "model_index.json").is_file():
-                return folder
+    for folder in (PACKAGE / "weights" / SHIPPED, PACKAGE.parent / "weights" / SHIPPED):
+        if (folder / "model_index.json").is_file():
+            return folder
     raise InputError(
-        f"no embedded weights here (looked for {' and '.join(SHIPPED)}); name a weights folder, or train one: "
+        f"no embedded weights here (looked for {SHIPPED}); name a weights folder, or train one: "
         "latentgen train pipelines/icons.toml"
     )
 

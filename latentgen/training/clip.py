@@ -59,7 +59,7 @@ class ClipObjective:
         if accelerator.device.type == "cpu":
             model.set_attn_implementation("eager")  # the fused kernel halves the rate there: its backward pass is slow
         self.weights = weights
-        self._words, self._pixels, self._captions, self._held_out = words, pixels, captions, held_out
+        self._words, self._captions, self._held_out = words, captions, held_out
         self._accelerator, self._reach = accelerator, reach
         self._ids = tokens(words, captions.texts)
         self._near = Near(pixels)

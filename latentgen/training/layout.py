@@ -78,7 +78,7 @@ class LayoutObjective:
         head = nn.Linear(text.config.hidden_size, 3 * PATCH**2)
         self.module = nn.ModuleDict({"text": text, "head": head}).to(device)
         self.weights = weights
-        self._words, self._pixels, self._captions, self._held_out = words, pixels, captions, held_out
+        self._words, self._captions, self._held_out = words, captions, held_out
         self._accelerator, self._grid, self._keep, self._dropout = accelerator, grid, keep, caption_dropout
         self._ids = tokens(words, [*captions.texts, ""])
         self._near = Near(pixels)
@@ -144,9 +144,9 @@ class LayoutObjective:
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean (3, side, side) and one standard deviation about it."""
         total: Any = 0.0
-        square, count = 0.0, len(self._pixels)
+        square, count = 0.0, len(self._near.array)
         for rows in np.array_split(np.arange(count), max(1, -(-count // 256))):
-            small = self._shrunk(self._pixels[rows]).double()
+            small = self._shrunk(self._near.array[rows]).double()
             total, square = total + small.sum(0), square + float(small.square().sum())
         mean = total / count
         variance = square / (count * mean.numel()) - float(mean.square().mean())

@@ -77,7 +77,7 @@ def test_the_loss_is_the_cross_entropy_of_the_paper_where_no_captions_coincide(o
         loss = float(objective.loss(items, Draw(0, 5, 3))["loss"])
         draw = Draw(0, 5, 3)
         chosen = objective._captions.choose(items, draw.uniform().numpy())
-        pixels = shift(to_unit(objective._pixels[items], torch.device("cpu")), draw.uniform(2), 3)
+        pixels = shift(to_unit(objective._near.array[items], torch.device("cpu")), draw.uniform(2), 3)
         images, texts = objective.image_features(pixels), objective.text_features(objective._ids[chosen])
         logits = objective.module.logit_scale.exp() * images @ texts.T
         right = torch.arange(3)
@@ -102,9 +102,11 @@ def test_the_gradient_reaches_both_towers_and_descends(objective: ClipObjective)
 def test_features_are_those_of_the_model_itself(objective: ClipObjective) -> None:
     objective.module.eval()
     with torch.no_grad():
-        out = objective.module(input_ids=objective._ids, pixel_values=to_unit(objective._pixels, torch.device("cpu")))
+        out = objective.module(
+            input_ids=objective._ids, pixel_values=to_unit(objective._near.array, torch.device("cpu"))
+        )
         torch.testing.assert_close(objective.text_features(objective._ids), out.text_embeds, atol=1e-6, rtol=1e-5)
-        images = objective.image_features(to_unit(objective._pixels, torch.device("cpu")))
+        images = objective.image_features(to_unit(objective._near.array, torch.device("cpu")))
         torch.testing.assert_close(images, out.image_embeds, atol=1e-6, rtol=1e-5)
 
 
