@@ -13,6 +13,17 @@ CHECKED = 16  # renderings that forgetting is measured on
 A_TIME = 8
 
 
+def prior_prompts(of_class: str, others: Sequence[str], count: int) -> list[str]:
+    """What is not to change: `count` of the class, and as many of the starting weights' own prompts in turn with them.
+
+    Every second one of the class is plain, since captions of the subject are nearest to that; the others take turns
+    in the ways that the own prompts name (", twemoji") and plain.
+    """
+    ways = ("", *dict.fromkeys(told[told.index(",") :] for told in others if "," in told))
+    named = ("" if turn % 2 == 0 else ways[(turn + 1) // 2 % len(ways)] for turn in range(count))
+    return [told for turn, way in enumerate(named) for told in (of_class + way, others[turn % len(others)])]
+
+
 def render_prior(
     base: Base, prompts: Sequence[str], size: int, cache: Path, what: str, report: Report, first_seed: int = 0
 ) -> np.ndarray:

@@ -21,7 +21,7 @@ from latentgen.finetuning.examples import Examples, count_pictures, read_example
 from latentgen.finetuning.methods import Trainee, make_trainee, untrained
 from latentgen.finetuning.objective import Conditions, FinetuneObjective, Kept, KeptConditions, LiveConditions, Times
 from latentgen.finetuning.page import Told, write_page
-from latentgen.finetuning.prior import CHECKED, render_prior
+from latentgen.finetuning.prior import CHECKED, prior_prompts, render_prior
 from latentgen.finetuning.prove import Proof, look, prove
 from latentgen.finetuning.settings import Chosen, Finetune, choose
 from latentgen.image import to_bytes
@@ -243,16 +243,7 @@ class _Lesson:
 
     @property
     def _prior_prompts(self) -> list[str]:
-        """The class, plain and in the ways that the starting weights' own prompts name (", twemoji"), and these prompts
-        in turn with it: none of it is to change.
-        """
-        others = self.base.prompts
-        ways = ("", *dict.fromkeys(told[told.index(",") :] for told in others if "," in told))
-        return [
-            told
-            for turn in range(int(self.what.prior_pictures or 0))
-            for told in (self.of_class + ways[turn % len(ways)], others[turn % len(others)])
-        ]
+        return prior_prompts(self.of_class, self.base.prompts, int(self.what.prior_pictures or 0))
 
     @property
     def of_class(self) -> str:

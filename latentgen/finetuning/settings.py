@@ -166,7 +166,7 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
     each = {"dreambooth": 300, "textual-inversion": 600 if small else 300}.get(asked.method, 80)
     samples = max(1600, min(each * pictures, 9600)) if small else max(800, min(each * pictures, 6400))
     open_["steps"] = (math.ceil(samples / batch), f"{few}, each seen about {samples / pictures:.0f} times")
-    rates = {"full": (2e-4, 1e-5), "textual-inversion": (2e-2, 5e-3), "lokr": (2e-3, 3e-4)}
+    rates = {"full": (2e-4, 1e-5), "textual-inversion": (2e-2, 5e-3), "lokr": (2e-3, 3e-4), "style": (3e-4, 1e-4)}
     kind = "full" if asked.method == "dreambooth" and asked.on == "full" else asked.method
     open_["rate"] = (rates.get(kind, (1e-3, 1e-4))[not small], f"{how}; {asked.method}")
     if asked.adapter is not None:

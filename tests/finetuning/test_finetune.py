@@ -18,6 +18,7 @@ from latentgen import InputError, Pipeline, finetune
 from latentgen.checkpoint.defaults import write_defaults
 from latentgen.finetuning import prove
 from latentgen.finetuning.examples import count_pictures
+from latentgen.finetuning.prior import prior_prompts
 from latentgen.finetuning.settings import Finetune, Start, choose
 from latentgen.recipe import explained, read_table
 from tests.forked import Verb, verb
@@ -242,6 +243,15 @@ def test_dreambooth_keeps_to_what_the_starting_weights_answer(
         firsts[prior] = next(entry for entry in map(json.loads, log.read_text().splitlines()) if "prior" in entry)
     assert firsts["answers"]["step"] == firsts["pictures"]["step"] == 1
     assert firsts["answers"]["prior"] < 1e-6 < 1e-2 < firsts["pictures"]["prior"]
+
+
+def test_half_of_the_class_that_is_kept_to_is_plain_and_half_in_the_ways_that_are_known() -> None:
+    others = ["a red apple, noto", "a cat, twemoji", "a dog"]
+    found = prior_prompts("a robot", others, 6)
+    named = ["a robot", "a robot, noto", "a robot", "a robot, twemoji", "a robot", "a robot"]
+    assert found[::2] == named and found[1::2] == [*others, *others]
+    assert prior_prompts("a robot", ["a dog"], 2) == ["a robot", "a dog", "a robot", "a dog"]
+    assert prior_prompts("a robot", others, 0) == []
 
 
 def test_what_is_kept_to_is_chosen_by_what_there_is_room_for() -> None:
