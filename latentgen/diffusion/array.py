@@ -74,7 +74,7 @@ def like(values: Any, model: Array) -> Array:
 def increase(x: Array, share: Any, y: Array) -> Array:
     """x + share·y, in x's own memory: a tensor does it in one pass (`add_`), an array in two."""
     if is_number(share) and hasattr(x, "add_"):
-        return x.add_(y, alpha=share)
+        return x.add_(y, alpha=float(share))
     x += share * y
     return x
 

@@ -11,7 +11,7 @@ from numpy.polynomial.hermite_e import hermeval
 from scipy import stats
 
 from latentgen.diffusion import noise
-from latentgen.diffusion.noise import Noise, parted
+from latentgen.diffusion.noise import Noise, parted, quick_normal
 from latentgen.errors import InputError
 
 
@@ -85,3 +85,23 @@ def test_a_walk_told_beforehand_has_normal_independent_increments_and_refines_a_
     again = Noise([5]).brownian(fine)
     backwards = {span: again.step(0, like, span)[0] for span in reversed(list(pairwise(fine)))}
     assert all(np.array_equal(piece, backwards[span]) for span, piece in pieces.items())  # a function, no stream
+
+
+def test_a_step_by_its_middle_draws_nothing_twice_and_is_the_step_walked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn, levels, like = [], [0.13 * k - 6 for k in range(60)], np.zeros((1, 64), dtype=np.float32)
+
+    def counted(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+        drawn.append(stream)
+        return quick_normal(seed, stream, shape)
+
+    monkeypatch.setattr(noise, "quick_normal", counted)
+    path, at_once = (Noise([5]).brownian(levels) for _ in range(2))
+    walked = []
+    for now, middle, after in zip(levels[::2], levels[1::2], levels[2::2], strict=False):
+        path.step(0, like, (now, middle))
+        walked.append(path.step(0, like, (now, after)))
+    assert len(drawn) == len(set(drawn)) >= len(levels)
+    for (now, after), step in zip(pairwise(levels[::2]), walked, strict=True):
+        np.testing.assert_array_equal(step, at_once.step(0, like, (now, after)))
