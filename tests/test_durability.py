@@ -4,60 +4,18 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Verb
+
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "tests" / "data" / "icons"
 KILLS = 10
-# Runs a recipe in children that are forked after the imports, so that a start costs no ten seconds. A child is killed
-# when it has said the line it is asked to (or a later one, or that its stage was done before) and a moment has passed;
-# without a line it runs to its end.
-DRIVER = """
-import json, os, select, signal, sys, time
-from pathlib import Path
-import diffusers, transformers, torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
-from latentgen import build
-recipe, data = map(Path, sys.argv[1:])
-
-def named(line):
-    return line.split(",")[0]
-
-def attempt(out, order=None, until=None, moment=0.0):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reader)
-        code = 1
-        try:
-            build.train(recipe, Path(out), data, lambda line: os.write(writer, (line + "\\n").encode()))
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writer)
-    said = []
-    with os.fdopen(reader) as lines:
-        for line in lines:
-            said.append(named(line.strip()))
-            if until is not None and (
-                (said[-1] in order and order.index(said[-1]) >= until)
-                or said[-1].startswith(order[until].split(":")[0] + ": done before")
-            ):
-                time.sleep(moment)
-                os.kill(child, signal.SIGKILL)
-                break
-    _, status = os.waitpid(child, 0)
-    return said, os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-
-for line in sys.stdin:
-    asked = json.loads(line)
-    print(json.dumps(attempt(**asked)), flush=True)
-"""
 
 
 def small(folder: Path) -> tuple[Path, Path]:
@@ -82,41 +40,37 @@ def small(folder: Path) -> tuple[Path, Path]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_a_run_killed_at_ten_random_moments_ends_in_the_same_weights_to_the_bit(tmp_path: Path) -> None:
     recipe, data = small(tmp_path)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(recipe), str(data)],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert driver.stdin is not None and driver.stdout is not None
 
-    def attempt(name: str, **asked: object) -> tuple[list[str], bool, int]:
-        assert driver.stdin is not None and driver.stdout is not None
-        driver.stdin.write(json.dumps({"out": str(tmp_path / name), **asked}) + "\n")
-        driver.stdin.flush()
-        said, killed, status = json.loads(driver.stdout.readline())
-        return said, killed, status
+    def attempt(
+        name: str, order: Sequence[str] = (), until: int | None = None, moment: float = 0
+    ) -> tuple[list[str], int]:
+        """What a run said, and its exit code. It is killed when it has said the line that is asked for (or a later
+        one, or that its stage was done before) and a moment has passed; without one it runs to its end."""
+        run, said = Verb("train", recipe, "--data", data, "--out", tmp_path / name), list[str]()
+        for line in run.lines():
+            said.append(line.strip().split(",")[0])
+            if until is not None and (
+                (said[-1] in order and order.index(said[-1]) >= until)
+                or said[-1].startswith(order[until].split(":")[0] + ": done before")
+            ):
+                time.sleep(moment)
+                run.signal(signal.SIGKILL)
+                break
+        return said, run.wait()
 
-    try:
-        said, killed, status = attempt("whole")
-        assert status == 0, said
-        order = list(dict.fromkeys(said))
-        last = next(number for number, line in enumerate(order) if "wrote" in line)
-        choose = random.Random(int.from_bytes(os.urandom(4), "big"))
-        moments = sorted(choose.randrange(last) for _ in range(KILLS))
-        stages = []
-        for until in moments:
-            said, killed, status = attempt("killed", order=order, until=until, moment=choose.random() * 0.2)
-            assert killed, (moments, said, status)
-            stages.append(said[-1].split(":")[0])
-        said, killed, status = attempt("killed")
-        assert status == 0, (moments, said)
-    finally:
-        driver.stdin.close()
-        driver.wait(60)
+    said, code = attempt("whole")
+    assert code == 0, said
+    order = list(dict.fromkeys(said))
+    last = next(number for number, line in enumerate(order) if "wrote" in line)
+    choose = random.Random(int.from_bytes(os.urandom(4), "big"))
+    moments = sorted(choose.randrange(last) for _ in range(KILLS))
+    stages = []
+    for until in moments:
+        said, code = attempt("killed", order, until, choose.random() * 0.2)
+        assert code == -signal.SIGKILL, (moments, said, code)
+        stages.append(said[-1].split(":")[0])
+    said, code = attempt("killed")
+    assert code == 0, (moments, said)
     weights = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors"))
     assert len(weights) == 3 and len(stages) == KILLS
     for path in weights:
