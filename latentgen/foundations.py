@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel
 
 from latentgen.data import Buckets, Ledger
+from latentgen.data.remote import as_told
 from latentgen.durable import write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
@@ -109,7 +110,9 @@ class Foundations:
             self.report(f"data: buckets {data.shaped_line}")
         if remark:
             self.report(remark)
-        self.report(f"data: {len(data.pictures)} pictures to train on, {len(data.held)} held out, from {self.folder}")
+        self.report(
+            f"data: {len(data.pictures)} pictures to train on, {len(data.held)} held out, from {as_told(self.folder)}"
+        )
         return data
 
     # --- tokenizer
@@ -184,7 +187,7 @@ class Foundations:
         tower = self.clip.vision_model if terms.perceptual else None
         seen = content_of(tower) if tower is not None else None
         place = self._place(
-            "vae", form, _told(what.loss, "equivariance"), loop_of(what.train), self.data.fingerprint, seen
+            "vae", form, _told(what.loss, "equivariance", "matching"), loop_of(what.train), self.data.fingerprint, seen
         )
         self._seed()
         vae = create.autoencoder(size=size, **form)

@@ -1,6 +1,5 @@
 """Tar shards and saved data sets are read as folders are: every member and row used or listed, nothing unpacked."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -12,36 +11,10 @@ from PIL import Image
 from latentgen.data import hold_out, load_pixels, read_folder, write_ledger, write_page
 from latentgen.errors import InputError
 from tests.forked import verb
+from tests.shards import Served, png, tar, webshards
 
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "tests" / "data" / "icons"
-
-
-def png(colour: tuple[int, int, int]) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def tar(path: Path, *members: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
-
-
-def webshards(folder: Path, count: int = 10, each: int = 4) -> Path:
-    """Shards that the webdataset package wrote."""
-    webdataset = pytest.importorskip("webdataset")
-    folder.mkdir(parents=True)
-    with webdataset.ShardWriter(f"{folder}/%03d.tar", maxcount=each, verbose=0) as writer:
-        for n in range(count):
-            table = {"caption": f"number {n}", "captions": ["a colour"], "split": "test" if n == 3 else None, "n": n}
-            writer.write({"__key__": f"part/{n:05d}", "png": png((20 * n, 0, 0)), "txt": f"shade {n}", "json": table})
-    return folder
 
 
 def test_shards_hold_what_the_webdataset_package_reads_in_them(tmp_path: Path) -> None:
@@ -241,7 +214,7 @@ def test_a_saved_data_set_without_pictures_captions_or_sense_is_refused(tmp_path
 
 
 @pytest.mark.slow
-def test_doctor_and_a_run_take_shards(tmp_path: Path) -> None:
+def test_doctor_takes_shards_and_a_run_those_at_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [json.loads(line) for line in (ICONS / "metadata.jsonl").read_text().splitlines()]
     chosen = [entry for entry in entries if entry["split"] == "test"][:2]
     chosen += [entry for entry in entries if entry["split"] == "train"][:14]
@@ -261,7 +234,10 @@ def test_doctor_and_a_run_take_shards(tmp_path: Path) -> None:
     }
     recipe = tmp_path / "tiny.toml"
     recipe.write_text((ROOT / "tests" / "data" / "tiny.toml").read_text().replace("batch = 32", "batch = 8"))
-    done = verb("train", recipe, "--data", pattern, "--out", tmp_path / "out")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    with Served(tmp_path / "set") as served:
+        done = verb("train", recipe, "--data", f"{served.url}/{{0..1}}.tar", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    assert f"held out, from {served.url}/{{0..1}}.tar" in done.stderr and sorted(served.fetched) == ["0.tar", "1.tar"]
     assert "14 pictures to train on, 2 held out" in done.stderr
     assert "data: 34 files: 16 used, 16 description, 2 container" in done.stderr

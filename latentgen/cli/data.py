@@ -118,12 +118,13 @@ def print_ledger(ledger: Ledger) -> None:
     from rich.table import Table
 
     from latentgen.data.ledger import REMARKS, STATUSES
+    from latentgen.data.remote import as_told
 
     console = Console()
     files = ledger.files
     counts = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     counts.add_column(justify="right")
-    counts.add_row(str(sum(files.values())), "files", f"in {escape(str(ledger.root))}", style="bold")
+    counts.add_row(str(sum(files.values())), "files", f"in {escape(as_told(ledger.root))}", style="bold")
     for status, count in files.items():
         counts.add_row(str(count), status, STATUSES[status])
     counts.add_row()

@@ -62,7 +62,7 @@ class Opener:
                 upright = ImageOps.exif_transpose(image)
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
                 return self._opened(upright, image.mode, frames, size[::-1] if turned else size)
-        except CannotDecode:
+        except (CannotDecode, InputError):  # the second is of what is not the picture's fault
             raise
         except Exception as error:  # decoders raise whatever they like on a broken file
             if isinstance(error, Image.UnidentifiedImageError):

@@ -17,6 +17,7 @@ from latentgen.data.buckets import Buckets, keep_fitting
 from latentgen.data.decode import BACKGROUND, Opener
 from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden
 from latentgen.data.picture import Box, Picture, Problem, Stored
+from latentgen.data.remote import as_told
 from latentgen.data.survey import Facts, Progress, Survey
 
 STATUSES = {
@@ -156,7 +157,7 @@ class Ledger:
     def as_json(self) -> str:
         """The ledger as a JSON file."""
         told = {
-            "folder": str(self.root),
+            "folder": as_told(self.root),
             "size": self.size,
             "background": self.background,
             "context": self.context,

@@ -9,6 +9,7 @@ from pathlib import Path
 from latentgen.data.decode import CannotDecode, Opener
 from latentgen.data.ledger import REMARKS, STATUSES, Entry, Ledger
 from latentgen.data.picture import Picture
+from latentgen.data.remote import as_told
 from latentgen.durable import write_file
 from latentgen.page import document, sheet, table
 
@@ -26,7 +27,7 @@ def write_page(ledger: Ledger) -> str:
     left_out = [status for status in STATUSES if status not in ("used", "description", "container")]
     kinds = [(s, [entry for entry in ledger.entries if entry.status == s]) for s in left_out] + kinds
     kinds.append(("used", [entry for entry in ledger.entries if entry.status == "used"]))
-    name = html.escape(str(ledger.root))
+    name = html.escape(as_told(ledger.root))
     size = f"{ledger.size} x {ledger.size} pixels" if ledger.size else "squares of their own size"
     body = [
         f"<h1>{name}</h1><p>{sum(ledger.files.values())} files. Pictures become {size}; transparent ones lie on "
@@ -40,7 +41,7 @@ def write_page(ledger: Ledger) -> str:
             more = f"; {SHOWN} of them are shown" if len(entries) > SHOWN else ""
             body.append(f"<h2>{kind}: {len(entries)}{more}</h2><p>{html.escape(words[kind])}</p>")
             body.append(sheet(_figure(ledger, entry, small) for entry in entries[:SHOWN]))
-    return document(str(ledger.root), body)
+    return document(as_told(ledger.root), body)
 
 
 def keep_ledger(ledger: Ledger, folder: Path) -> Path:

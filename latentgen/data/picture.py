@@ -1,5 +1,6 @@
 """One picture and what is said of it; and a file that is not used, with the reason."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +10,31 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the f
 Kind = Literal["unreadable", "without caption", "not a picture", "named again", "hidden", "does not fit"]
 
 
+def stamp_of(path: Path) -> list[int]:
+    """When a file was written, in nanoseconds, and its bytes; zeros where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [0, 0]
+    return [status.st_mtime_ns, status.st_size]
+
+
 class Stored(Protocol):
     """Where the bytes of a picture stand that is no file of its own: a member of a shard, a row of a table."""
 
     @property
     def container(self) -> Path:
-        """The file on the disk that holds them."""
+        """The file that holds them, on the disk or at an address."""
+
+    @property
+    def stamp(self) -> list[int]:
+        """What changes when that file does."""
 
     def read(self) -> bytes:
         """The bytes, as a picture file would have them. Raises OSError."""
+
+    def digest(self) -> bytes:
+        """Their SHA-256. Raises OSError."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +54,21 @@ class Picture:
 
     @property
     def file(self) -> Path:
-        """The file on the disk that its bytes are in."""
+        """The file that its bytes are in."""
         return self.stored.container if self.stored is not None else self.path
+
+    @property
+    def stamp(self) -> list[int]:
+        """What changes when that file does."""
+        return self.stored.stamp if self.stored is not None else stamp_of(self.path)
 
     def read(self) -> bytes:
         """The bytes of its picture file. Raises OSError."""
         return self.stored.read() if self.stored is not None else self.path.read_bytes()
+
+    def digest(self) -> bytes:
+        """The SHA-256 of its picture file, 32 bytes. Raises OSError."""
+        return self.stored.digest() if self.stored is not None else hashlib.sha256(self.read()).digest()
 
 
 @dataclass(frozen=True)

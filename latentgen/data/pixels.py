@@ -102,7 +102,7 @@ def _keys(pictures: Sequence[Picture], shape: Shape, opener: Opener, pool: Execu
 def _file_digest(picture: Picture) -> bytes:
     """32 bytes; a file that cannot be read has a digest of its own, so that it is decoded anew once it can."""
     try:
-        return hashlib.sha256(picture.read()).digest()
+        return picture.digest()
     except OSError as error:
         return hashlib.sha256(f"unreadable: {error.strerror}".encode()).digest()
 

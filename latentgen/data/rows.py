@@ -4,6 +4,7 @@ One column holds pictures (the feature `Image`); captions are in `text`, `captio
 table, and every other column is kept. Of a DatasetDict each part is a split of its own name.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from latentgen.data.folder import CaptionedFolder
 from latentgen.data.metadata import clean_captions, entry_captions
-from latentgen.data.picture import Picture, Problem
+from latentgen.data.picture import Picture, Problem, stamp_of
 from latentgen.errors import InputError
 
 MARKS = ("dataset_dict.json", "state.json")  # one of them stands in a folder that save_to_disk wrote
@@ -26,6 +27,15 @@ class Row:
     column: str
     number: int
     table: Any = field(compare=False, repr=False)
+
+    @property
+    def stamp(self) -> list[int]:
+        """What changes when its table does."""
+        return stamp_of(self.container)
+
+    def digest(self) -> bytes:
+        """The SHA-256 of its bytes."""
+        return hashlib.sha256(self.read()).digest()
 
     def read(self) -> bytes:
         """The bytes of the picture's file. Raises OSError, also where the row holds none."""

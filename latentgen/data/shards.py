@@ -3,9 +3,11 @@
 A member's key is its name up to the first dot of its last part, the rest is what it is: `jpg`, `txt`, `json`. Captions
 come from the .txt or .caption member (one a line) and from the .json one (`text`, `caption`, `captions`; `split` and
 every other column as in a metadata table). Members are read where they stand in the tar, so that nothing is unpacked.
-Every member is used or listed; a broken description costs its own sample, not the run.
+Every member is used or listed; a broken description costs its own sample, not the run. Shards at an address are fetched
+when their members are read (`data.remote`).
 """
 
+import hashlib
 import json
 import re
 import tarfile
@@ -16,7 +18,8 @@ from typing import Any
 
 from latentgen.data.folder import PICTURES, SIDECARS, CaptionedFolder, caption_of_name, is_hidden
 from latentgen.data.metadata import clean_captions, entry_captions
-from latentgen.data.picture import Picture, Problem
+from latentgen.data.picture import Picture, Problem, stamp_of
+from latentgen.data.remote import RemoteTar, as_told
 from latentgen.errors import InputError
 
 TAR, PRESSED = ".tar", (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -27,18 +30,37 @@ _KEY = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
 class Member:
     """A stretch of an uncompressed tar: the content of one member."""
 
-    container: Path
+    tar: Path | RemoteTar
     offset: int
     length: int
+    sha256: str = ""
+    text: str | None = field(default=None, repr=False)  # its bytes, each a character, of what captions are in
+
+    @property
+    def container(self) -> Path:
+        """The path of the tar, or the address as a path."""
+        return self.tar if isinstance(self.tar, Path) else self.tar.place
+
+    @property
+    def stamp(self) -> list[int]:
+        """What changes when the tar does."""
+        return stamp_of(self.tar) if isinstance(self.tar, Path) else self.tar.stamp
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError where the tar has become shorter."""
-        with self.container.open("rb") as file:
+        """Its bytes. Raises OSError where the tar has become shorter, InputError where it cannot be fetched."""
+        if self.text is not None:
+            return self.text.encode("latin-1")
+        file = self.tar.open("rb") if isinstance(self.tar, Path) else self.tar.store.open(self.tar)
+        with file:
             file.seek(self.offset)
             data = file.read(self.length)
         if len(data) < self.length:
-            raise OSError(f"{self.container.name} ends before its member does")
+            raise OSError(f"{self.tar.name} ends before its member does")
         return data
+
+    def digest(self) -> bytes:
+        """The SHA-256 of its bytes, without reading them where it is known."""
+        return bytes.fromhex(self.sha256) if self.sha256 else hashlib.sha256(self.read()).digest()
 
 
 @dataclass
@@ -67,18 +89,23 @@ def is_pattern(name: str) -> bool:
     return name.endswith(TAR) or ("{" in name and "}" in name and name.endswith(PRESSED))
 
 
-def expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[str]:
+    """The names that a brace pattern stands for, in order."""
+    if "{" not in pattern:
+        return [pattern]
+    try:
+        from braceexpand import braceexpand
+    except ImportError:
+        raise InputError(f'{pattern} is a pattern, which needs pip install "latentgen[shards]"') from None
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:  # its UnbalancedBracesError
+        raise InputError(f"{pattern} is no pattern ({error}); write as in shards/{{000..012}}.tar") from None
+
+
+def tars_of(pattern: str) -> list[Path]:
     """The tars that a brace pattern names, in order. Raises InputError for those that are missing."""
-    paths = [Path(pattern)]
-    if "{" in pattern:
-        try:
-            from braceexpand import braceexpand
-        except ImportError:
-            raise InputError(f'{pattern} is a pattern, which needs pip install "latentgen[shards]"') from None
-        try:
-            paths = [Path(name) for name in braceexpand(pattern)]
-        except ValueError as error:  # its UnbalancedBracesError
-            raise InputError(f"{pattern} is no pattern ({error}); write as in shards/{{000..012}}.tar") from None
+    paths = [Path(name) for name in expand(pattern)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" ({len(missing)} of {len(paths)} are missing)" if len(paths) > 1 else ""
@@ -86,7 +113,9 @@ def expand(pattern: str) -> list[Path]:
     return paths
 
 
-def read_shards(root: Path, tars: Sequence[Path], captions: str, others: Sequence[Path] = ()) -> CaptionedFolder:
+def read_shards(
+    root: Path, tars: Sequence[Path] | Sequence[RemoteTar], captions: str, others: Sequence[Path] = ()
+) -> CaptionedFolder:
     """The samples of tars, in order. root: the folder their names are told relative to; captions: as `read_folder`.
 
     others: files beside them that are no tars, to be listed. Raises InputError where no sample can be used.
@@ -102,21 +131,21 @@ def read_shards(root: Path, tars: Sequence[Path], captions: str, others: Sequenc
     if not read.pictures:
         first = f" ({read.problems[0].path}: {read.problems[0].reason})" if read.problems else ""
         raise InputError(
-            f"{root} holds {len(tars)} tar shards but no captioned pictures{first}; put 0001.jpg and 0001.txt or "
-            "0001.json into them"
+            f"{as_told(root)} holds {len(tars)} tar shards but no captioned pictures{first}; put 0001.jpg and 0001.txt "
+            "or 0001.json into them"
         )
-    files = (*tars, *others)
-    return CaptionedFolder(
-        root, tuple(read.pictures), tuple(read.problems), tuple(read.descriptions), tuple(tars), files
-    )
+    places = tuple(tar if isinstance(tar, Path) else tar.place for tar in tars)
+    found = (tuple(read.pictures), tuple(read.problems), tuple(read.descriptions))
+    return CaptionedFolder(root, *found, places, (*places, *others))
 
 
-def _samples(tar: Path, read: _Read) -> Iterator[tuple[str, _Sample]]:
+def _samples(tar: Path | RemoteTar, read: _Read) -> Iterator[tuple[str, _Sample]]:
     """The members of a tar grouped by key, keys in the order met; what belongs to none is listed."""
+    place = tar if isinstance(tar, Path) else tar.place
     samples: dict[str, _Sample] = {}
     seen: dict[Path, int] = {}
     for name, kind, member in _members(tar, read):
-        path = tar / name
+        path = place / name
         seen[path] = seen.get(path, 0) + 1
         if seen[path] > 1:
             again = path.with_name(f"{path.name}#{seen[path]}")
@@ -136,22 +165,55 @@ def _samples(tar: Path, read: _Read) -> Iterator[tuple[str, _Sample]]:
     yield from samples.items()
 
 
-def _members(tar: Path, read: _Read) -> Iterator[tuple[str, str, Member]]:
+def _members(tar: Path | RemoteTar, read: _Read) -> Iterator[tuple[str, str, Member]]:
     """Each member's name, why it is no file ("" if it is one), and its place; a tar that is cut is listed itself."""
-    count, size = 0, tar.stat().st_size
+    count = 0
     try:
-        with tarfile.open(tar, "r:") as file:
-            while (info := file.next()) is not None:
-                if info.isdir():
-                    continue
-                if info.offset_data + info.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                count += 1
-                why = "" if info.isreg() else "a link or a device, not a file"
-                yield info.name.removeprefix("./"), why, Member(tar, info.offset_data, info.size)
+        rows = _scan(tar) if isinstance(tar, Path) else _written_down(tar)
+        for name, why, *place in rows:
+            count += 1
+            yield name, why, Member(tar, *place)
     except (tarfile.TarError, OSError, ValueError) as error:
         rest = f"after {count} members, which are used" if count else "at its start"
-        read.refuse(tar, f"is no whole, uncompressed tar ({error}, {rest}); write it anew", "unreadable")
+        broken = f"is no whole, uncompressed tar ({error}, {rest}); write it anew"
+        read.refuse(tar if isinstance(tar, Path) else tar.place, broken, "unreadable")
+
+
+def _scan(path: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Name, why it is no file, first byte and length of each member. Raises where the tar is broken."""
+    size = path.stat().st_size
+    with tarfile.open(path, "r:") as file:
+        while (info := file.next()) is not None:
+            if info.isdir():
+                continue
+            if info.offset_data + info.size > size:
+                raise tarfile.ReadError("unexpected end of data")
+            why = "" if info.isreg() else "a link or a device, not a file"
+            yield info.name.removeprefix("./"), why, info.offset_data, info.size
+
+
+def _written_down(tar: RemoteTar) -> Iterator[list[Any]]:
+    """As `_scan`, and the SHA-256 and text of each member: the shard is fetched only where it was never listed."""
+    told = tar.listed(_list)
+    yield from told["members"]
+    if told["broken"]:
+        raise tarfile.ReadError(told["broken"])
+
+
+def _list(path: Path) -> dict[str, Any]:
+    members: list[list[Any]] = []
+    broken = ""
+    with path.open("rb") as file:
+        try:
+            for name, why, offset, length in _scan(path):
+                file.seek(offset)
+                data = file.read(length)
+                said = Path(name).suffix in (*SIDECARS, ".json") and not why
+                text = data.decode("latin-1") if said else None
+                members.append([name, why, offset, length, hashlib.sha256(data).hexdigest(), text])
+        except (tarfile.TarError, OSError, ValueError) as error:
+            broken = str(error)
+    return {"members": members, "broken": broken}
 
 
 def _judge(key: str, sample: _Sample, captions: str, read: _Read) -> None:

@@ -86,7 +86,7 @@ class Survey:
         found: list[Facts] = []
 
         def one(item: tuple[str, Picture]) -> tuple[list[int], Facts]:
-            stamp = _stamp(item[1].file)
+            stamp = item[1].stamp
             known = self._known.get(item[0])
             return stamp, see(item[1], Facts(**known[2]) if known is not None and known[:2] == stamp else None)
 
@@ -129,14 +129,6 @@ def difference_hash(image: Image.Image) -> int:
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
     bits = grey[:, :-1] - grey[:, 1:] > STEP
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def _stamp(path: Path) -> list[int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return [0, 0]
-    return [status.st_mtime_ns, status.st_size]
 
 
 def _brief(facts: Facts) -> Mapping[str, Any]:

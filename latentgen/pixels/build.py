@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from latentgen.data import Buckets, CaptionedFolder, Ledger, Pixels
 from latentgen.data.page import keep_ledger
+from latentgen.data.remote import as_told
 from latentgen.durable import alone, write_file
 from latentgen.errors import InputError
 from latentgen.models.pixel import pixel_unet
@@ -153,7 +154,9 @@ class PixelRun:
         taught, tested = (np.array([number[name] for name in names]) for names in (told, data.held_captions))
         train = LabelledPictures(self._planes(data.pixels, f"train-{data.fingerprint}"), taught)
         held = LabelledPictures(self._planes(data.held_pixels, f"held-{data.fingerprint}"), tested)
-        self.report(f"data: {len(train)} pictures of {len(classes)} classes, {len(held)} held out, from {self.folder}")
+        self.report(
+            f"data: {len(train)} pictures of {len(classes)} classes, {len(held)} held out, from {as_told(self.folder)}"
+        )
         return train, held, data.weights, data.fingerprint, classes
 
     def _planes(self, pixels: np.ndarray, name: str) -> np.ndarray:

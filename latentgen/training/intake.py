@@ -25,6 +25,7 @@ from latentgen.data import (
     write_ledger,
 )
 from latentgen.data.decode import Opener
+from latentgen.data.remote import as_told
 from latentgen.data.survey import Facts, Survey
 from latentgen.errors import InputError
 from latentgen.training.captions import CaptionTable
@@ -159,8 +160,8 @@ def divide(root: Path, pixels: Pixels, held_out: str, weights: Mapping[str, Mapp
     held = np.array([picture.split == held_out for picture in pixels.pictures])
     if held.all() or not held.any():
         raise InputError(
-            f"{root}: {'all' if held.all() else 'no'} pictures are held out (split {held_out!r}); mark about a "
-            f'twentieth of them with "split": "{held_out}", or none and set hold_out = 0.05 in [data]'
+            f"{as_told(root)}: {'all' if held.all() else 'no'} pictures are held out (split {held_out!r}); mark about "
+            f'a twentieth of them with "split": "{held_out}", or none and set hold_out = 0.05 in [data]'
         )
     taught = [picture for picture, out in zip(pixels.pictures, held, strict=True) if not out]
     tested = [picture for picture, out in zip(pixels.pictures, held, strict=True) if out]
