@@ -23,7 +23,7 @@ from latentgen.recipe import Recipe, read_kind, read_recipe
 from latentgen.training import board, finish
 from latentgen.training.cache import content_of
 from latentgen.training.captions import CaptionTable, Variety
-from latentgen.training.decoder import DecoderObjective, Drawing, Painter
+from latentgen.training.decoder import DecoderLoss, DecoderObjective, Drawing, Painter
 from latentgen.training.denoise import DenoiseObjective, Denoising
 from latentgen.training.features import FeatureObjective, FeatureTerms, patch_items
 from latentgen.training.loop import LoopSettings
@@ -85,8 +85,7 @@ class Run(Foundations):
         what, data = self.recipe.unet, self.data
         vae, text = self.vae, self.text_encoder
         upstream = (content_of(vae), content_of(text), data.fingerprint)
-        form = what.model_dump(include={"channels", "layers", "head_width"})
-        form |= {key: value for key in ("pooled", "dropout") if (value := getattr(what, key))}
+        form = self._asked_unet
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
         if what.times != "uniform":
@@ -97,15 +96,10 @@ class Run(Foundations):
             captions, goal = CaptionTable(data.pictures, variety), {**goal, "variety": asdict(variety)}
         shaped = (data.shaped.fingerprint, data.held_shaped.fingerprint) if data.shaped and data.held_shaped else ()
         place = self._place("unet", form, goal, loop_of(what.train), *upstream, *self._started(), *shaped)
-        channels, side = (
-            vae.config.latent_channels,
-            self.recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
-        )
-        width = text.config.hidden_size
         train_latents, train_states = self._shaped_latents(data.pixels, data.shaped), self._states(captions.texts)
         held = self._shaped_latents(data.held_pixels, data.held_shaped), self._states(data.held_captions)
         self._seed()
-        form |= {"latent_channels": channels, "latent_size": side, "text_width": width}
+        form = self._unet_form
         unet = self._first_unet(form)
         shard(unet, self.accelerator, LoopSettings(**what.train.model_dump()))
         plan = from_config(scheduler_config(self.recipe))
@@ -120,6 +114,21 @@ class Run(Foundations):
             objective = FeatureObjective(*parts, terms=terms, targets=targets, sheet=lambda: self.sheet(unet))
         figures = self._run("unet", objective, what.train, what.gate, place)
         return unsharded(unet, lambda: create.unet(**form)).eval(), figures
+
+    @property
+    def _asked_unet(self) -> dict[str, Any]:
+        """The form the recipe asks of the U-Net."""
+        what = self.recipe.unet
+        form: dict[str, Any] = what.model_dump(include={"channels", "layers", "head_width"})
+        return form | {key: value for key in ("pooled", "dropout") if (value := getattr(what, key))}
+
+    @property
+    def _unet_form(self) -> dict[str, Any]:
+        """All that `create.unet` is given: the form asked for, and what follows from VAE and text encoder."""
+        config = self.vae.config
+        side = self.recipe.data.size // 2 ** (len(config.block_out_channels) - 1)
+        follows = {"latent_channels": config.latent_channels, "latent_size": side}
+        return {**self._asked_unet, **follows, "text_width": self.text_encoder.config.hidden_size}
 
     def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
         """The U-Net before its first step."""
@@ -142,8 +151,10 @@ class Run(Foundations):
         if what is None:
             return self.vae
         vae, plan = copy.deepcopy(self.vae), from_config(scheduler_config(self.recipe))
+        terms = DecoderLoss(**what.loss.model_dump())
         drawing = Drawing(what.noise, what.drawn, what.depth, self.recipe.defaults.guidance_scale)
         upstream = (content_of(vae), content_of(unet), content_of(self.text_encoder), data.fingerprint)
+        self._seed()
         objective = DecoderObjective(
             vae,
             Painter(unet, plan, drawing.guidance),
@@ -155,8 +166,10 @@ class Run(Foundations):
             (self._latents(data.held_pixels), self._states(data.held_captions), data.held_pixels),
             self.accelerator,
             drawing=drawing,
+            terms=terms,
         )
-        place = self._place("decoder", asdict(drawing), loop_of(what.train), *upstream)
+        told = {**asdict(drawing), **(asdict(terms) if terms != DecoderLoss() else {})}
+        place = self._place("decoder", told, loop_of(what.train), *upstream)
         self._run("decoder", objective, what.train, what.gate, place)
         return vae.eval().requires_grad_(False)
 

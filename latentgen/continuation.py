@@ -1,4 +1,4 @@
-"""A run that goes on from a finished weights folder: its U-Net trains on, all else is taken as it is.
+"""A run that goes on from a finished weights folder: its U-Net trains on, or its decoder alone; all else stays.
 
 But for a layout that the recipe asks for and the folder has not learned, which its text encoder learns first; and for
 the decoder, which is trained on for the new U-Net where the recipe asks for that.
@@ -30,16 +30,23 @@ ALIKE = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "num_trai
 
 
 def train_on(
-    recipe: Path, start: Path, out: Path | None = None, data: Path | None = None, report: Report = print
+    recipe: Path,
+    start: Path,
+    out: Path | None = None,
+    data: Path | None = None,
+    report: Report = print,
+    *,
+    only: str | None = None,
 ) -> Path:
     """Train the U-Net of the weights folder `start` further, as the recipe's [unet.train] says; as `build.train` else.
 
-    The tokenizer, the text encoder and the VAE are taken as they are. Returns the weights folder. Raises InputError
-    also where the U-Net, the schedule or the prediction is not the recipe's.
+    The tokenizer, the text encoder and the VAE are taken as they are. only: "decoder", where the U-Net too is taken as
+    it is. Returns the weights folder. Raises InputError also where the U-Net, the schedule or the prediction is not the
+    recipe's.
     """
     what = read_recipe(recipe)
     place = out or Path("weights") / what.name
-    return Continuation(what, place, data or what.data.folder, report, open_folder(start)).all()
+    return Continuation(what, place, data or what.data.folder, report, open_folder(start), only).all()
 
 
 def _form(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -63,11 +70,17 @@ def parts_before(figures: Mapping[str, Any], trained: Mapping[str, Any]) -> list
 
 @dataclass
 class Continuation(Run):
-    """A run of a recipe's last stage. The recipe's U-Net has to be of the form of the one it goes on from."""
+    """A run of a recipe's last stages. The recipe's U-Net has to be of the form of the one it goes on from.
+
+    only: the one stage that is run, "decoder"; None is all there are.
+    """
 
     start: Checkpoint
+    only: str | None = None
 
     def __post_init__(self) -> None:
+        if self.only == "decoder" and self.recipe.decoder is None:
+            raise InputError("--only decoder needs a [decoder] in the recipe; add it, with its [decoder.train]")
         if self.recipe.unet.align:
             raise InputError("align needs CLIP's image tower, which a finished folder does not hold; set align = 0")
         if self.start.has_second:
@@ -96,6 +109,14 @@ class Continuation(Run):
         """The autoencoder it started with."""
         vae: AutoencoderKL = load_part(self.start, "vae")
         return vae
+
+    @cached_property
+    def unet(self) -> tuple[UNet2DConditionModel, Mapping[str, float]]:
+        """The U-Net, trained on or as it is, and its figures."""
+        if self.only is None:
+            return super().unet
+        unet = self._first_unet(self._unet_form).requires_grad_(False).eval()
+        return unet.to(self.accelerator.device), self._before.get("unet", {})
 
     def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
         asked, trained = scheduler_config(self.recipe), self.start.config("scheduler")
@@ -129,8 +150,10 @@ class Continuation(Run):
         """Write the weights folder; the figures of what was taken as it is, and the parts before, stand there too."""
         before, recipe = self._before, self.start.folder / "recipe.json"
         told = read_json(recipe) if recipe.is_file() else {}
-        parts = parts_before(before.get("unet", {}), (told.get("unet") or {}).get("train") or {})
-        steps = {"steps_before": sum(part["steps"] for part in parts), "parts_before": parts}
         taken = {name: before[name] for name in ("clip", "layout", "vae", "decoder") if name in before}
-        kept = {**taken, **figures, "unet": {**figures["unet"], **steps}}
+        kept = {**taken, **figures}
+        if self.only is None:
+            parts = parts_before(before.get("unet", {}), (told.get("unet") or {}).get("train") or {})
+            steps = {"steps_before": sum(part["steps"] for part in parts), "parts_before": parts}
+            kept["unet"] = {**figures["unet"], **steps}
         super().save(unet, kept)

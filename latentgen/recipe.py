@@ -133,6 +133,12 @@ class Layout(Section):
     train: Train
 
 
+def _matching_needs_an_adversary(loss: Any) -> Any:
+    if loss.matching and not loss.adversary:
+        raise ValueError("matching is of an adversary's layers; set adversary above 0 too")
+    return loss
+
+
 class VaeLoss(Section):
     """Weights of the VAE's terms beside L1, each a mean over elements; `equivariance` is a part of the steps."""
 
@@ -140,7 +146,10 @@ class VaeLoss(Section):
     perceptual: Amount = 0.1
     adversary: Amount = 0.0
     adversary_start: Annotated[int, Field(ge=0)] = 0
+    matching: Amount = 0.0
     equivariance: Part = 0.0
+
+    _alone = model_validator(mode="after")(_matching_needs_an_adversary)
 
 
 class Vae(Section):
@@ -155,6 +164,16 @@ class Vae(Section):
     train: Train
 
 
+class DecoderLoss(Section):
+    """Weights of the decoder's terms beside L1, as the VAE's."""
+
+    adversary: Amount = 0.0
+    adversary_start: Annotated[int, Field(ge=0)] = 0
+    matching: Amount = 0.0
+
+    _alone = model_validator(mode="after")(_matching_needs_an_adversary)
+
+
 class Decoder(Section):
     """The VAE's decoder, trained on with the encoder frozen, on latents with noise of up to `noise` standard deviations
     and, for the part `drawn` of them, on latents that the U-Net drew from a time of up to `depth` (`training.decoder`).
@@ -163,6 +182,7 @@ class Decoder(Section):
     noise: Amount = 0.3
     drawn: Part = 0.5
     depth: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    loss: DecoderLoss = DecoderLoss()
     gate: dict[str, float] = {}
     train: Train
 

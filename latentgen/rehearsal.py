@@ -62,14 +62,19 @@ class Measured:
 
 
 def rehearse(
-    recipe: Path, out: Path | None, data: Path | None, report: Report, start: Path | None = None
+    recipe: Path,
+    out: Path | None,
+    data: Path | None,
+    report: Report,
+    start: Path | None = None,
+    only: str | None = None,
 ) -> list[Measured]:
     """Check a recipe, its data and its place, and say what each stage will take, from a few measured steps.
 
     What a stage would learn from is made up where an earlier stage would have to be trained for it: speed and memory
     do not depend on it. Each stage is also judged once and draws its sheet, and its gate is held to name figures that
-    there are. start: the weights folder that a run would go on from. Nothing is written but to a temporary folder.
-    Raises InputError as `build.train` would.
+    there are. start, only: the weights folder that a run would go on from, and what it would train
+    of it. Nothing is written but to a temporary folder. Raises InputError as `build.train` would.
     """
     run: Rehearsal | PixelRehearsal
     with tempfile.TemporaryDirectory(prefix="latentgen-") as scratch:
@@ -81,7 +86,7 @@ def rehearse(
             what = read_recipe(recipe)
             name, more = what.name, "what preparing takes"
             given = (what, Path(scratch) / name, data or what.data.folder, report)
-            run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_folder(start))
+            run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_folder(start), only)
         run.all()
         caches = run.caches + _size_mib(run.state / "cache")
     final = (out or Path("weights") / name).absolute()

@@ -108,6 +108,7 @@ def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Chang
         (put('name = "tiny"', 'name = "../tiny"'), "name is '../tiny': "),
         (put('prompts = ["a red', 'prompts = [] # ["a red'), r"sample.prompts is \[\]: "),
         (put("adversary = 0.02", "adversary = -0.1"), "vae.loss.adversary is -0.1: "),
+        (put("adversary = 0.02", "matching = 0.1"), "vae.loss: matching is of an adversary's layers; set adversary"),
         (put("chance = 0.01", 'chance = "high"'), "clip.gate.chance is 'high': "),
     ],
 )

@@ -214,6 +214,11 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
     assert "nowhere" in refused(verb("train", recipe, "--dry-run"))
 
 
+def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    (path,) = open_folder(folder).weights[part]
+    return load_file(path)
+
+
 def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_is(
     trained: tuple[Path, object], tmp_path: Path
 ) -> None:
@@ -223,10 +228,6 @@ def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_i
     done = verb("train", recipe, "--start", start, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "clip: " not in done.stderr and "vae: " not in done.stderr and "decoder: starts" in done.stderr
-
-    def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
-        (path,) = open_folder(folder).weights[part]
-        return load_file(path)
 
     for part in ("text_encoder", "vae"):  # but the decoder, which learns what the new U-Net draws
         before, after = weights(start, part), weights(out, part)
@@ -243,6 +244,37 @@ def test_a_run_goes_on_from_finished_weights_and_takes_all_but_the_u_net_as_it_i
     card = (out / "README.md").read_text()
     assert f"| unet | parts before | 16 steps of batch {told['batch']} at rate {told['rate']:g} |" in card
     assert after["unet"]["validation_loss"] < before["unet"]["validation_loss"]
+
+
+def test_the_decoder_alone_is_trained_on_where_only_that_is_asked_for(
+    trained: tuple[Path, object], tmp_path: Path
+) -> None:
+    start, out, recipe = trained[0], tmp_path / "more", tmp_path / "more.toml"
+    recipe.write_text(f"{TINY.read_text()}\n[decoder.loss]\nadversary = 0.1\nmatching = 0.1\n")
+    told = ("train", recipe, "--start", start, "--out", out, "--only", "decoder")
+    rehearsed = verb(*told, "--dry-run")
+    assert "decoder: " in rehearsed.stderr and "unet: " not in rehearsed.stderr and not out.exists()
+    done = verb(*told)
+    assert done.returncode == 0, done.stderr
+    assert "decoder: starts at step 0 of 12" in done.stderr and "fooled" in done.stderr and "unet: " not in done.stderr
+    for part in ("text_encoder", "unet", "vae"):
+        before, after = weights(start, part), weights(out, part)
+        assert before.keys() == after.keys()
+        learned = {name for name, value in before.items() if not torch.equal(value, after[name])}
+        assert bool(learned) == (part == "vae")
+        assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in learned)
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (start, out))
+    assert after["unet"] == before["unet"] and after["decoder"] != before["decoder"]
+
+
+def test_the_decoder_alone_needs_weights_and_a_recipe_for_it(trained: tuple[Path, object], tmp_path: Path) -> None:
+    alone = ("train", TINY, "--out", tmp_path / "out", "--only", "decoder")
+    assert "--only decoder needs the weights whose decoder it is; name them with --start" in refused(verb(*alone))
+    recipe = tmp_path / "without.toml"
+    head, _, rest = TINY.read_text().partition("[decoder.train]")
+    recipe.write_text(head + rest[rest.index("[defaults]") :])
+    told = ("train", recipe, "--out", tmp_path / "out", "--only", "decoder", "--start", trained[0])
+    assert "--only decoder needs a [decoder] in the recipe; add it, with its [decoder.train]" in refused(verb(*told))
 
 
 def test_a_run_that_goes_on_learns_a_layout_first_and_only_once(trained: tuple[Path, object], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,6 +40,10 @@ def train(
         Path | None,
         typer.Option(help="A weights folder to go on from: its U-Net trains on, all else is taken as it is."),
     ] = None,
+    only: Annotated[
+        Literal["decoder"] | None,
+        typer.Option(help="With --start: this stage alone is trained, the U-Net too is taken as it is."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, measure a few steps, say what it will take; no more.")
     ] = False,
@@ -57,16 +61,18 @@ def train(
     what = read_any_recipe(recipe)  # a mistake in it is said before what takes seconds is imported
     if start is not None and isinstance(what, PixelRecipe):
         raise InputError(f"{recipe} is a pixel recipe, which takes no --start; leave it away")
+    if only is not None and start is None:
+        raise InputError(f"--only {only} needs the weights whose {only} it is; name them with --start")
     if dry_run:
         from latentgen.rehearsal import rehearse
 
-        rehearse(recipe, out, data, report, start)
+        rehearse(recipe, out, data, report, start, only)
         return
     from latentgen import build, continuation
 
     if start is None:
         folder = build.train(recipe, out, data, report)
     else:
-        folder = continuation.train_on(recipe, start, out, data, report)
+        folder = continuation.train_on(recipe, start, out, data, report, only=only)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(folder)

@@ -27,14 +27,16 @@ if TYPE_CHECKING:
 class AutoencoderLoss:
     """Weights of the terms; each term is a mean over elements. `adversary_start` is a step of the run.
 
-    equivariance: how often, as a part of the steps, latents are turned and made smaller and have to decode to the
-    pictures turned and made smaller (Kouzelis et al. 2025, EQ-VAE): latents a diffusion model learns sooner.
+    matching: of the distance in the adversary's own layers (`Contest`). equivariance: how often, as a part of the
+    steps, latents are turned and made smaller and have to decode to the pictures turned and made smaller (Kouzelis et
+    al. 2025, EQ-VAE): latents a diffusion model learns sooner.
     """
 
     kl: float = 5e-4
     perceptual: float = 0.1
     adversary: float = 0.0
     adversary_start: int = 0
+    matching: float = 0.0
     equivariance: float = 0.0
 
 
@@ -60,6 +62,25 @@ class Perceptual(nn.Module):
         return [F.normalize(state, dim=-1) for state in hidden[1:]]
 
 
+@dataclass(frozen=True)
+class Contest:
+    """Scalars: `own` is the hinge loss of an adversary itself, `fooled` how real it finds what is not, negated, and
+    `matching` the L1 distance of real and found in its layers (Larsen et al. 2016; Wang et al. 2018, equation 4).
+    """
+
+    own: Tensor
+    fooled: Tensor
+    matching: Tensor
+
+    def loss(self, adversary: float, matching: float, *, started: bool) -> Tensor:
+        """What is descended by both sides, the networks that are judged listening once `started`."""
+        return self.own + float(started) * (adversary * self.fooled + matching * self.matching)
+
+    def terms(self) -> dict[str, Tensor]:
+        """For the log."""
+        return {"adversary": self.own, "fooled": self.fooled, "matching": self.matching}
+
+
 class Adversary(nn.Sequential):
     """Tells patches of real pictures from reconstructed ones (PatchGAN; Isola et al. 2017, section 3.2.2)."""
 
@@ -71,12 +92,23 @@ class Adversary(nn.Sequential):
         deeper = [*block(width, 2 * width), *block(2 * width, 4 * width)]
         super().__init__(*first, *deeper, nn.Conv2d(4 * width, 1, 3, 1, 1))
 
-    def losses(self, real: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """(hinge loss of the adversary itself, what the VAE descends), scalars; each reaches its own weights alone."""
-        own = F.relu(1 - self(real)).mean() + F.relu(1 + self(found.detach())).mean()
-        frozen = {name: weight.detach() for name, weight in self.named_parameters()}
-        fooled = -torch.func.functional_call(self, frozen, (found,)).mean()
-        return own, fooled
+    def contest(self, real: Tensor, found: Tensor) -> Contest:
+        """Pictures (B, 3, H, W) in [-1, 1]. `own` reaches the adversary's weights alone, all else `found` alone."""
+        *seen, right = self._layers(real)
+        *layers, fooled = self._layers(found, frozen=True)
+        own = F.relu(1 - right).mean() + F.relu(1 + self(found.detach())).mean()
+        apart = [(one - other.detach()).abs().mean() for one, other in zip(layers, seen, strict=True)]
+        return Contest(own, -fooled.mean(), torch.stack(apart).mean())
+
+    def _layers(self, x: Tensor, *, frozen: bool = False) -> list[Tensor]:
+        """What each activation says, and the verdict; frozen: no gradient reaches the weights."""
+        said = []
+        for layer in self:
+            own = {name: weight.detach() if frozen else weight for name, weight in layer.named_parameters()}
+            x = torch.func.functional_call(layer, own, (x,))
+            if isinstance(layer, nn.LeakyReLU):
+                said.append(x)
+        return [*said, x]
 
 
 class AutoencoderObjective:
@@ -125,10 +157,10 @@ class AutoencoderObjective:
             terms["perceptual"] = self._perceptual(*at_size(self._size, found, real)).mean()
             loss = loss + self._terms.perceptual * terms["perceptual"]
         if self._adversary is not None:
-            own, fooled = self._adversary.losses(real, found)
-            started = float(draw.step >= self._terms.adversary_start)
-            loss = loss + own + self._terms.adversary * started * fooled
-            terms |= {"adversary": own, "fooled": fooled}
+            contest = self._adversary.contest(real, found)
+            started = draw.step >= self._terms.adversary_start
+            loss = loss + contest.loss(self._terms.adversary, self._terms.matching, started=started)
+            terms |= contest.terms()
         return {"loss": loss, **terms}
 
     @torch.no_grad()

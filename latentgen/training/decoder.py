@@ -24,6 +24,7 @@ from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan
 from latentgen.models.network import unet_network
+from latentgen.training.autoencoder import Adversary
 from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import to_unit
 from latentgen.training.denoise import Latents, TextStates
@@ -58,6 +59,15 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class DecoderLoss:
+    """Weights of the terms beside L1, as in `AutoencoderLoss`; the adversary sees whatever the decoder makes."""
+
+    adversary: float = 0.0
+    adversary_start: int = 0
+    matching: float = 0.0
+
+
+@dataclass(frozen=True)
 class Painter:
     """A trained U-Net, frozen, and how it is sampled."""
 
@@ -79,7 +89,9 @@ class Painter:
 
 
 class DecoderObjective:
-    """L1 between a picture and what is decoded of its latents, noised or drawn anew; only the decoder learns."""
+    """L1 between a picture and what is decoded of its latents, noised or drawn anew, and an adversary if asked for;
+    of the networks that are saved only the decoder learns.
+    """
 
     splits = True
     judge = ("psnr_drawn", 1)
@@ -97,6 +109,7 @@ class DecoderObjective:
         accelerator: Accelerator,
         *,
         drawing: Drawing,
+        terms: DecoderLoss,
     ) -> None:
         device = accelerator.device
         self.vae = vae.to(device)
@@ -104,6 +117,9 @@ class DecoderObjective:
         nets: dict[str, nn.Module] = {"decoder": vae.decoder}
         if vae.post_quant_conv is not None:
             nets["into"] = vae.post_quant_conv
+        self._terms, self._adversary = terms, Adversary().to(device) if terms.adversary else None
+        if self._adversary is not None:
+            nets["adversary"] = self._adversary
         self.module = nn.ModuleDict(nets).requires_grad_(True)
         for net in nets.values():
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -114,7 +130,9 @@ class DecoderObjective:
         self._painted: Tensor | None = None
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
-        """-> "loss". Which rows are drawn anew and with what noise is told by the draw; for how many steps, to all."""
+        """-> "loss" and its terms. Which rows are drawn anew, and with what noise, is told by the draw; for how many
+        steps, to all of them.
+        """
         shape = self._latents.shape(items)
         x0 = self._latents.sample(items, draw.normal(*shape, device=self._device))
         chosen = self._captions.choose(items, draw.uniform().numpy())
@@ -129,8 +147,15 @@ class DecoderObjective:
                 for numbers in (chosen[rows], np.full(len(rows), self._states.empty))
             )
             latents[rows] = self._painter.draw(x0[rows], told, empty, steps, eps[rows]).to(latents.dtype)
-        found = _decoded(self.vae, latents)
-        return {"loss": (found.float() - to_unit(self._near.take(items, self._device), self._device)).abs().mean()}
+        found, real = _decoded(self.vae, latents).float(), to_unit(self._near.take(items, self._device), self._device)
+        terms = {"l1": (found - real).abs().mean()}
+        loss = terms["l1"]
+        if self._adversary is not None:
+            contest = self._adversary.contest(real, found)
+            started = draw.step >= self._terms.adversary_start
+            loss = loss + contest.loss(self._terms.adversary, self._terms.matching, started=started)
+            terms |= contest.terms()
+        return {"loss": loss, **terms}
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:

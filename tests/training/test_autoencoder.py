@@ -72,32 +72,53 @@ def test_the_losses_of_the_adversary_reach_their_own_weights_alone() -> None:
     torch.manual_seed(3)
     adversary = Adversary(8)
     real, found = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16, requires_grad=True)
-    own, fooled = adversary.losses(real, found)
-    own.backward(retain_graph=True)
+    contest = adversary.contest(real, found)
+    contest.own.backward(retain_graph=True)
     assert found.grad is None and gradient(adversary) > 0
     before = gradient(adversary)
-    fooled.backward()
-    assert found.grad is not None and float(found.grad.abs().sum()) > 0
-    assert gradient(adversary) == before
+    for term in (contest.fooled, contest.matching):
+        found.grad = None
+        term.backward(retain_graph=True)
+        assert found.grad is not None and float(found.grad.abs().sum()) > 0
+        assert gradient(adversary) == before
+
+
+def test_the_terms_of_a_contest_are_what_the_adversary_says_of_both() -> None:
+    torch.manual_seed(4)
+    adversary = Adversary(8)
+    real, found = torch.randn(2, 2, 3, 16, 16)
+    said: dict[int, list[torch.Tensor]] = {}
+    for layer in (layer for layer in adversary if isinstance(layer, nn.LeakyReLU)):
+        layer.register_forward_hook(lambda layer, _, out: said.setdefault(id(layer), []).append(out))
+    with torch.no_grad():
+        right, wrong = adversary(real), adversary(found)
+        apart = [float((one - other).abs().mean()) for one, other in said.values()]
+        contest, same = adversary.contest(real, found), adversary.contest(real, real)
+    assert len(apart) == 3 and float(contest.matching) == pytest.approx(sum(apart) / 3) and float(same.matching) == 0
+    hinge = (1 - right).clamp(min=0).mean() + (1 + wrong).clamp(min=0).mean()
+    torch.testing.assert_close(contest.own, hinge)
+    torch.testing.assert_close(contest.fooled, -wrong.mean())
 
 
 def test_in_one_descent_adversary_and_vae_each_get_what_they_would_get_alone(pixels: np.ndarray, tower: Any) -> None:
-    made = objective(pixels, tower, adversary=0.5, kl=0.0, perceptual=0.0)
+    made = objective(pixels, tower, adversary=0.5, matching=0.3, kl=0.0, perceptual=0.0)
     losses = made.loss(np.arange(4), Draw(0, 0, 4))
     nets = [list(made.vae.parameters()), list(made.module.get_submodule("adversary").parameters())]
     together = [torch.autograd.grad(losses["loss"], net, retain_graph=True) for net in nets]
-    for_vae = torch.autograd.grad(losses["l1"] + 0.5 * losses["fooled"], nets[0], retain_graph=True)
+    asked = losses["l1"] + 0.5 * losses["fooled"] + 0.3 * losses["matching"]
+    for_vae = torch.autograd.grad(asked, nets[0], retain_graph=True)
     for_adversary = torch.autograd.grad(losses["adversary"], nets[1])
     for found, expected in zip([*together[0], *together[1]], [*for_vae, *for_adversary], strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_the_adversary_learns_before_the_vae_listens(pixels: np.ndarray, tower: Any) -> None:
-    made = objective(pixels, tower, adversary=0.5, adversary_start=3)
+    made = objective(pixels, tower, adversary=0.5, matching=0.3, adversary_start=3)
     for step, listens in ((2, 0.0), (3, 1.0)):
         losses = made.loss(np.arange(4), Draw(0, step, 4))
         rest = losses["l1"] + 5e-4 * losses["kl"] + 0.1 * losses["perceptual"] + losses["adversary"]
-        torch.testing.assert_close(losses["loss"], rest + listens * 0.5 * losses["fooled"])
+        heard = 0.5 * losses["fooled"] + 0.3 * losses["matching"]
+        torch.testing.assert_close(losses["loss"], rest + listens * heard)
 
 
 def test_without_the_perceptual_term_no_tower_is_needed(pixels: np.ndarray) -> None:

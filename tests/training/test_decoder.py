@@ -14,7 +14,7 @@ from latentgen.diffusion.denoiser import Condition
 from latentgen.diffusion.schedule import from_config
 from latentgen.models import create
 from latentgen.training.captions import CaptionTable
-from latentgen.training.decoder import WALK, DecoderObjective, Drawing, Painter
+from latentgen.training.decoder import WALK, DecoderLoss, DecoderObjective, Drawing, Painter
 from latentgen.training.denoise import Latents, TextStates
 from latentgen.training.draw import Draw
 from latentgen.training.finish import scheduler_config
@@ -77,7 +77,7 @@ def pixels() -> np.ndarray:
     return np.kron(plain.clip(0, 255), np.ones((1, SIDE // 2, SIDE // 2, 1))).astype(np.uint8)
 
 
-def objective(pixels: np.ndarray, **drawing: Any) -> DecoderObjective:
+def objective(pixels: np.ndarray, terms: DecoderLoss | None = None, **drawing: Any) -> DecoderObjective:
     torch.manual_seed(0)
     vae = create.autoencoder(channels=[8, 16], latent_channels=CHANNELS, layers=1, groups=4, size=SIDE)
     vae.requires_grad_(False)
@@ -91,7 +91,7 @@ def objective(pixels: np.ndarray, **drawing: Any) -> DecoderObjective:
     painter = Painter(Offset(), PLAN, 1.0)  # type: ignore[arg-type]
     return DecoderObjective(
         vae, painter, Latents(moments), table, states, pixels, np.ones(COUNT), held, Accelerator(),
-        drawing=Drawing(**drawing),
+        drawing=Drawing(**drawing), terms=terms or DecoderLoss(),
     )  # fmt: skip
 
 
@@ -124,3 +124,21 @@ def test_a_loss_is_a_function_of_the_draw_and_a_batch_the_mean_of_its_parts(pixe
         plain = objective(pixels, noise=0.0, drawn=0.0).loss(items, Draw(3, 5, COUNT))["loss"]
     assert torch.equal(whole, again) and not torch.equal(whole, plain)
     torch.testing.assert_close(torch.stack(parts).mean(), whole, atol=1e-6, rtol=0)
+
+
+def test_an_adversary_learns_beside_the_decoder_and_is_not_saved(pixels: np.ndarray) -> None:
+    learning = objective(pixels, DecoderLoss(adversary=0.1, adversary_start=2, matching=0.5), noise=0.1, drawn=0.0)
+    keys = set(objective(pixels).vae.state_dict())
+    for step, listens in ((1, 0.0), (2, 1.0)):
+        losses = learning.loss(np.arange(COUNT), Draw(3, step, COUNT))
+        heard = 0.1 * losses["fooled"] + 0.5 * losses["matching"]
+        torch.testing.assert_close(losses["loss"], losses["l1"] + losses["adversary"] + listens * heard)
+    settings = LoopSettings(steps=40, batch=COUNT, rate=2e-3, warmup=5, ema=0.0)
+    state = TrainState.start(learning.module, settings)
+    before = learning.vae.state_dict()["encoder.conv_in.weight"].clone()
+    first = learning.loss(np.arange(COUNT), Draw(3, 1, COUNT))["adversary"].item()
+    for _ in fit(learning, state, settings, Accelerator(), seed=0):
+        pass
+    assert learning.loss(np.arange(COUNT), Draw(3, 1, COUNT))["adversary"].item() < first  # it has learned something
+    assert set(learning.vae.state_dict()) == keys and "adversary" in dict(learning.module.named_children())
+    assert torch.equal(before, learning.vae.state_dict()["encoder.conv_in.weight"])
