@@ -2,6 +2,7 @@
 
     python scripts/benchmark_render.py [--weights FOLDER] [--steps 25] [--batch 1] [--rounds 5] [--json FILE]
     python scripts/benchmark_render.py --form 50m            random weights in another form (benchmark_forms.py)
+    python scripts/benchmark_render.py --compile             what compiling the U-Net gains, here and in diffusers
     python scripts/benchmark_render.py --feature-cache 2     what the torch engine's feature cache gains, and its price
 
 A warm picture is one call of the pipeline, pixels on the host, divided by the batch; the first call is not counted.
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,11 @@ def sampler_of(folder: Path) -> str:
     return from_config(open_folder(folder, verify=False).config("scheduler")).sampler
 
 
-def ours(folder: Path) -> Render:
+def ours(folder: Path, engine: str = "auto", *, compiled: bool = False) -> Render:
     """latentgen's Pipeline, which computes in float32 on a CPU and in float16 on a GPU."""
     from latentgen.pipeline import Pipeline
 
-    pipe, sampler = Pipeline.from_pretrained(folder), sampler_of(folder)
+    pipe, sampler = Pipeline.from_pretrained(folder, engine=engine, compile=compiled), sampler_of(folder)
 
     def render(prompts: list[str], latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
         call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
@@ -67,8 +69,8 @@ def ours(folder: Path) -> Render:
     return render
 
 
-def theirs(folder: Path) -> Render:
-    """diffusers' StableDiffusionPipeline as it comes, in the same types."""
+def theirs(folder: Path, *, compiled: bool = False) -> Render:
+    """diffusers' StableDiffusionPipeline as it comes, in the same types; compiled: its U-Net too."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -76,6 +78,8 @@ def theirs(folder: Path) -> Render:
     dtype = torch.float16 if gpu else torch.float32
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to("cuda" if gpu else "cpu")
     pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead" if gpu else "default")
 
     def render(prompts: list[str], latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
         height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
@@ -86,15 +90,26 @@ def theirs(folder: Path) -> Render:
     return render
 
 
+WORKERS: dict[str, Callable[[Path], Render]] = {
+    "latentgen": ours,
+    "diffusers": theirs,
+    "torch": partial(ours, engine="torch"),
+    "torch-compiled": partial(ours, engine="torch", compiled=True),
+    "diffusers-compiled": partial(theirs, compiled=True),
+}
+
+
 def work(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One worker: load, render once, then `repeats` times against the clock; the pictures are left in the scratch."""
-    render = {"latentgen": ours, "diffusers": theirs}[asked.worker](folder)
+    render = WORKERS[asked.worker](folder)
     config = open_folder(folder, verify=False).config("unet")
     side = config["sample_size"]
     sides = (side, side) if isinstance(side, int) else tuple(side)
     latents = np.random.default_rng(0).standard_normal((asked.batch, config["in_channels"], *sides), np.float32)
     prompts = [PROMPTS[k % len(PROMPTS)] for k in range(asked.batch)]
+    start = time.perf_counter()
     pictures = render(prompts, latents, asked.steps, asked.guidance)
+    first = time.perf_counter() - start
     seconds = []
     for _ in range(asked.repeats):
         start = time.perf_counter()
@@ -102,7 +117,13 @@ def work(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         seconds.append((time.perf_counter() - start) / asked.batch)
     peak = peak_mib()
     np.save(asked.scratch / f"{asked.worker}.npy", pictures)
-    warm = {"seconds": seconds, "median": statistics.median(seconds), "least": min(seconds), "peak_mib": peak}
+    warm = {
+        "seconds": seconds,
+        "median": statistics.median(seconds),
+        "least": min(seconds),
+        "first": first,
+        "peak_mib": peak,
+    }
     flops = picture_flops(folder, guided=True)
     share = (asked.steps * flops["step"] + flops["decoding"]) / warm["median"] / (peak_flops := matrix_peak())
     return {**warm, "flops": flops, "peak_gflops": peak_flops / 1e9, "share": share, "machine": machine()}
@@ -185,6 +206,34 @@ def measure(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> No
     show(title, rows, ratio, result, asked.json)
 
 
+def gain_of_compiling(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> None:
+    """The torch engine and diffusers, each with its U-Net compiled and not, in turn; a table and JSON."""
+    engines = ("torch", "torch-compiled", "diffusers", "diffusers-compiled")
+    pairs = in_turn(
+        __file__, [*given, "--weights", str(folder), "--scratch", str(asked.scratch)], asked.rounds, engines
+    )
+    warm = {engine: [second for pair in pairs for second in pair[engine]["seconds"]] for engine in engines}
+    rows = {
+        "seconds a warm picture, least": {engine: min(warm[engine]) for engine in engines},
+        "seconds a warm picture, median": {engine: statistics.median(warm[engine]) for engine in engines},
+        "seconds of the first picture, most": {e: max(pair[e]["first"] for pair in pairs) for e in engines},
+        "peak memory, MiB": {engine: max(pair[engine]["peak_mib"] for pair in pairs) for engine in engines},
+    }
+    ratios = {
+        "compiling gains": paired_ratio(pairs, "median", "torch", "torch-compiled"),
+        "diffusers' gains": paired_ratio(pairs, "median", "diffusers", "diffusers-compiled"),
+        "compiled diffusers/compiled latentgen": paired_ratio(pairs, "median", "diffusers-compiled", "torch-compiled"),
+        "diffusers/latentgen's torch engine": paired_ratio(pairs, "median", "diffusers", "torch"),
+    }
+    pictures = [np.load(asked.scratch / f"{engine}.npy") for engine in engines]
+    apart = max(float(np.abs(picture - pictures[0]).max()) for picture in pictures)
+    said = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    result = {"machine": pairs[0]["torch"]["machine"], "rows": rows, "ratios": ratios, "largest_difference": apart}
+    title = f"{asked.steps} steps of {sampler_of(folder)}, batch {asked.batch}"
+    said = f"ratios: {said}; largest difference of a pixel in [0, 1] {apart:.2g}"
+    show(title, rows, said, {**result, "pairs": pairs}, asked.json, engines)
+
+
 def price_of_cache(asked: argparse.Namespace, folder: Path) -> None:
     """The torch engine with its deep features kept over `--feature-cache` steps, and without: gain and PSNR."""
     from latentgen.pipeline import Pipeline
@@ -223,7 +272,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed calls in each process")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--feature-cache", type=int, metavar="N", help="instead: the torch engine with it and without")
-    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--compile", action="store_true", help="instead: the torch engine and diffusers, compiled or not"
+    )
+    parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if min(asked.steps, asked.batch, asked.rounds, asked.repeats) < 1 or asked.guidance <= 1:
@@ -238,6 +290,8 @@ def main() -> None:
         folder = find(form_folder(asked.form, asked.weights, asked.scratch, graphs=True)).resolve()
         if asked.feature_cache is not None:
             price_of_cache(asked, folder)
+        elif asked.compile:
+            gain_of_compiling(asked, folder, sys.argv[1:])
         else:
             measure(asked, folder, sys.argv[1:])
 

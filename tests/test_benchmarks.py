@@ -85,6 +85,21 @@ def test_the_feature_cache_is_said_with_its_price(folder: Path) -> None:
     assert "times as fast; PSNR to the pictures without it" in done.stdout and "(2 pictures)" in done.stdout
 
 
+def test_compiling_is_said_with_its_gain_beside_diffusers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # which takes minutes, and has tests of its own
+    out = tmp_path / "result.json"
+    asked = ("--weights", folder, "--steps", 2, "--rounds", 1, "--repeats", 1, "--compile", "--json", out)
+    done = ran("benchmark_render.py", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "compiling gains" in done.stdout and "diffusers-compiled" in done.stdout
+    result = json.loads(out.read_text())
+    (pair,) = result["pairs"]
+    assert result["ratios"]["compiling gains"] == pair["torch"]["median"] / pair["torch-compiled"]["median"]
+    assert 0 < result["largest_difference"] < 1e-3  # four computations of one picture
+
+
 def test_the_speedrun_judges_held_out_captions_and_does_not_start_where_something_is(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,8 @@ latentgen train my.toml --data pictures/ --out mine
 
 latentgen train pipelines/icons.toml --start weights/icons --out weights/icons-more
 
+latentgen train pipelines/icons.toml --start weights/icons --only decoder --out weights/icons-sharper
+
 latentgen train pipelines/fashion.toml"""
 
 

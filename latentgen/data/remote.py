@@ -88,7 +88,7 @@ class Store:
                     self._make_room(shard)
                 if shard.number in self._lost:
                     raise InputError(str(self._lost[shard.number]))
-                self.say(f"data: fetching {shard.url} ({shard.size / 2**20:.0f} MiB)")
+                self.say(f"data: fetching {shard.url} ({shard.size / 2**20:.1f} MiB)")
                 try:
                     _download(shard)
                 except InputError as error:
