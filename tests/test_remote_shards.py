@@ -62,10 +62,16 @@ def test_what_is_kept_stays_within_its_bound_and_is_listed_without_being_fetched
     np.testing.assert_array_equal(kept, here)
     assert len(served.fetched) == count > 3
 
+    for room in (1.5, 2.5):  # one at a time, and none fetched ahead; one beside the one that is read
+        monkeypatch.setenv(remote.LIMIT, str(room * size / 2**30))
+        back = load_pixels(tuple(reversed(read_folder(address).pictures)), 8, tmp_path / f"back-{room}").array
+        np.testing.assert_array_equal(back[::-1], here)
+        assert len(lying(tmp_path)) <= int(room)
+
     monkeypatch.setenv(remote.LIMIT, str(0.5 * size / 2**30))
     for path in lying(tmp_path):
         path.unlink()
-    with pytest.raises(InputError, match=f"{remote.LIMIT} is .*, too little for shards of"):
+    with pytest.raises(InputError, match=f"{remote.LIMIT} is .*, too little for a shard of"):
         read_folder(address).pictures[0].read()
     monkeypatch.setenv(remote.LIMIT, "much")
     with pytest.raises(InputError, match="give a number of GiB"):

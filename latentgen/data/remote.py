@@ -47,7 +47,7 @@ class Store:
     """The shards of one source, in their order, as far as they lie here."""
 
     def __init__(self, addresses: Sequence[str], say: Say) -> None:
-        self.say, self._room, self._coming = say, threading.Lock(), set[int]()
+        self.say, self._one_at_a_time, self._coming = say, threading.Lock(), set[int]()
         self._lost: dict[int, InputError] = {}  # said again at once: many threads may be waiting for one shard
         self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentgen" / "shards"
         with saying_what_failed(self.folder):
@@ -78,43 +78,38 @@ class Store:
 
     def _fetch_ahead(self, shard: "RemoteTar") -> None:
         with contextlib.suppress(InputError):  # said when it is asked for
-            self._fetch(shard)
+            self._fetch(shard, beside=self.shards[shard.number - 1])
         self._coming.discard(shard.number)
 
-    def _fetch(self, shard: "RemoteTar") -> None:
-        with shard.lock:
-            if not shard.path.exists():
-                with self._room:
-                    self._make_room(shard)
-                if shard.number in self._lost:
-                    raise InputError(str(self._lost[shard.number]))
-                self.say(f"data: fetching {shard.url} ({shard.size / 2**20:.1f} MiB)")
-                try:
-                    _download(shard)
-                except InputError as error:
-                    self._lost[shard.number] = error
-                    raise
+    def _fetch(self, shard: "RemoteTar", beside: "RemoteTar | None" = None) -> None:
+        """beside: the shard that is being read meanwhile, which makes no room."""
+        with self._one_at_a_time:
+            if shard.path.exists():
+                return
+            if shard.number in self._lost:
+                raise InputError(str(self._lost[shard.number]))
+            self._make_room(shard, beside)
+            self.say(f"data: fetching {shard.url} ({shard.size / 2**20:.1f} MiB)")
+            try:
+                _download(shard)
+            except InputError as error:
+                self._lost[shard.number] = error
+                raise
 
-    def _make_room(self, shard: "RemoteTar") -> None:
-        """Remove those used longest ago until this one has its place, but none next to it."""
+    def _make_room(self, shard: "RemoteTar", beside: "RemoteTar | None") -> None:
+        """Remove those used longest ago until this one has its place. Raises InputError where it has none."""
         lying = sorted((status.st_mtime_ns, status.st_size, path) for path, status in _statuses(self.folder))
         taken = sum(size for _, size, _ in lying)
-        free = shutil.disk_usage(self.folder).free
         told = os.environ.get(LIMIT)
-        limit = _gib(told) if told else (free + taken) / 2
-        near = {other.path for other in self.shards[max(0, shard.number - 1) : shard.number + 2]}
+        limit = _gib(told) if told else (shutil.disk_usage(self.folder).free + taken) / 2
         for _, size, path in lying:
-            if taken + shard.size <= limit:
-                return
-            if path not in near:
+            if taken + shard.size > limit and (beside is None or path != beside.path):
                 path.unlink(missing_ok=True)
                 taken -= size
         if taken + shard.size > limit:
             what = f"{LIMIT} is {told}" if told else f"half of what is free at {self.folder} is {limit / 2**30:.2g} GiB"
-            raise InputError(
-                f"{what}, too little for shards of {shard.size / 2**30:.2g} GiB, of which two have to fit; free space, "
-                f"or set {LIMIT}"
-            )
+            need = f"too little for a shard of {shard.size / 2**30:.2g} GiB"
+            raise InputError(f"{what}, {need}; free space, or set {LIMIT}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,6 @@ class RemoteTar:
     size: int
     tag: str
     store: Store = field(compare=False, repr=False)
-    lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def name(self) -> str:
