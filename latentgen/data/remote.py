@@ -172,10 +172,12 @@ def _statuses(folder: Path) -> list[tuple[Path, os.stat_result]]:
 def _clear(folder: Path) -> None:
     """Remove what killed processes left half fetched."""
     for part in folder.glob("*.part"):
-        with contextlib.suppress(OSError, ValueError):
+        try:
             os.kill(int(part.name.split(".")[1]), 0)
-            continue
-        part.unlink(missing_ok=True)
+        except (ProcessLookupError, ValueError):
+            part.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # it runs, for somebody else
 
 
 def _gib(told: str) -> float:
