@@ -114,6 +114,7 @@ def test_a_full_disk_and_what_is_not_there_are_said(
         read_folder(Path(f"{served.url}/pictures"))
     with pytest.raises(InputError, match="starts with gopher://, which nothing here opens"):
         read_folder(Path("gopher://host/000.tar"))
+    assert len(read_folder(Path(f"file://{tmp_path}/shards/000.tar")).pictures) == 4  # fetched as any other
     served.close()
     with pytest.raises(InputError, match=r"000\.tar cannot be reached \(.*\); run again where it can be"):
         read_folder(Path(f"{served.url}/000.tar"))

@@ -35,7 +35,10 @@ Say = Callable[[str], object]
 def address_of(name: str) -> str | None:
     """The address that a source's name is, both slashes in place; None where it is a path."""
     found = ADDRESS.fullmatch(name)
-    return f"{found[1].lower()}://{found[2]}" if found else None
+    if not found:
+        return None
+    root = "/" if found[1].lower() == "file" else ""
+    return f"{found[1].lower()}://{root}{found[2]}"
 
 
 def as_told(path: Path) -> str:
@@ -236,8 +239,8 @@ def _system(url: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        need = 'pip install "latentgen[shards]"' if scheme in ("http", "https") else str(error).splitlines()[0]
-        raise InputError(f"{url} needs {need}") from None
+        need = 'pip install "latentgen[shards]"' if scheme in ("http", "https") else _words(error)
+        raise InputError(f"{url} cannot be opened yet: {need}") from None
     except ValueError:
         raise InputError(f"{url} starts with {scheme}://, which nothing here opens; give https:// or a path") from None
     return system, path
