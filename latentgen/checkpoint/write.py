@@ -1,5 +1,6 @@
 """A pipeline folder in diffusers' layout is written: whole or not at all, and so that stock diffusers opens it."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -132,8 +133,14 @@ def _config(part: str, network: Any) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """The tokenizer in both forms: tokenizer.json, and the vocab.json and merges.txt that older releases read."""
-    tokenizer.save_pretrained(folder)
+    """The tokenizer in both forms: tokenizer.json, and the vocab.json and merges.txt that older releases read.
+
+    How the last text was padded and cut, which it keeps in itself, is not written.
+    """
+    words = copy.deepcopy(tokenizer)
+    words.backend_tokenizer.no_padding()
+    words.backend_tokenizer.no_truncation()
+    words.save_pretrained(folder)
     config = read_json(folder / "tokenizer_config.json")
     _write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if key not in LOCAL})
     model = read_json(folder / "tokenizer.json")["model"]
