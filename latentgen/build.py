@@ -21,9 +21,10 @@ from latentgen.models import create
 from latentgen.models.onnx.export import write_graphs
 from latentgen.recipe import Recipe, read_kind, read_recipe
 from latentgen.training import board, finish
+from latentgen.training.autoencoder import AdversaryLoss
 from latentgen.training.cache import content_of
 from latentgen.training.captions import CaptionTable, Variety
-from latentgen.training.decoder import DecoderLoss, DecoderObjective, Drawing, Painter
+from latentgen.training.decoder import DecoderObjective, Drawing, Painter
 from latentgen.training.denoise import DenoiseObjective, Denoising
 from latentgen.training.features import FeatureObjective, FeatureTerms, patch_items
 from latentgen.training.loop import LoopSettings
@@ -151,7 +152,7 @@ class Run(Foundations):
         if what is None:
             return self.vae
         vae, plan = copy.deepcopy(self.vae), from_config(scheduler_config(self.recipe))
-        terms = DecoderLoss(**what.loss.model_dump())
+        terms = AdversaryLoss(**what.loss.model_dump())
         drawing = Drawing(what.noise, what.drawn, what.depth, self.recipe.defaults.guidance_scale)
         upstream = (content_of(vae), content_of(unet), content_of(self.text_encoder), data.fingerprint)
         self._seed()
@@ -168,7 +169,7 @@ class Run(Foundations):
             drawing=drawing,
             terms=terms,
         )
-        told = {**asdict(drawing), **(asdict(terms) if terms != DecoderLoss() else {})}
+        told = {**asdict(drawing), **(asdict(terms) if terms != AdversaryLoss() else {})}
         place = self._place("decoder", told, loop_of(what.train), *upstream)
         self._run("decoder", objective, what.train, what.gate, place)
         return vae.eval().requires_grad_(False)

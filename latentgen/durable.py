@@ -19,6 +19,11 @@ MANIFEST = "manifest.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
+def user_cache() -> Path:
+    """Where what can be made or fetched again is kept: $XDG_CACHE_HOME/latentgen, or ~/.cache/latentgen."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentgen"
+
+
 def write_file(target: Path, data: bytes) -> None:
     """Put `data` at `target`: the file that was there before stays until the new one is whole and on the disk.
 

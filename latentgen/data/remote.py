@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentgen.durable import saying_what_failed, write_file
+from latentgen.durable import saying_what_failed, user_cache, write_file
 from latentgen.errors import InputError
 
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)  # as a Path has it, one slash is left of two
@@ -52,7 +52,7 @@ class Store:
     def __init__(self, addresses: Sequence[str], say: Say) -> None:
         self.say, self._one_at_a_time, self._coming = say, threading.Lock(), set[int]()
         self._lost: dict[int, InputError] = {}  # said again at once: many threads may be waiting for one shard
-        self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentgen" / "shards"
+        self.folder = user_cache() / "shards"
         with saying_what_failed(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         _clear(self.folder)

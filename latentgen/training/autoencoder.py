@@ -24,19 +24,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AutoencoderLoss:
-    """Weights of the terms; each term is a mean over elements. `adversary_start` is a step of the run.
+class AdversaryLoss:
+    """Weights of an adversary's terms (`Contest`); `adversary_start` is the step of the run it is heard from."""
 
-    matching: of the distance in the adversary's own layers (`Contest`). equivariance: how often, as a part of the
-    steps, latents are turned and made smaller and have to decode to the pictures turned and made smaller (Kouzelis et
-    al. 2025, EQ-VAE): latents a diffusion model learns sooner.
+    adversary: float = 0.0
+    adversary_start: int = 0
+    matching: float = 0.0
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss(AdversaryLoss):
+    """Weights of the terms; each term is a mean over elements.
+
+    equivariance: how often, as a part of the steps, latents are turned and made smaller and have to decode to the
+    pictures turned and made smaller (Kouzelis et al. 2025, EQ-VAE): latents a diffusion model learns sooner.
     """
 
     kl: float = 5e-4
     perceptual: float = 0.1
-    adversary: float = 0.0
-    adversary_start: int = 0
-    matching: float = 0.0
     equivariance: float = 0.0
 
 
@@ -72,9 +77,10 @@ class Contest:
     fooled: Tensor
     matching: Tensor
 
-    def loss(self, adversary: float, matching: float, *, started: bool) -> Tensor:
-        """What is descended by both sides, the networks that are judged listening once `started`."""
-        return self.own + float(started) * (adversary * self.fooled + matching * self.matching)
+    def loss(self, weights: AdversaryLoss, step: int) -> Tensor:
+        """What is descended by both sides, the networks that are judged listening once the step is reached."""
+        started = float(step >= weights.adversary_start)
+        return self.own + started * (weights.adversary * self.fooled + weights.matching * self.matching)
 
     def terms(self) -> dict[str, Tensor]:
         """For the log."""
@@ -158,8 +164,7 @@ class AutoencoderObjective:
             loss = loss + self._terms.perceptual * terms["perceptual"]
         if self._adversary is not None:
             contest = self._adversary.contest(real, found)
-            started = draw.step >= self._terms.adversary_start
-            loss = loss + contest.loss(self._terms.adversary, self._terms.matching, started=started)
+            loss = loss + contest.loss(self._terms, draw.step)
             terms |= contest.terms()
         return {"loss": loss, **terms}
 

@@ -24,7 +24,7 @@ from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan
 from latentgen.models.network import unet_network
-from latentgen.training.autoencoder import Adversary
+from latentgen.training.autoencoder import Adversary, AdversaryLoss
 from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import to_unit
 from latentgen.training.denoise import Latents, TextStates
@@ -56,15 +56,6 @@ class Drawing:
     def most(self) -> int:
         """The most steps of `WALK` that are walked."""
         return max(1, round(self.depth * WALK))
-
-
-@dataclass(frozen=True)
-class DecoderLoss:
-    """Weights of the terms beside L1, as in `AutoencoderLoss`; the adversary sees whatever the decoder makes."""
-
-    adversary: float = 0.0
-    adversary_start: int = 0
-    matching: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ class DecoderObjective:
         accelerator: Accelerator,
         *,
         drawing: Drawing,
-        terms: DecoderLoss,
+        terms: AdversaryLoss,
     ) -> None:
         device = accelerator.device
         self.vae = vae.to(device)
@@ -152,8 +143,7 @@ class DecoderObjective:
         loss = terms["l1"]
         if self._adversary is not None:
             contest = self._adversary.contest(real, found)
-            started = draw.step >= self._terms.adversary_start
-            loss = loss + contest.loss(self._terms.adversary, self._terms.matching, started=started)
+            loss = loss + contest.loss(self._terms, draw.step)
             terms |= contest.terms()
         return {"loss": loss, **terms}
 

@@ -13,8 +13,9 @@ from latentgen.data import Picture
 from latentgen.diffusion.denoiser import Condition
 from latentgen.diffusion.schedule import from_config
 from latentgen.models import create
+from latentgen.training.autoencoder import AdversaryLoss
 from latentgen.training.captions import CaptionTable
-from latentgen.training.decoder import WALK, DecoderLoss, DecoderObjective, Drawing, Painter
+from latentgen.training.decoder import WALK, DecoderObjective, Drawing, Painter
 from latentgen.training.denoise import Latents, TextStates
 from latentgen.training.draw import Draw
 from latentgen.training.finish import scheduler_config
@@ -77,7 +78,7 @@ def pixels() -> np.ndarray:
     return np.kron(plain.clip(0, 255), np.ones((1, SIDE // 2, SIDE // 2, 1))).astype(np.uint8)
 
 
-def objective(pixels: np.ndarray, terms: DecoderLoss | None = None, **drawing: Any) -> DecoderObjective:
+def objective(pixels: np.ndarray, terms: AdversaryLoss | None = None, **drawing: Any) -> DecoderObjective:
     torch.manual_seed(0)
     vae = create.autoencoder(channels=[8, 16], latent_channels=CHANNELS, layers=1, groups=4, size=SIDE)
     vae.requires_grad_(False)
@@ -91,7 +92,7 @@ def objective(pixels: np.ndarray, terms: DecoderLoss | None = None, **drawing: A
     painter = Painter(Offset(), PLAN, 1.0)  # type: ignore[arg-type]
     return DecoderObjective(
         vae, painter, Latents(moments), table, states, pixels, np.ones(COUNT), held, Accelerator(),
-        drawing=Drawing(**drawing), terms=terms or DecoderLoss(),
+        drawing=Drawing(**drawing), terms=terms or AdversaryLoss(),
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_a_loss_is_a_function_of_the_draw_and_a_batch_the_mean_of_its_parts(pixe
 
 
 def test_an_adversary_learns_beside_the_decoder_and_is_not_saved(pixels: np.ndarray) -> None:
-    learning = objective(pixels, DecoderLoss(adversary=0.1, adversary_start=2, matching=0.5), noise=0.1, drawn=0.0)
+    learning = objective(pixels, AdversaryLoss(adversary=0.1, adversary_start=2, matching=0.5), noise=0.1, drawn=0.0)
     keys = set(objective(pixels).vae.state_dict())
     for step, listens in ((1, 0.0), (2, 1.0)):
         losses = learning.loss(np.arange(COUNT), Draw(3, step, COUNT))

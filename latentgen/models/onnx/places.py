@@ -3,12 +3,12 @@
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentgen.checkpoint import Checkpoint, SingleFile
+from latentgen.durable import user_cache
 from latentgen.models.lora import read_lora
 
 GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.onnx"}  # each beside its weights
@@ -31,8 +31,7 @@ def weights_folder(checkpoint: Checkpoint, part: str) -> Path:
 
 def cache_folder(checkpoint: Checkpoint) -> Path:
     """Where the graphs of a folder that has none are kept: below $XDG_CACHE_HOME, named by what the folder holds."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "latentgen" / "onnx" / f"{checkpoint.fingerprint[:32]}-{FORM}"
+    return user_cache() / "onnx" / f"{checkpoint.fingerprint[:32]}-{FORM}"
 
 
 def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> Path:
