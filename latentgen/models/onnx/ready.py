@@ -27,6 +27,7 @@ from latentgen.models.onnx.places import cache_folder, layout
 from latentgen.models.onnx.widen import WIDE
 
 ROOM = 6 << 30  # bytes that all copies may take
+FORM = 2  # of what is kept; one more whenever a graph is made ready otherwise
 SHARE = 0.25  # of the free disk that one may take
 GRAPH, WEIGHTS, HASHES = "graph.onnx", "weights.bin", "hashes.json"
 
@@ -41,7 +42,7 @@ class Ready:
     def of(cls, checkpoint: Checkpoint, part: str, graph: bytes, version: str) -> "Ready | None":
         """The place for a graph of a checkpoint under a version of ONNX Runtime; None where none can be named."""
         try:
-            names = [checkpoint.fingerprint, layout(checkpoint, part), version, machine_code()]
+            names = [checkpoint.fingerprint, layout(checkpoint, part), version, machine_code(), FORM]
             place = cache_folder(checkpoint).parent / "ready"
         except (OSError, RuntimeError):  # a file that has gone, or no home folder
             return None

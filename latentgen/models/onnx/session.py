@@ -18,10 +18,13 @@ from latentgen.errors import InputError
 from latentgen.models.memory import Kept
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
-from latentgen.models.onnx.widen import widened
+from latentgen.models.onnx.widen import in_tiles, widened
+from latentgen.models.onnx.winograd import Use
 
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
 FUSED = ".fused.safetensors"  # beside a graph, instead of its own ending: the weights that LoRAs changed
+EVALUATIONS = {"unet": 20, "vae": 1}  # for a picture: what is worth the start is decided by
+SIDE = 32  # of a network whose config says none
 OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
 
@@ -73,13 +76,15 @@ def _checked_session(
 
     keep: where it is left for later sessions, which read it in less memory than this one would take to compute.
     """
-    weights, fused = weights_folder(checkpoint, part), graph.with_suffix(FUSED)
+    weights, fused, use = weights_folder(checkpoint, part), graph.with_suffix(FUSED), _use(checkpoint, part)
     wrong = f"{graph} cannot be run with the weights in {weights}"
     try:
         if keep is None:
-            session = _session(held, threads, weights=weights, fused=fused)
+            whole, given = in_tiles(held, weights, fused, use)
+            session = _session(whole, threads, weights=weights, fused=fused, given=given)
         else:
-            session = _session(widened(held, weights, keep.parent, fused), threads, weights=keep.parent, keep=keep)
+            whole = widened(held, weights, keep.parent, fused, use)
+            session = _session(whole, threads, weights=keep.parent, keep=keep)
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
         raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
@@ -88,32 +93,48 @@ def _checked_session(
     return session
 
 
+def _use(checkpoint: Checkpoint, part: str) -> Use | None:
+    """How a network with convolutions is used, by its config; None of the text encoders."""
+    if part not in EVALUATIONS:
+        return None
+    config = checkpoint.config(part)
+    said = config.get("sample_size") or SIDE
+    side = min(said) if isinstance(said, list) else int(said)
+    if part == "vae":
+        side >>= len(config.get("block_out_channels", ())) - 1
+    return Use(side, EVALUATIONS[part])
+
+
 def _session(
     graph: str | bytes,
     threads: int,
     *,
     weights: Path | None = None,
     fused: Path | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
     optimised: bool = False,
     keep: Path | None = None,
 ) -> Any:
     """A session as every network here has it. optimised: the graph is as ONNX Runtime left it at `keep`.
 
-    fused: where the weights that LoRAs changed are, if there are any.
+    fused: where the weights that LoRAs changed are, if there are any; given: others that lie in no file, by name.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    # threads that wait for their session's next run would take the cores from the session that runs now
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if weights is not None:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
-    given: Any = None
+    own = dict(given or {})
     if fused is not None and fused.is_file():
         from safetensors.numpy import load_file
 
-        given = give_weights(options, load_file(fused))
+        own |= load_file(fused)
+    held = give_weights(options, own)
     if keep is not None:
         options.add_session_config_entry("session.disable_prepacking", "1")  # it computes nothing
         options.optimized_model_filepath = str(keep)
@@ -122,7 +143,7 @@ def _session(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(OUTSIDE)
         )
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    session.given = given
+    session.given = held
     return session
 
 

@@ -1,7 +1,8 @@
 """Weights as float32 in a file, tensor by tensor, before ONNX Runtime makes a graph ready.
 
 Left to itself it widens and turns them one after the other in memory and keeps the most of both: 2.2 times what the
-weights take in float32. Weights that lie widened on the disk are mapped, and it needs 1.2 times.
+weights take in float32. Weights that lie widened on the disk are mapped, and it needs 1.2 times. Convolutions that are
+computed in tiles (winograd.py) have their weights transformed on the way.
 """
 
 from collections import defaultdict
@@ -11,21 +12,24 @@ from typing import Any
 
 import numpy as np
 
+from latentgen.models.onnx.winograd import Use, rewrite, transformed, weights_name
+
 WIDE = "widened.bin"
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # of ONNX's TensorProto, which is slow to import
 ALIGNED = 64  # bytes
 
 
-def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None) -> bytes:
+def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None, use: Use | None = None) -> bytes:
     """The graph with each weight outside it, and the Cast and the Transpose that follow, as one of float32.
 
     weights: the folder of the graph's external data; fused: the file of what of it lies elsewhere; folder: where `WIDE`
-    is written. Raises OSError or ValueError where
-    the files do not hold what the graph says.
+    is written; use: of a network with convolutions. Raises OSError or ValueError where the files do not hold what the
+    graph says.
     """
     import onnx
 
     made = onnx.load_model_from_string(graph)
+    tiles = rewrite(made, use) if use is not None else {}
     users: dict[str, list[Any]] = defaultdict(list)
     for node in made.graph.node:
         for name in node.input:
@@ -34,13 +38,11 @@ def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None
     kept, said = [], set()  # what is an initializer then; the names that nodes need not compute any more
     with (folder / WIDE).open("wb") as file:
         for tensor in made.graph.initializer:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            if not place:
+            if not tensor.external_data:
                 kept.append(tensor)
                 continue
             name = tensor.name
-            outer = fused if fused is not None and place["location"] == fused.name else weights / place["location"]
-            values = wide(_mapped(outer, place), tensor.data_type).reshape(tuple(tensor.dims))
+            values = _values(tensor, weights, fused)
             if tensor.data_type != FLOAT:
                 if not _is_cast(users[name]):
                     raise ValueError(f"{name} is of half precision and is not widened")
@@ -50,20 +52,64 @@ def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None
                 (turn,) = users[name]
                 values, name = values.transpose(_order(turn, values.ndim)), turn.output[0]
                 said.add(name)
+            if tensor.name in tiles:
+                values, name = transformed(values, tiles[tensor.name]), weights_name(tensor.name)
             file.write(bytes(-file.tell() % ALIGNED))
             start = file.tell()
             file.write(np.ascontiguousarray(values).tobytes())
-            outside = onnx.TensorProto(name=name, data_type=FLOAT, dims=values.shape)
-            outside.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (("location", WIDE), ("offset", start), ("length", file.tell() - start)):
-                outside.external_data.add(key=key, value=str(value))
-            kept.append(outside)
+            kept.append(_outside(name, values, start))
     nodes = [node for node in made.graph.node if not said & set(node.output)]
     del made.graph.node[:], made.graph.initializer[:]
     made.graph.node.extend(nodes)
     made.graph.initializer.extend(kept)
     whole: bytes = made.SerializeToString()
     return whole
+
+
+def in_tiles(
+    graph: bytes, weights: Path, fused: Path | None = None, use: Use | None = None
+) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The graph as `widened` computes it, for where nothing can be written; and the weights it then needs, by name.
+
+    All others stay where they are.
+    """
+    if use is None:
+        return graph, {}
+    import onnx
+
+    made = onnx.load_model_from_string(graph)
+    tiles = rewrite(made, use)
+    given, kept = {}, []
+    for tensor in made.graph.initializer:
+        if tensor.name in tiles:
+            name = weights_name(tensor.name)
+            given[name] = transformed(_values(tensor, weights, fused), tiles[tensor.name])
+            kept.append(_outside(name, given[name], 0))
+        else:
+            kept.append(tensor)
+    nodes = [node for node in made.graph.node if node.op_type != "Cast" or node.input[0] not in tiles]
+    del made.graph.node[:], made.graph.initializer[:]
+    made.graph.node.extend(nodes)
+    made.graph.initializer.extend(kept)
+    return made.SerializeToString(), given
+
+
+def _values(tensor: Any, weights: Path, fused: Path | None) -> np.ndarray:
+    """The values of a tensor outside the graph as float32."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    outer = fused if fused is not None and place["location"] == fused.name else weights / place["location"]
+    return wide(_mapped(outer, place), tensor.data_type).reshape(tuple(tensor.dims))
+
+
+def _outside(name: str, values: np.ndarray, start: int) -> Any:
+    """A tensor of float32 that lies in `WIDE`."""
+    import onnx
+
+    tensor = onnx.TensorProto(name=name, data_type=FLOAT, dims=values.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", WIDE), ("offset", start), ("length", values.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 def wide(raw: np.ndarray, kind: int) -> np.ndarray:
