@@ -20,6 +20,7 @@ BLOCK = 16  # channels are a multiple of it, as ONNX Runtime's blocks of channel
 ROWS = 2  # at a time: a guided picture's
 READ, MOVED = 40, 200  # what reading a weight, and moving a number of a transform, costs in operations
 LOADED = 200  # what a byte of weights costs once, to be hashed and mapped when a process starts
+LEAST = 0.05  # of all that such convolutions cost: less is not saved at all
 SHARE, FREE = 1 / 6, 128 << 20  # of all weights, and in bytes in any case, what the larger ones may take besides
 INT64 = np.int64
 USUAL: dict[str, Any] = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "group": 1}  # where nothing is said
@@ -148,6 +149,9 @@ def _chosen(found: Sequence[Found], left: int, evaluations: int) -> dict[str, in
     for _, more, k, before, m in sorted(offers, key=lambda offer: -offer[0]):
         if now[k] == before and more <= left:
             now[k], left = m, left - more
+    saved = sum(each.cost(1) - each.cost(m) for each, m in zip(found, now, strict=True))
+    if saved < LEAST * sum(each.cost(1) for each in found):
+        return {}
     return {each.tensor.name: m for each, m in zip(found, now, strict=True) if m > 1}
 
 
