@@ -18,9 +18,8 @@ from latentgen.checkpoint import open_folder, save_pipeline
 from latentgen.models.onnx import winograd
 from latentgen.models.onnx.export import write_graphs
 from latentgen.models.onnx.widen import FLOAT, FLOAT16, in_tiles, widened
-from latentgen.models.onnx.winograd import Use, matrices, rewrite, transformed
+from latentgen.models.onnx.winograd import matrices, rewrite, transformed
 
-ALWAYS = 10**9  # evaluations: whatever saves anything is worth loading
 FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -112,11 +111,11 @@ def test_a_network_in_tiles_gives_the_numbers_of_float64_at_every_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, m: int
 ) -> None:
     monkeypatch.setattr(winograd, "_chosen", lambda found, *_: {each.tensor.name: m for each in found})
-    graph, place, use = network(tmp_path, kind), tmp_path / "wide", Use(32, ALWAYS)
+    graph, place, side = network(tmp_path, kind), tmp_path / "wide", 32
     place.mkdir()
-    assert rewrite(onnx.load_from_string(graph), use) == dict.fromkeys(["a.w", "c.w", "d.w", "e.w"], m)
-    made = widened(graph, tmp_path, place, use=use)
-    within, given = in_tiles(graph, tmp_path, use=use)
+    assert rewrite(onnx.load_from_string(graph), side) == dict.fromkeys(["a.w", "c.w", "d.w", "e.w"], m)
+    made = widened(graph, tmp_path, place, side=side)
+    within, given = in_tiles(graph, tmp_path, side=side)
     for batch, height, width in ((1, 16, 16), (2, 8, 20), (3, 17, 18), (1, 5, 3), (2, 1, 1), (1, 33, 30)):
         x = np.random.default_rng(height).standard_normal((batch, 128, height, width)).astype(np.float32)
         found, plain, truth = run(made, place, x), run(graph, tmp_path, x), exact(tmp_path, kind, x)
@@ -130,7 +129,7 @@ def test_small_and_thin_convolutions_are_left_as_they_are(tmp_path: Path) -> Non
     found = {}
     for channels, side in ((128, 4), (128, 512), (32, 32), (128, 32)):
         made = onnx.load_from_string(network(tmp_path, FLOAT, channels))
-        found[channels, side] = sorted(rewrite(made, Use(side, ALWAYS)))
+        found[channels, side] = sorted(rewrite(made, side))
     assert found == {(128, 4): [], (128, 512): [], (32, 32): [], (128, 32): ["a.w", "c.w", "d.w", "e.w"]}
 
 
@@ -139,9 +138,9 @@ def test_behind_what_changes_sizes_otherwise_nothing_is_rewritten(tmp_path: Path
     place = tmp_path / "wide"
     place.mkdir()
     graph = network(tmp_path, FLOAT, between=between)
-    assert set(rewrite(onnx.load_from_string(graph), Use(32, ALWAYS))) == {"a.w"}
+    assert set(rewrite(onnx.load_from_string(graph), 32)) == {"a.w"}
     x = np.random.default_rng(0).standard_normal((1, 128, 19, 32)).astype(np.float32)
-    made = widened(graph, tmp_path, place, use=Use(32, ALWAYS))
+    made = widened(graph, tmp_path, place, side=32)
     np.testing.assert_allclose(run(made, place, x), run(graph, tmp_path, x), atol=2e-5)
 
 
@@ -155,14 +154,18 @@ def test_what_the_weights_take_besides_is_bounded_and_worth_its_loading(
         monkeypatch.setattr(winograd, "FREE", free)
         place = tmp_path / f"wide-{share}-{free}"
         place.mkdir()
-        widened(graph, tmp_path, place, use=Use(32, ALWAYS))
+        widened(graph, tmp_path, place, side=32)
         sizes.append((place / "widened.bin").stat().st_size)
         stored = (tmp_path / "w.bin").stat().st_size
         assert sizes[-1] <= stored + max(share * stored, free) + 64 * 10
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4 and sizes[-1] == pytest.approx(stored, abs=640)
     monkeypatch.undo()
-    chosen = [len(rewrite(onnx.load_from_string(graph), Use(16, evaluations))) for evaluations in (1, 20, ALWAYS)]
-    assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
+    chosen = []
+    for name, value in (("LOADED", 0), ("LOADED", 10), ("LOADED", 100), ("BUFFER", 1 << 20)):
+        with monkeypatch.context() as patch:
+            patch.setattr(winograd, name, value)
+            chosen.append(len(rewrite(onnx.load_from_string(graph), 16)))
+    assert chosen == [4, 3, 0, 0]
 
 
 # --- a pipeline

@@ -19,12 +19,10 @@ from latentgen.models.memory import Kept
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 from latentgen.models.onnx.widen import in_tiles, widened
-from latentgen.models.onnx.winograd import Use
 
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
 FUSED = ".fused.safetensors"  # beside a graph, instead of its own ending: the weights that LoRAs changed
-EVALUATIONS = {"unet": 20, "vae": 1}  # for a picture: what is worth the start is decided by
-SIDE = 32  # of a network whose config says none
+SIDE = 32  # of the latents, where a U-Net's config says none
 OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
 
@@ -76,14 +74,17 @@ def _checked_session(
 
     keep: where it is left for later sessions, which read it in less memory than this one would take to compute.
     """
-    weights, fused, use = weights_folder(checkpoint, part), graph.with_suffix(FUSED), _use(checkpoint, part)
+    weights, fused, side = weights_folder(checkpoint, part), graph.with_suffix(FUSED), None
+    if part == "unet":  # the others are evaluated once a picture
+        said = checkpoint.config(part).get("sample_size") or SIDE
+        side = min(said) if isinstance(said, list) else int(said)
     wrong = f"{graph} cannot be run with the weights in {weights}"
     try:
         if keep is None:
-            whole, given = in_tiles(held, weights, fused, use)
+            whole, given = in_tiles(held, weights, fused, side)
             session = _session(whole, threads, weights=weights, fused=fused, given=given)
         else:
-            whole = widened(held, weights, keep.parent, fused, use)
+            whole = widened(held, weights, keep.parent, fused, side)
             session = _session(whole, threads, weights=keep.parent, keep=keep)
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
@@ -91,18 +92,6 @@ def _checked_session(
     if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(checkpoint, part):
         raise GraphUnfit(f"{wrong}: it was made for others; remove it")
     return session
-
-
-def _use(checkpoint: Checkpoint, part: str) -> Use | None:
-    """How a network with convolutions is used, by its config; None of the text encoders."""
-    if part not in EVALUATIONS:
-        return None
-    config = checkpoint.config(part)
-    said = config.get("sample_size") or SIDE
-    side = min(said) if isinstance(said, list) else int(said)
-    if part == "vae":
-        side >>= len(config.get("block_out_channels", ())) - 1
-    return Use(side, EVALUATIONS[part])
 
 
 def _session(

@@ -12,24 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from latentgen.models.onnx.winograd import Use, rewrite, transformed, weights_name
+from latentgen.models.onnx.winograd import rewrite, transformed, weights_name
 
 WIDE = "widened.bin"
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # of ONNX's TensorProto, which is slow to import
 ALIGNED = 64  # bytes
 
 
-def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None, use: Use | None = None) -> bytes:
+def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None, side: int | None = None) -> bytes:
     """The graph with each weight outside it, and the Cast and the Transpose that follow, as one of float32.
 
     weights: the folder of the graph's external data; fused: the file of what of it lies elsewhere; folder: where `WIDE`
-    is written; use: of a network with convolutions. Raises OSError or ValueError where the files do not hold what the
-    graph says.
+    is written; side: as `rewrite` takes it, None of a network whose convolutions stay. Raises OSError or ValueError
+    where the files do not hold what the graph says.
     """
     import onnx
 
     made = onnx.load_model_from_string(graph)
-    tiles = rewrite(made, use) if use is not None else {}
+    tiles = rewrite(made, side) if side is not None else {}
     users: dict[str, list[Any]] = defaultdict(list)
     for node in made.graph.node:
         for name in node.input:
@@ -67,18 +67,18 @@ def widened(graph: bytes, weights: Path, folder: Path, fused: Path | None = None
 
 
 def in_tiles(
-    graph: bytes, weights: Path, fused: Path | None = None, use: Use | None = None
+    graph: bytes, weights: Path, fused: Path | None = None, side: int | None = None
 ) -> tuple[bytes, dict[str, np.ndarray]]:
     """The graph as `widened` computes it, for where nothing can be written; and the weights it then needs, by name.
 
     All others stay where they are.
     """
-    if use is None:
+    if side is None:
         return graph, {}
     import onnx
 
     made = onnx.load_model_from_string(graph)
-    tiles = rewrite(made, use)
+    tiles = rewrite(made, side)
     given, kept = {}, []
     for tensor in made.graph.initializer:
         if tensor.name in tiles:

@@ -4,7 +4,7 @@ Tiles of m×m outputs come from (m + 2)×(m + 2) inputs through as many products
 takes 9 m²: 2.25 times as many for m = 2, 4 times for m = 4. A network's graph is rewritten when it is made ready for
 this CPU; what lies beside the weights stays as it is. All of it is ONNX Runtime's own operators: the transforms are
 products with small matrices, in channels-last form, the products themselves one grouped 1×1 convolution. The price is
-memory, (m + 2)² / 9 of the weights, so it is bounded, and a last digit or so (a test).
+memory, (m + 2)² / 9 of the weights and the tiles themselves, so both are bounded, and a last digit or so (a test).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,21 +19,14 @@ POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**
 BLOCK = 16  # channels are a multiple of it, as ONNX Runtime's blocks of channels are of 8 or 16
 ROWS = 2  # at a time: a guided picture's
 READ, MOVED = 40, 200  # what reading a weight, and moving a number of a transform, costs in operations
-LOADED = 200  # what a byte of weights costs once, to be hashed and mapped when a process starts
+LOADED = 10  # what a byte of weights costs: 200 to be hashed and mapped, in a process of 20 evaluations
+BUFFER = 32 << 20  # bytes that the tiles of one may take, of which some copies are held at once
 LEAST = 0.05  # of all that such convolutions cost: less is not saved at all
-SHARE, FREE = 1 / 6, 128 << 20  # of all weights, and in bytes in any case, what the larger ones may take besides
+SHARE, FREE = 1 / 8, 48 << 20  # of all weights, and in bytes in any case, what the larger ones may take besides
 INT64 = np.int64
 USUAL: dict[str, Any] = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "group": 1}  # where nothing is said
 KEPT = USUAL | {"pads": [1] * 4, "kernel_shape": [3, 3]}  # keeps the size
 RESHAPING = ("AveragePool", "ConvTranspose", "DepthToSpace", "MaxPool", "Pad", "SpaceToDepth", "Slice", "Tile")
-
-
-class Use(NamedTuple):
-    """How a network is used: the side of what comes in, at the size it was trained at (any other is computed as well),
-    and how often it is evaluated in a process that makes one picture."""
-
-    side: int
-    evaluations: int
 
 
 class Matrices(NamedTuple):
@@ -99,6 +92,10 @@ class Found:
         """How many bytes its weights take besides in tiles of m; 1 is the convolution as it is."""
         return 4 * self.outputs * self.inputs * ((m + 2) ** 2 - 9)
 
+    def buffer(self, m: int) -> int:
+        """How many bytes its tiles of m take."""
+        return int(4 * ROWS * self.side**2 * ((m + 2) / m) ** 2 * max(self.outputs, self.inputs))
+
     def cost(self, m: int) -> float:
         """About how long it takes in tiles of m, in operations. By measurements on two cores with AVX512."""
         weights, places, spread = self.outputs * self.inputs, ROWS * self.side**2, ((m + 2) / m) ** 2
@@ -110,15 +107,17 @@ class Found:
         return cost
 
 
-def rewrite(made: Any, use: Use) -> dict[str, int]:
+def rewrite(made: Any, side: int) -> dict[str, int]:
     """Rewrite those convolutions of a network's graph, an ONNX model, that are worth it.
 
-    Returns by the tensors' names m: their values are to be `transformed`, and are then the weights of the name that
-    `weights_name` gives.
+    side: of what comes in, at the size the network was trained at; any other is computed as well. Returns by the
+    tensors' names m: their values are to be `transformed`, and are then the weights of the name that `weights_name`
+    gives.
     """
     graph = made.graph
-    found = list(_convolutions(graph, use.side))
-    tiles = _chosen(found, room(sum(4 * prod(tensor.dims) for tensor in graph.initializer)), use.evaluations)
+    found = list(_convolutions(graph, side))
+    stored = sum(4 * prod(tensor.dims) for tensor in graph.initializer)
+    tiles = _chosen(found, max(FREE, int(SHARE * stored)))
     writer = _Writer()
     chosen = {each.node.output[0]: each for each in found if each.tensor.name in tiles}
     for node in list(graph.node):
@@ -132,18 +131,13 @@ def rewrite(made: Any, use: Use) -> dict[str, int]:
     return tiles
 
 
-def room(stored: int) -> int:
-    """How many bytes the weights of a network that takes so many in float32 may take besides."""
-    return max(FREE, int(SHARE * stored))
-
-
-def _chosen(found: Sequence[Found], left: int, evaluations: int) -> dict[str, int]:
+def _chosen(found: Sequence[Found], left: int) -> dict[str, int]:
     """Of which tensors the weights are for which tiles: first what saves most for a byte, until none are left."""
     offers = []
     for k, each in enumerate(found):
         for before, m in ((1, 2), (1, 4), (2, 4)):
             saved, more = each.cost(before) - each.cost(m), each.more(m) - each.more(before)
-            if saved * evaluations > LOADED * more:
+            if saved > LOADED * more and each.buffer(m) <= BUFFER:
                 offers.append((saved / more, more, k, before, m))
     now = [1] * len(found)
     for _, more, k, before, m in sorted(offers, key=lambda offer: -offer[0]):
