@@ -223,7 +223,7 @@ class _Writer:
         both = add("Reshape", add("MatMul", self.matrix(level, "w", m), along), self.given([1, 1, -1, n * each.inputs]))
         # the products, as many groups as there are places in a tile: (1, n I, 1, tiles) -> (1, n O, 1, tiles)
         inputs = [add("Transpose", both, perm=[0, 3, 1, 2]), weights_name(each.tensor.name)]
-        inputs += [self.bias(name, each.outputs, m) for name in each.node.input[2:]]
+        inputs += [self.bias(name, m) for name in each.node.input[2:]]
         products = add("Transpose", add("Conv", *inputs, group=n, kernel_shape=[1, 1]), perm=[0, 2, 3, 1])
         # back: (tiles, n, O) -> (tiles, m m, O) -> (B, h, w, O), of which what lies beyond the edge goes
         out = np.kron(matrices(m).out, matrices(m).out).astype(np.float32)
@@ -293,12 +293,15 @@ class _Writer:
             self.node("Concat", terms, self.shared[key], axis=0)
         return self.shared[key]
 
-    def bias(self, name: str, outputs: int, m: int) -> str:
+    def bias(self, name: str, m: int) -> str:
         """A bias (O,) among the products ((m + 2)² O,), so that each output has it once."""
-        one = matrices(m).one
-        spread = self.given(np.kron(one, one).astype(np.float32)[:, None])
-        add = _Named(self, f"{name}:tiles")
-        return add("Reshape", add("Mul", spread, name), self.given([-1]))
+        key = f"{name}:tiles:{m}"
+        if ("bias", key) not in self.shared:
+            self.shared["bias", key] = key
+            one = matrices(m).one
+            spread = _Named(self, key)("Mul", self.given(np.kron(one, one).astype(np.float32)[:, None]), name)
+            self.node("Reshape", [spread, self.given([-1])], key)
+        return key
 
     def given(self, value: Any) -> str:
         """A constant."""
