@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from latentgen.models import create
 from latentgen.models.engine import EngineNote, open_engine
 from latentgen.models.onnx.export import write_graphs
 from latentgen.models.onnx.places import GRAPHS, cache_folder, find_graphs
-from latentgen.models.onnx.session import cores
+from latentgen.models.onnx.session import cores, open_session
 from latentgen.render import Order, render, replay
 
 ROOT = Path(__file__).parents[2]
@@ -285,6 +286,15 @@ def test_a_replay_is_by_the_engine_that_rendered(folder: Path, tmp_path: Path, e
     assert settings["engine"] == engine and ("torch" in settings) == (engine == "torch")
     target, remarks = replay(second)
     assert remarks == ["the same file, byte for byte"] and target.read_bytes() == second.read_bytes()
+
+
+def test_threads_that_wait_for_their_sessions_next_run_take_no_time_of_the_others(folder: Path) -> None:
+    """They spin for 40 ms where nobody tells them not to."""
+    session = open_session(open_folder(folder), "vae", folder / "vae/decoder.onnx", threads=2)
+    session.run(None, {"latents": np.zeros((4, 4, 64, 64), np.float32)})
+    used = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - used < 0.01
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["tokenizer.json", "vocab.json and merges.txt"])
