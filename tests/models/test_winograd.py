@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from latentgen import Pipeline
 from latentgen.checkpoint import open_folder, save_pipeline
+from latentgen.models.engine import EngineNote
 from latentgen.models.onnx import winograd
 from latentgen.models.onnx.export import write_graphs
 from latentgen.models.onnx.widen import FLOAT, FLOAT16, in_tiles, widened
@@ -220,6 +223,33 @@ def test_a_pipeline_in_tiles_gives_torchs_pictures_with_a_copy_kept_or_none(
         np.testing.assert_allclose(found["made"][k], truth, atol=1e-4)
         np.testing.assert_array_equal(found["kept"][k], found["made"][k])
         np.testing.assert_array_equal(found["none"][k], found["made"][k])
+
+
+def test_convolutions_that_a_lora_changes_are_in_tiles_too(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"down": (2, 192, 3, 3), "up": (192, 2, 1, 1)}
+    layer = "unet.down_blocks.0.resnets.0.conv2.lora"
+    values = {f"{layer}.{name}.weight": torch.randn(shape, generator=generator) / 9 for name, shape in shapes.items()}
+    save_file(values, tmp_path / "lora.safetensors")
+    found = {}
+    for name, loras in (("plain", []), ("kept", ["lora"]), ("none", ["lora"]), ("torch", ["lora"])):
+        if name == "none":
+            shutil.rmtree(tmp_path / "cache/latentgen/onnx/ready")
+            monkeypatch.setattr("latentgen.models.onnx.ready.ROOM", 0)
+        given = [{"path": tmp_path / f"{each}.safetensors"} for each in loras]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EngineNote)
+            pipe = Pipeline.from_pretrained(wide, engine="torch" if name == "torch" else "onnx", loras=given)
+        found[name] = pipe("a red apple", seed=3, num_inference_steps=4, output_type="np").images
+    (place,) = (tmp_path / "cache").glob("latentgen/onnx/*-fused/unet")
+    (changed,) = load_file(next(place.glob("*.safetensors")))
+    assert changed in rewrite(onnx.load(place / "model.onnx", load_external_data=False), 16)
+    assert np.abs(found["plain"] - found["torch"]).max() > 1e-2
+    np.testing.assert_allclose(found["kept"], found["torch"], atol=1e-4)
+    np.testing.assert_array_equal(found["none"], found["kept"])
 
 
 def test_the_graphs_beside_the_weights_stay_plain(wide: Path) -> None:

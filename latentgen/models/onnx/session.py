@@ -19,6 +19,7 @@ from latentgen.models.memory import Kept
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
 from latentgen.models.onnx.widen import in_tiles, widened
+from latentgen.models.onnx.winograd import weights_name
 
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
 FUSED = ".fused.safetensors"  # beside a graph, instead of its own ending: the weights that LoRAs changed
@@ -122,7 +123,7 @@ def _session(
     if fused is not None and fused.is_file():
         from safetensors.numpy import load_file
 
-        own |= load_file(fused)
+        own |= {name: values for name, values in load_file(fused).items() if weights_name(name) not in own}
     held = give_weights(options, own)
     if keep is not None:
         options.add_session_config_entry("session.disable_prepacking", "1")  # it computes nothing
