@@ -176,19 +176,12 @@ def test_what_the_weights_take_besides_is_bounded_and_worth_its_loading(
 
 @pytest.fixture(scope="module")
 def wide(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights whose U-Net has channels enough, half of them in float16."""
+    """Weights whose U-Net has channels enough."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(192, 256),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=32,
-        cross_attention_dim=16,
-    ).eval()
+    more = {"sample_size": 16, "block_out_channels": (192, 256), "attention_head_dim": 32}
+    unet = UNet2DConditionModel.from_config(dict(parts["unet"].config) | more).eval()
     place = tmp_path_factory.mktemp("wide") / "weights"
     config = {"_class_name": "DDIMScheduler"}
     return save_pipeline(place, **parts | {"unet": unet}, scheduler_config=config, finish=write_graphs)

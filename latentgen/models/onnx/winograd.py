@@ -70,7 +70,7 @@ def transformed(weight: np.ndarray, m: int) -> np.ndarray:
 class Level(NamedTuple):
     """Where tensors have the same sides: how often these were halved, and since which enlargement (a tensor's name).
 
-    A U-Net enlarges to the sides of what it joins, which is said in numbers; an autoencoder doubles what it has.
+    A U-Net enlarges to the sides of what it joins, which is said in numbers; what is just doubled can have others.
     """
 
     halved: int
@@ -85,7 +85,7 @@ class Found:
     tensor: Any
     outputs: int
     inputs: int
-    level: "Level"
+    level: Level
     side: int  # as far as the config says
 
     def more(self, m: int) -> int:
@@ -162,7 +162,7 @@ def _convolutions(graph: Any, side: int) -> Iterator[Found]:
     for node in graph.node:
         for name in node.input:
             readers[name] = readers.get(name, 0) + 1
-    levels = {value.name: Level(0) for value in graph.input if value.name in ("sample", "latents")}
+    levels = {value.name: Level(0) for value in graph.input if value.name == "sample"}
     for node in graph.node:
         known = [levels[name] for name in node.input if name in levels]
         if not known or node.op_type == "Shape":
