@@ -211,7 +211,7 @@ def test_all_weights_have_the_recipe_that_made_them() -> None:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import latentgen", {"torch", "numpy", "diffusers", "transformers", "PIL", "pydantic", "typer"}),
+        ("import latentgen", {"torch", "numpy", "diffusers", "transformers", "PIL", "pydantic", "click"}),
         ("import latentgen.cli", {"torch", "numpy", "diffusers", "transformers", "PIL", "pydantic"}),
         ("import latentgen.diffusion.sampling", {"torch", "diffusers", "transformers", "PIL"}),
         ("import latentgen.diffusion.guidance, latentgen.diffusion.schedule, latentgen.diffusion.noise", {"torch"}),

@@ -94,7 +94,7 @@ def test_what_would_be_cut_or_enlarged_too_much_is_left_out_and_listed(tmp_path:
 
 
 def test_no_picture_is_enlarged_to_its_square_unless_asked_for(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
+    from click.testing import CliRunner
 
     from latentgen.cli import app
     from latentgen.foundations import Foundations

@@ -96,7 +96,7 @@ def test_the_disk_is_that_of_the_checkpoints_the_best_and_the_averages_and_of_on
 
 
 def test_the_names_of_gates_and_samplers_are_looked_at_in_a_dry_run(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
+    from click.testing import CliRunner
 
     from latentgen.cli import app
 

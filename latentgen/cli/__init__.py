@@ -6,23 +6,42 @@ Exit codes: 0 done, 2 something given cannot be used (one line, `latentgen: …`
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from latentgen import __version__
 from latentgen.cli import converting, data, evaluating, finetuning, rendering, training
 from latentgen.errors import InputError
 
-app = typer.Typer(
+
+class Verbs(click.Group):
+    """Verbs in the order in which they are named here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=Verbs,
     name="latentgen",
     help="Pictures from words, with a model of your own: render prompts, make a picture again, train from a folder.",
     epilog='Start with:  latentgen render "a red apple"',
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,  # boxes and colours would take a third of the start of --help
-    pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    invoke_without_command=True,
 )
+@click.option("--version", is_flag=True, help="Say the version and stop.")
+@click.pass_context
+def app(context: click.Context, version: bool) -> None:
+    """What comes before a verb."""
+    if version:
+        click.echo(f"latentgen {__version__}")
+        context.exit()
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        context.exit()
+
 
 OPTIONS = {  # what a person typed, for what Python calls it
     "num_inference_steps": "--steps",
@@ -39,47 +58,34 @@ for verbs in (rendering, training, finetuning, evaluating, converting, data):
     verbs.add(app)
 
 
-@app.callback(invoke_without_command=True)
-def top(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Say the version and stop.")] = False,
-) -> None:
-    """What comes before a verb."""
-    if version:
-        typer.echo(f"latentgen {__version__}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit
-
-
 def main() -> None:
     """The `latentgen` command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.showwarning = show_warning
     try:
-        code = app(prog_name="latentgen", standalone_mode=False)
-        if code == 130:
-            raise KeyboardInterrupt
+        with app.make_context("latentgen", sys.argv[1:]) as context:
+            app.invoke(context)
+        sys.exit(0)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
     except InputError as error:
         if error.said:
             sys.exit(2)
         name, _, rest = str(error).partition(" ")
         sys.exit(refuse(f"{OPTIONS.get(name, name)} {rest}"))
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, click.Abort):
         say("stopped")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone; nothing more to say
         sys.exit(0)
+    except click.ClickException as error:
+        sys.exit(refuse(f"{error.format_message()} (see: {command(error)} --help)"))
     except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error of click, of which typer has its own copy or not
-            sys.exit(refuse(f"{error.format_message()} (see: {command(error)} --help)"))
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
             sys.exit(refuse("not enough memory; render smaller pictures (--size) or fewer at a time (--batch)"))
         raise
-    sys.exit(code or 0)
 
 
 def say(line: str) -> None:
@@ -93,10 +99,10 @@ def refuse(line: str) -> int:
     return 2
 
 
-def command(error: Any) -> str:
+def command(error: click.ClickException) -> str:
     """The command a usage error is about."""
-    context = getattr(error, "ctx", None)
-    return str(context.command_path) if context is not None else "latentgen"
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return context.command_path if context is not None else "latentgen"
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

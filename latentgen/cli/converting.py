@@ -1,11 +1,11 @@
 """Verbs of checkpoints: convert."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from latentgen.cli.rendering import PredictionType
+from latentgen.cli.options import PATH
+from latentgen.cli.rendering import prediction_type_option
 
 CONVERT = """Examples:
 
@@ -18,21 +18,24 @@ latentgen convert weights/my-lora my-lora.safetensors
 latentgen convert weights/my-xl-lora my-xl-lora.safetensors --base weights/xl"""
 
 
-def add(app: typer.Typer) -> None:
+def add(app: click.Group) -> None:
     """Give the command line these verbs."""
     app.command(epilog=CONVERT)(convert)
 
 
+@click.argument("source", metavar="SOURCE", help="A .safetensors file, a folder in diffusers' layout, or a hub id.")
+@click.argument(
+    "target", type=PATH, metavar="TARGET", help="The other form: a folder, or a file that ends in .safetensors."
+)
+@click.option("--tokenizer", type=PATH, help="A CLIP tokenizer's folder, for a file that has none beside it.")
+@prediction_type_option
+@click.option("--base", help="The weights an adapter is for, where they are Stable Diffusion XL's.")
 def convert(
-    source: Annotated[str, typer.Argument(help="A .safetensors file, a folder in diffusers' layout, or a hub id.")],
-    target: Annotated[Path, typer.Argument(help="The other form: a folder, or a file that ends in .safetensors.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A CLIP tokenizer's folder, for a file that has none beside it.")
-    ] = None,
-    prediction_type: PredictionType = None,
-    base: Annotated[
-        str | None, typer.Option(help="The weights an adapter is for, where they are Stable Diffusion XL's.")
-    ] = None,
+    source: str,
+    target: Path,
+    tokenizer: Path | None,
+    prediction_type: str | None,
+    base: str | None,
 ) -> None:
     """Turn a single-file checkpoint into a folder, or a folder into a single file, and render both to compare.
 
@@ -43,9 +46,9 @@ def convert(
     from latentgen.models.lora.kohya import write_kohya
 
     if is_adapter(source):
-        typer.echo(f"the same changes within {write_kohya(source, target, base):.2g}", err=True)
-        typer.echo(target)
+        click.echo(f"the same changes within {write_kohya(source, target, base):.2g}", err=True)
+        click.echo(target)
         return
     place, difference = run(source, target, tokenizer=tokenizer, prediction_type=prediction_type)
-    typer.echo(f"the same latents within {difference:.2g}", err=True)
-    typer.echo(place)
+    click.echo(f"the same latents within {difference:.2g}", err=True)
+    click.echo(place)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
+from latentgen.cli.options import PATH
 from latentgen.cli.rendering import progress_bar
 from latentgen.errors import InputError
 
@@ -25,25 +26,28 @@ latentgen doctor pictures/ --recipe my.toml --html doctor.html
 latentgen doctor 'shards/{000..012}.tar'"""
 
 
-def add(app: typer.Typer) -> None:
+def add(app: click.Group) -> None:
     """Give the command line these verbs."""
     app.command(epilog=DOCTOR)(doctor)
 
 
+@click.argument(
+    "folder", type=PATH, metavar="FOLDER", help="Captioned pictures: a folder, tar shards, a saved data set."
+)
+@click.option("--recipe", type=PATH, help="Look with its [data] section, and its tokenizer if it is trained.")
+@click.option("--weights", help="A weights folder whose tokenizer counts the captions.", show_default="none")
+@click.option(
+    "--captions", help="files: tables and .txt; names: the pictures' names.", show_default="the recipe's, or files"
+)
+@click.option("--json", "json_file", type=PATH, help="Write the ledger there.")
+@click.option("--html", "html_file", type=PATH, help="Write a page with pictures there.")
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Captioned pictures: a folder, tar shards, a saved data set.")],
-    recipe: Annotated[
-        Path | None, typer.Option(help="Look with its [data] section, and its tokenizer if it is trained.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="A weights folder whose tokenizer counts the captions.", show_default="none")
-    ] = None,
-    captions: Annotated[
-        str | None,
-        typer.Option(help="files: tables and .txt; names: the pictures' names.", show_default="the recipe's, or files"),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the ledger there.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with pictures there.")] = None,
+    folder: Path,
+    recipe: Path | None,
+    weights: str | None,
+    captions: str | None,
+    json_file: Path | None,
+    html_file: Path | None,
 ) -> None:
     """Account for every file of a folder: what is used, cropped, upscaled, twice there, unreadable, without caption.
 

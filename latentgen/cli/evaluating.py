@@ -2,23 +2,25 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from latentgen.cli.options import PATH
 from latentgen.errors import InputError
 
-Split = Annotated[
-    str | None, typer.Option(help="The split that is held out.", show_default="the weights' recipe's, else test")
-]
-HeldOut = Annotated[
-    float | None,
-    typer.Option(help="The part held out where none is in it.", show_default="the weights' recipe's, else 0.05"),
-]
-Captions = Annotated[str | None, typer.Option(help="files or names.", show_default="the weights' recipe's, else files")]
-Background = Annotated[
-    str | None, typer.Option(help="Under transparent ones.", show_default="the weights' recipe's, else white")
-]
+split_option = click.option(
+    "--split", help="The split that is held out.", show_default="the weights' recipe's, else test"
+)
+hold_out_option = click.option(
+    "--hold-out",
+    type=float,
+    help="The part held out where none is in it.",
+    show_default="the weights' recipe's, else 0.05",
+)
+captions_option = click.option("--captions", help="files or names.", show_default="the weights' recipe's, else files")
+background_option = click.option(
+    "--background", help="Under transparent ones.", show_default="the weights' recipe's, else white"
+)
 
 EVALUATE = """Examples:
 
@@ -35,35 +37,55 @@ latentgen tune weights/icons --data data/icons --evaluations 20 --dry-run
 latentgen tune weights/mine --data pictures/ --evaluations 30 --figure unlikeness --samplers dpmpp-2m,unipc"""
 
 
-def add(app: typer.Typer) -> None:
+def add(app: click.Group) -> None:
     """Give the command line these verbs."""
     app.command(epilog=EVALUATE)(evaluate)
     app.command(epilog=TUNE)(tune)
 
 
+@click.argument("weights", metavar="WEIGHTS", help="A weights folder.")
+@click.option("--data", type=PATH, required=True, help="A folder of captioned pictures.")
+@click.option(
+    "--out", type=PATH, default=Path("report.html"), help="The report; a .json with the figures goes beside it."
+)
+@click.option("--pictures", type=int, default=400, help="Held-out pictures, at most.")
+@split_option
+@hold_out_option
+@captions_option
+@background_option
+@click.option("--steps", type=int, help="Denoising steps.", show_default="the weights' own")
+@click.option("--guidance", type=float, help="Guidance scale.", show_default="the weights' own")
+@click.option("--sampler", help="Sampler.", show_default="the weights' own")
+@click.option("--seed", type=int, default=0, help="Of renderings and of what is drawn.")
+@click.option("--judge", default="default", help="default, or a folder with a CLIP, DINOv2 or Inception v3.")
+@click.option("--clip", help="A CLIP folder, for scores of captions.")
+@click.option("--concept", help="The metadata column of what is shown.")
+@click.option("--style", help="The metadata column of the style.")
+@click.option("--guidances", help="Guidance scales of a curve, as 1,2,4,7.")
+@click.option("--step-counts", help="Numbers of steps of a curve, as 5,10,25.")
+@click.option("--curve-pictures", type=int, default=24, help="Pictures rendered for each point of a curve.")
+@click.option("--compare", help="Another weights folder, on the same pictures.")
 def evaluate(
-    weights: Annotated[str, typer.Argument(help="A weights folder.")],
-    data: Annotated[Path, typer.Option(help="A folder of captioned pictures.")],
-    out: Annotated[Path, typer.Option(help="The report; a .json with the figures goes beside it.")] = Path(
-        "report.html"
-    ),
-    pictures: Annotated[int, typer.Option(help="Held-out pictures, at most.")] = 400,
-    split: Split = None,
-    hold_out: HeldOut = None,
-    captions: Captions = None,
-    background: Background = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the weights' own")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the weights' own")] = None,
-    sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the weights' own")] = None,
-    seed: Annotated[int, typer.Option(help="Of renderings and of what is drawn.")] = 0,
-    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP, DINOv2 or Inception v3.")] = "default",
-    clip: Annotated[str | None, typer.Option(help="A CLIP folder, for scores of captions.")] = None,
-    concept: Annotated[str | None, typer.Option(help="The metadata column of what is shown.")] = None,
-    style: Annotated[str | None, typer.Option(help="The metadata column of the style.")] = None,
-    guidances: Annotated[str | None, typer.Option(help="Guidance scales of a curve, as 1,2,4,7.")] = None,
-    step_counts: Annotated[str | None, typer.Option(help="Numbers of steps of a curve, as 5,10,25.")] = None,
-    curve_pictures: Annotated[int, typer.Option(help="Pictures rendered for each point of a curve.")] = 24,
-    compare: Annotated[str | None, typer.Option(help="Another weights folder, on the same pictures.")] = None,
+    weights: str,
+    data: Path,
+    out: Path,
+    pictures: int,
+    split: str | None,
+    hold_out: float | None,
+    captions: str | None,
+    background: str | None,
+    steps: int | None,
+    guidance: float | None,
+    sampler: str | None,
+    seed: int,
+    judge: str,
+    clip: str | None,
+    concept: str | None,
+    style: str | None,
+    guidances: str | None,
+    step_counts: str | None,
+    curve_pictures: int,
+    compare: str | None,
 ) -> None:
     """Judge a model on held-out captions: figures with intervals, and a page of pictures.
 
@@ -109,26 +131,42 @@ def evaluate(
     print(out)
 
 
+@click.argument("weights", metavar="WEIGHTS", help="A weights folder.")
+@click.option("--data", type=PATH, required=True, help="A folder of captioned pictures.")
+@click.option(
+    "--evaluations",
+    type=int,
+    required=True,
+    help="What a picture may cost: network evaluations, two a step where guidance acts.",
+)
+@click.option("--out", type=PATH, default=Path("tuning.json"), help="The whole table as JSON.")
+@click.option("--pictures", type=int, default=48, help="Held-out captions rendered by the last candidates.")
+@split_option
+@hold_out_option
+@captions_option
+@background_option
+@click.option("--figure", default="kid", help="kid, or unlikeness to the caption's own picture.")
+@click.option("--samplers", help="Samplers to try, commas between.", show_default="seven of them")
+@click.option("--guidances", help="Guidance scales to try.", show_default="1,2,3,4,6")
+@click.option("--seed", type=int, default=0, help="Of renderings and of what is drawn.")
+@click.option("--judge", default="default", help="default, or a folder with a CLIP, DINOv2 or Inception v3.")
+@click.option("--dry-run", "dry_run", is_flag=True, help="Search and say; leave the weights as they are.")
 def tune(
-    weights: Annotated[str, typer.Argument(help="A weights folder.")],
-    data: Annotated[Path, typer.Option(help="A folder of captioned pictures.")],
-    evaluations: Annotated[
-        int, typer.Option(help="What a picture may cost: network evaluations, two a step where guidance acts.")
-    ],
-    out: Annotated[Path, typer.Option(help="The whole table as JSON.")] = Path("tuning.json"),
-    pictures: Annotated[int, typer.Option(help="Held-out captions rendered by the last candidates.")] = 48,
-    split: Split = None,
-    hold_out: HeldOut = None,
-    captions: Captions = None,
-    background: Background = None,
-    figure: Annotated[str, typer.Option(help="kid, or unlikeness to the caption's own picture.")] = "kid",
-    samplers: Annotated[
-        str | None, typer.Option(help="Samplers to try, commas between.", show_default="seven of them")
-    ] = None,
-    guidances: Annotated[str | None, typer.Option(help="Guidance scales to try.", show_default="1,2,3,4,6")] = None,
-    seed: Annotated[int, typer.Option(help="Of renderings and of what is drawn.")] = 0,
-    judge: Annotated[str, typer.Option(help="default, or a folder with a CLIP, DINOv2 or Inception v3.")] = "default",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Search and say; leave the weights as they are.")] = False,
+    weights: str,
+    data: Path,
+    evaluations: int,
+    out: Path,
+    pictures: int,
+    split: str | None,
+    hold_out: float | None,
+    captions: str | None,
+    background: str | None,
+    figure: str,
+    samplers: str | None,
+    guidances: str | None,
+    seed: int,
+    judge: str,
+    dry_run: bool,
 ) -> None:
     """Find the best sampler, steps, guidance and average at a price, and make them the weights' defaults.
 

@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
+from latentgen.cli.options import PATH
 from latentgen.errors import InputError
 
 FINETUNE = """Examples:
@@ -19,48 +20,52 @@ latentgen finetune my_cat/ --method textual-inversion --token "<my-cat>" --like 
 latentgen finetune my_look/ --method style --out weights/my-look"""
 
 
-def add(app: typer.Typer) -> None:
+def add(app: click.Group) -> None:
     """Give the command line these verbs."""
     app.command(epilog=FINETUNE)(finetune)
 
 
+@click.argument("pictures", type=PATH, metavar="PICTURES", help="A folder of captioned pictures.")
+@click.option("--out", type=PATH, required=True, help="The folder to make.")
+@click.option("--from", "base", help="The weights to start from; not changed.", show_default="the embedded weights")
+@click.option("--recipe", type=PATH, help="A TOML file with any of the settings; what is said here goes before it.")
+@click.option("--method", help="lora, dora, lokr, full, dreambooth, textual-inversion or style.", show_default="lora")
+@click.option("--token", help="DreamBooth's rare word; textual inversion's new one.", show_default="zwx")
+@click.option("--class", "class_word", help="DreamBooth: what kind of thing it is, as cat.")
+@click.option("--like", help="Textual inversion: a word to start from.")
+@click.option("--caption", help="One caption for every picture, in place of its own.")
+@click.option("--captions", help="files: tables and sidecars; names: of the files.", show_default="files")
+@click.option("--steps", type=int, help="Training steps.", show_default="by the pictures")
+@click.option("--batch", type=int, help="Pictures a step.", show_default="by the weights")
+@click.option("--rate", type=float, help="Learning rate.", show_default="by the weights")
+@click.option("--rank", type=int, help="Of an adapter.", show_default="by the pictures")
+@click.option(
+    "--text-encoder", "text_encoder", is_flag=True, default=None, help="Train the text encoder too.", show_default="off"
+)
+@click.option("--size", type=int, help="Pixels a side.", show_default="the weights' own")
+@click.option("--seed", type=int, help="Of everything random.", show_default="0")
+@click.option(
+    "--prompt", multiple=True, help="Something to look at while it trains; repeat it.", show_default="captions"
+)
 def finetune(
-    pictures: Annotated[Path, typer.Argument(help="A folder of captioned pictures.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
-    base: Annotated[
-        str | None,
-        typer.Option("--from", help="The weights to start from; not changed.", show_default="the embedded weights"),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A TOML file with any of the settings; what is said here goes before it.")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="lora, dora, lokr, full, dreambooth, textual-inversion or style.", show_default="lora"),
-    ] = None,
-    token: Annotated[
-        str | None, typer.Option(help="DreamBooth's rare word; textual inversion's new one.", show_default="zwx")
-    ] = None,
-    class_word: Annotated[
-        str | None, typer.Option("--class", help="DreamBooth: what kind of thing it is, as cat.")
-    ] = None,
-    like: Annotated[str | None, typer.Option(help="Textual inversion: a word to start from.")] = None,
-    caption: Annotated[str | None, typer.Option(help="One caption for every picture, in place of its own.")] = None,
-    captions: Annotated[
-        str | None, typer.Option(help="files: tables and sidecars; names: of the files.", show_default="files")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="by the pictures")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures a step.", show_default="by the weights")] = None,
-    rate: Annotated[float | None, typer.Option(help="Learning rate.", show_default="by the weights")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of an adapter.", show_default="by the pictures")] = None,
-    text_encoder: Annotated[
-        bool | None, typer.Option("--text-encoder", help="Train the text encoder too.", show_default="off")
-    ] = None,
-    size: Annotated[int | None, typer.Option(help="Pixels a side.", show_default="the weights' own")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Something to look at while it trains; repeat it.", show_default="captions")
-    ] = None,
+    pictures: Path,
+    out: Path,
+    base: str | None,
+    recipe: Path | None,
+    method: str | None,
+    token: str | None,
+    class_word: str | None,
+    like: str | None,
+    caption: str | None,
+    captions: str | None,
+    steps: int | None,
+    batch: int | None,
+    rate: float | None,
+    rank: int | None,
+    text_encoder: bool | None,
+    size: int | None,
+    seed: int | None,
+    prompt: tuple[str, ...],
 ) -> None:
     """Teach finished weights your own captioned pictures, and prove what is saved.
 
@@ -96,4 +101,4 @@ def finetune(
         raise InputError("these are no settings of finetune")
     from latentgen.finetuning import finetune as run
 
-    typer.echo(run(pictures, base=base, out=out, settings=settings, report=report))
+    click.echo(run(pictures, base=base, out=out, settings=settings, report=report))

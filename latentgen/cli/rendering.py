@@ -4,23 +4,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from latentgen.cli.options import PATH
 from latentgen.errors import InputError
 
-Weights = Annotated[
-    str | None,
-    typer.Option(help="A weights folder in diffusers' layout, or a hub id.", show_default="the embedded weights"),
-]
-PredictionType = Annotated[
-    str | None,
-    typer.Option(
-        help="What the U-Net predicts: epsilon or v_prediction.",
-        show_default="as its files say; SD 2's single files: v",
-    ),
-]
+weights_option = click.option(
+    "--weights", help="A weights folder in diffusers' layout, or a hub id.", show_default="the embedded weights"
+)
+prediction_type_option = click.option(
+    "--prediction-type",
+    help="What the U-Net predicts: epsilon or v_prediction.",
+    show_default="as its files say; SD 2's single files: v",
+)
 
 RENDER = """Examples:
 
@@ -38,98 +35,102 @@ latentgen replay apple.png
 latentgen replay apple.png --weights weights/icons"""
 
 
-def add(app: typer.Typer) -> None:
+def add(app: click.Group) -> None:
     """Give the command line these verbs."""
     app.command(epilog=RENDER)(render)
     app.command(epilog=REPLAY)(replay)
     app.command()(samplers)
 
 
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT", help="What to paint; one or more, each in quotes.")
+@click.option("--steps", type=int, help="Denoising steps.", show_default="the weights' own")
+@click.option(
+    "--guidance", type=float, help="How hard to follow the prompt; 1 is off.", show_default="the weights' own"
+)
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="FIRST LAST",
+    help="The part of the steps guided, from 0 (noise) to 1 (clean); fewer are faster.",
+    show_default="the weights' own, mostly 0 1",
+)
+@click.option("--negative", default="", help="What to keep away from.", show_default="nothing")
+@click.option("--seed", type=int, help="Seed of the first picture; picture k has seed + k.", show_default="a fresh one")
+@click.option("--size", metavar="SIZE", help="Pixels: 64, or WIDTHxHEIGHT as 96x64.", show_default="the weights' own")
+@click.option("--n", "-n", "n", type=int, default=1, help="Pictures for each prompt.")
+@click.option("--sampler", help="ddim, dpmpp-2m, euler, heun, …", show_default="the weights' own")
+@click.option(
+    "--out", type=PATH, help="A .png file (replaced if it is there) or a folder.", show_default="the present folder"
+)
+@weights_option
+@click.option(
+    "--batch",
+    default="1",
+    metavar="N|auto",
+    help="Pictures rendered at a time, or auto: as many as the free memory holds. A replay repeats the batch.",
+)
+@click.option(
+    "--prompt-weights/--no-prompt-weights",
+    default=True,
+    help="Read (word:1.3), [word] and BREAK in prompts; off, brackets are plain text.",
+)
+@click.option(
+    "--max-chunks", type=int, help="How many contexts long a prompt may be; 1 cuts it.", show_default="as long as it is"
+)
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="A LoRA's .safetensors file and its weight, 1 if not said; repeat it.",
+)
+@click.option(
+    "--style",
+    multiple=True,
+    metavar="FOLDER[:DIAL]",
+    help="A style that finetune learned, and how far the dial is turned: 0 is off, 1 is as it was learned.",
+)
+@click.option("--word", multiple=True, metavar="FILE", help="A new word's embeddings (textual inversion); repeat it.")
+@click.option("--engine", default="auto", help="onnx (a CPU), torch, or auto: onnx where it can run this, else torch.")
+@click.option(
+    "--feature-cache",
+    type=int,
+    default=1,
+    metavar="N",
+    help="Compute the U-Net's deep levels at every N-th step only (torch); 1 is off.",
+)
+@click.option(
+    "--vae-tiling/--no-vae-tiling",
+    default=None,
+    help="Decode in tiles with blended seams, in less memory.",
+    show_default="above 1536·1024 pixels",
+)
+@click.option("--compile", "compile", is_flag=True, help="Compile the U-Net first (torch; minutes, for many pictures).")
+@prediction_type_option
+@click.option("--tokenizer", type=PATH, help="A CLIP tokenizer's folder, for a single file that has none beside it.")
 def render(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to paint; quote each prompt.")],
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the weights' own")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="How hard to follow the prompt; 1 is off.", show_default="the weights' own"),
-    ] = None,
-    guidance_interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            help="The part of the steps guided, from 0 (noise) to 1 (clean); fewer are faster.",
-            metavar="FIRST LAST",
-            show_default="the weights' own, mostly 0 1",
-        ),
-    ] = None,
-    negative: Annotated[str, typer.Option(help="What to keep away from.", show_default="nothing")] = "",
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the first picture; picture k has seed + k.", show_default="a fresh one")
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Pixels: 64, or WIDTHxHEIGHT as 96x64.", metavar="SIZE", show_default="the weights' own"),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", help="Pictures for each prompt.")] = 1,
-    sampler: Annotated[
-        str | None, typer.Option(help="ddim, dpmpp-2m, euler, heun, …", show_default="the weights' own")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A .png file (replaced if it is there) or a folder.", show_default="the present folder"),
-    ] = None,
-    weights: Weights = None,
-    batch: Annotated[
-        str,
-        typer.Option(
-            help="Pictures rendered at a time, or auto: as many as the free memory holds. A replay repeats the batch.",
-            metavar="N|auto",
-        ),
-    ] = "1",
-    prompt_weights: Annotated[
-        bool, typer.Option(help="Read (word:1.3), [word] and BREAK in prompts; off, brackets are plain text.")
-    ] = True,
-    max_chunks: Annotated[
-        int | None,
-        typer.Option(help="How many contexts long a prompt may be; 1 cuts it.", show_default="as long as it is"),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A LoRA's .safetensors file and its weight, 1 if not said; repeat it.", metavar="FILE[:WEIGHT]"
-        ),
-    ] = None,
-    style: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A style that finetune learned, and how far the dial is turned: 0 is off, 1 is as it was learned.",
-            metavar="FOLDER[:DIAL]",
-        ),
-    ] = None,
-    word: Annotated[
-        list[str] | None,
-        typer.Option(help="A new word's embeddings (textual inversion); repeat it.", metavar="FILE"),
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(help="onnx (a CPU), torch, or auto: onnx where it can run this, else torch.")
-    ] = "auto",
-    feature_cache: Annotated[
-        int,
-        typer.Option(help="Compute the U-Net's deep levels at every N-th step only (torch); 1 is off.", metavar="N"),
-    ] = 1,
-    vae_tiling: Annotated[
-        bool | None,
-        typer.Option(
-            "--vae-tiling/--no-vae-tiling",
-            help="Decode in tiles with blended seams, in less memory.",
-            show_default="above 1536·1024 pixels",
-        ),
-    ] = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the U-Net first (torch; minutes, for many pictures).")
-    ] = False,
-    prediction_type: PredictionType = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A CLIP tokenizer's folder, for a single file that has none beside it.")
-    ] = None,
+    prompts: tuple[str, ...],
+    steps: int | None,
+    guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
+    negative: str,
+    seed: int | None,
+    size: str | None,
+    n: int,
+    sampler: str | None,
+    out: Path | None,
+    weights: str | None,
+    batch: str,
+    prompt_weights: bool,
+    max_chunks: int | None,
+    lora: tuple[str, ...],
+    style: tuple[str, ...],
+    word: tuple[str, ...],
+    engine: str,
+    feature_cache: int,
+    vae_tiling: bool | None,
+    compile: bool,
+    prediction_type: str | None,
+    tokenizer: Path | None,
 ) -> None:
     """Render each PROMPT into a PNG file that holds everything it takes to make it again.
 
@@ -152,7 +153,7 @@ def render(
         if among.rank:
             return  # a pixel model's pictures are small: the first process renders them all
         for path in render_files(Path(weights), prompts, out, n=n, seed=seed, **told):
-            typer.echo(path)
+            click.echo(path)
         return
     from latentgen.render import Order
     from latentgen.render import render as run
@@ -183,21 +184,20 @@ def render(
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, None if among.rank else progress, among))
     for path in written if among.rank == 0 else ():
-        typer.echo(path)
+        click.echo(path)
 
 
+@click.argument("picture", type=PATH, metavar="PICTURE", help="A PNG file that latentgen rendered.")
+@click.option("--out", type=PATH, help="A .png file or a folder.", show_default="NAME-replay.png beside it")
+@weights_option
+@click.option("--lora", multiple=True, metavar="FILE", help="Where a LoRA of the picture is now; repeat it.")
+@click.option("--word", multiple=True, metavar="FILE", help="Where a new word of the picture is now; repeat it.")
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG file that latentgen rendered.")],
-    out: Annotated[
-        Path | None, typer.Option(help="A .png file or a folder.", show_default="NAME-replay.png beside it")
-    ] = None,
-    weights: Weights = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="Where a LoRA of the picture is now; repeat it.", metavar="FILE")
-    ] = None,
-    word: Annotated[
-        list[str] | None, typer.Option(help="Where a new word of the picture is now; repeat it.", metavar="FILE")
-    ] = None,
+    picture: Path,
+    out: Path | None,
+    weights: str | None,
+    lora: tuple[str, ...],
+    word: tuple[str, ...],
 ) -> None:
     """Make a picture again from what its PNG says: on the same machine the same file, byte for byte."""
     from latentgen.render import replay as run
@@ -206,7 +206,7 @@ def replay(
         target, remarks = run(picture, out, weights, progress, lora or (), word or ())
     for remark in remarks:
         print(f"latentgen: {remark}", file=sys.stderr, flush=True)
-    typer.echo(target)
+    click.echo(target)
 
 
 def samplers() -> None:

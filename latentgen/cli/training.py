@@ -3,10 +3,10 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
+import click
 
+from latentgen.cli.options import PATH
 from latentgen.errors import InputError
 
 TRAIN = """Examples:
@@ -22,33 +22,37 @@ latentgen train pipelines/icons.toml --start weights/icons --only decoder --out 
 latentgen train pipelines/fashion.toml"""
 
 
-def add(app: typer.Typer) -> None:
+def add(app: click.Group) -> None:
     """Give the command line these verbs."""
     app.command(epilog=TRAIN)(train)
 
 
+@click.argument("recipe", type=PATH, metavar="RECIPE", help="A recipe: a TOML file, as those in pipelines/.")
+@click.option("--out", type=PATH, help="The weights folder to make.", show_default="weights/NAME of the recipe")
+@click.option(
+    "--data",
+    type=PATH,
+    help="Captioned pictures: a folder, tar shards, a saved data set.",
+    show_default="the recipe's own",
+)
+@click.option(
+    "--start", type=PATH, help="A weights folder to go on from: its U-Net trains on, all else is taken as it is."
+)
+@click.option(
+    "--only",
+    type=click.Choice(["decoder"]),
+    help="With --start: this stage alone is trained, the U-Net too is taken as it is.",
+)
+@click.option(
+    "--dry-run", "dry_run", is_flag=True, help="Check everything, measure a few steps, say what it will take; no more."
+)
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: a TOML file, as those in pipelines/.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The weights folder to make.", show_default="weights/NAME of the recipe")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Captioned pictures: a folder, tar shards, a saved data set.", show_default="the recipe's own"
-        ),
-    ] = None,
-    start: Annotated[
-        Path | None,
-        typer.Option(help="A weights folder to go on from: its U-Net trains on, all else is taken as it is."),
-    ] = None,
-    only: Annotated[
-        Literal["decoder"] | None,
-        typer.Option(help="With --start: this stage alone is trained, the U-Net too is taken as it is."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, measure a few steps, say what it will take; no more.")
-    ] = False,
+    recipe: Path,
+    out: Path | None,
+    data: Path | None,
+    start: Path | None,
+    only: str | None,
+    dry_run: bool,
 ) -> None:
     """Train every stage of a recipe: tokenizer, CLIP, VAE and U-Net, from captioned pictures to a weights folder.
 
@@ -77,4 +81,4 @@ def train(
     else:
         folder = continuation.train_on(recipe, start, out, data, report, only=only)
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(folder)
+        click.echo(folder)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from latentgen import build
 from latentgen.cli import app
