@@ -30,6 +30,7 @@ STEMS = {
 }
 SECOND = ("text_encoder_2", "tokenizer_2")  # what Stable Diffusion XL has besides
 _VERIFYING = threading.Lock()
+_VERIFIED: dict[Path, object] = {}  # by folder: the files as they were when their hashes were compared
 PARTS = (*CLASSES, "tokenizer", "tokenizer_2", "scheduler")  # the subfolders that decide a picture
 
 
@@ -70,11 +71,15 @@ class Checkpoint:
     def verify(self) -> None:
         """Compare every hash of the manifest (about a second a gigabyte), the first time only; any thread may ask.
 
-        Raises InputError where a file is not the one that the manifest names. A single file has no manifest.
+        The first time is that of this process, for files that have not been touched since. Raises InputError where a
+        file is not the one that the manifest names. A single file has no manifest.
         """
         with _VERIFYING:
             if not self.__dict__.get("_verified"):
-                _check_manifest(self.folder, hashes=True)
+                place, state = self.folder.resolve(), _state(self.folder)
+                if _VERIFIED.get(place) != state:
+                    _check_manifest(self.folder, hashes=True)
+                    _VERIFIED[place] = state
                 self.__dict__["_verified"] = True
 
     @cached_property
@@ -190,6 +195,14 @@ def _class_of(index: Mapping[str, Any], part: str) -> str | None:
 
 def _variant(weights: Mapping[str, tuple[Path, ...]]) -> str | None:
     return "fp16" if any(".fp16." in paths[0].name for paths in weights.values()) else None
+
+
+def _state(folder: Path) -> object:
+    """What tells that no file of the manifest, nor it itself, has been touched: sizes, times and places on the disk."""
+    manifest = read_manifest(folder)
+    paths = [folder / name for name in manifest["files"]]
+    said = [path.stat() if path.is_file() else None for path in paths]
+    return manifest, [each and (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for each in said]
 
 
 def _check_manifest(folder: Path, *, hashes: bool) -> None:

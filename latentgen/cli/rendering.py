@@ -42,7 +42,7 @@ def add(app: click.Group) -> None:
     app.command()(samplers)
 
 
-@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT", help="What to paint; one or more, each in quotes.")
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT", help="What to paint; each in quotes.")
 @click.option("--steps", type=int, help="Denoising steps.", show_default="the weights' own")
 @click.option(
     "--guidance", type=float, help="How hard to follow the prompt; 1 is off.", show_default="the weights' own"
@@ -155,6 +155,10 @@ def render(
         for path in render_files(Path(weights), prompts, out, n=n, seed=seed, **told):
             click.echo(path)
         return
+    if engine != "torch" and not (lora or style or compile):
+        from latentgen.models.onnx.ahead import open_ahead
+
+        open_ahead(weights, tokenizer)
     from latentgen.render import Order
     from latentgen.render import render as run
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +86,8 @@ def pairs() -> np.ndarray:
     go together is told by a shifted rank-1 lattice (Korobov 1959) of golden ratio. Mixed moments of Hermite
     polynomials up to the sixth, which are 0 for independent numbers, are below 0.002 (0.01 for pairs drawn by lot).
     """
+    from statistics import NormalDist
+
     inverse = NormalDist().inv_cdf  # Wichura 1988, AS 241
     half = np.array([inverse((k + 0.5) / 65536) for k in range(32768)])
     quantiles = np.concatenate([half, -half[::-1]]) / np.sqrt(np.mean(half**2))

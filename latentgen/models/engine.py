@@ -3,7 +3,6 @@
 An engine is opened from a checkpoint and gives what a pipeline holds: the text encoder, the network, the autoencoder.
 """
 
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Network
 from latentgen.errors import InputError
 from latentgen.models.lora import Loras
-from latentgen.models.onnx.places import TOLD, cache_folder, find_graphs, fused_folder, why_not
+from latentgen.models.onnx.places import TOLD, cache_folder, find_graphs, fused_folder, speaks_for_gpu, why_not
 
 ENGINES = ("auto", "onnx", "torch")
 
@@ -210,9 +209,7 @@ def _elsewhere(device: Any, dtype: Any) -> str | None:
 
 def _has_gpu(device: Any) -> bool:
     """Whether torch would find a GPU; torch is imported only where something speaks for one."""
-    if device is not None:
-        return False
-    if "torch" not in sys.modules and not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None:
+    if device is not None or not ("torch" in sys.modules or speaks_for_gpu()):
         return False
     import torch
 

@@ -289,12 +289,14 @@ def test_a_replay_is_by_the_engine_that_rendered(folder: Path, tmp_path: Path, e
 
 
 def test_threads_that_wait_for_their_sessions_next_run_take_no_time_of_the_others(folder: Path) -> None:
-    """They spin for 40 ms where nobody tells them not to."""
+    """They spin for 40 ms after a run, and before the first one, where nobody tells them not to."""
+    open_session(open_folder(folder), "vae", folder / "vae/decoder.onnx", threads=2)  # made ready
     session = open_session(open_folder(folder), "vae", folder / "vae/decoder.onnx", threads=2)
-    session.run(None, {"latents": np.zeros((4, 4, 64, 64), np.float32)})
-    used = time.process_time()
-    time.sleep(0.2)
-    assert time.process_time() - used < 0.01
+    for _ in range(2):
+        used = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - used < 0.01
+        session.run(None, {"latents": np.zeros((4, 4, 64, 64), np.float32)})
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["tokenizer.json", "vocab.json and merges.txt"])

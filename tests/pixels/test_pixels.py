@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from latentgen import build
 from latentgen.cli import app

@@ -7,6 +7,7 @@ corrector that reuses the next evaluation.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -23,9 +24,12 @@ ADAMS_BASHFORTH = (
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
 Of = Literal["eps", "v"]  # which of a network's outputs a method extrapolates
-QUADRATURE = [
-    *zip(*(ends.tolist() for ends in np.polynomial.legendre.leggauss(16)), strict=True)
-]  # exact for LMS, to rounding for DEIS
+
+
+@cache
+def quadrature() -> list[tuple[float, float]]:
+    """Gauss and Legendre's places in (−1, 1) and weights: exact for LMS, to rounding for DEIS."""
+    return list(zip(*(ends.tolist() for ends in np.polynomial.legendre.leggauss(16)), strict=True))
 
 
 def lms(
@@ -85,7 +89,7 @@ def adams_weights(levels: list[float], end: float, in_log: bool) -> list[float]:
     stop = end if in_log else math.exp(end)
     half, middle = 0.5 * (stop - nodes[0]), 0.5 * (stop + nodes[0])
     weights = [0.0] * len(nodes)
-    for place, share in QUADRATURE:  # Python's own floats: the lists are too short for NumPy to pay
+    for place, share in quadrature():  # Python's own floats: the lists are too short for NumPy to pay
         point = half * place + middle
         measure = half * share * (math.exp(point) if in_log else 1.0)
         for i, node in enumerate(nodes):

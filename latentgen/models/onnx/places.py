@@ -3,13 +3,13 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentgen.checkpoint import Checkpoint, SingleFile
 from latentgen.durable import user_cache
-from latentgen.models.lora import read_lora
 
 GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.onnx"}  # each beside its weights
 SECOND = {"text_encoder_2": "model.onnx"}  # what Stable Diffusion XL has besides
@@ -36,6 +36,8 @@ def cache_folder(checkpoint: Checkpoint) -> Path:
 
 def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> Path:
     """Where the graphs of a checkpoint with LoRAs fused are kept: named by what all of them hold and their weights."""
+    from latentgen.models.lora import read_lora
+
     uses = [[read_lora(one["path"]).sha256, float(one.get("weight", 1.0))] for one in loras]
     digest = hashlib.sha256(json.dumps([checkpoint.fingerprint, uses]).encode()).hexdigest()
     return cache_folder(checkpoint).with_name(f"{digest[:32]}-{FORM}-fused")
@@ -62,6 +64,11 @@ def layout(checkpoint: Checkpoint, part: str) -> str:
             head = opened.read(8)
             digest.update(file.name.encode() + head + opened.read(int.from_bytes(head, "little")))
     return digest.hexdigest()
+
+
+def speaks_for_gpu() -> bool:
+    """Whether there may be a GPU, on which torch would render instead."""
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
 def why_not(checkpoint: Checkpoint) -> str | None:

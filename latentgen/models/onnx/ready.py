@@ -3,7 +3,8 @@
 Making a graph ready (constants folded, float16 widened, convolutions' weights put into the blocks that this CPU's
 kernels read) takes most of the time from a shell to a picture, and its result is the same every time. So it is kept,
 named by all that it depends on, and the next process maps it into memory. A copy is checked by its hashes whenever it
-is opened, and made anew where it is torn. Copies used longest ago go where all take more than `ROOM`.
+is opened (CRC-32, which is several times as fast as what weights from elsewhere are compared by), and made anew where
+it is torn. Copies used longest ago go where all take more than `ROOM`.
 """
 
 import hashlib
@@ -22,13 +23,14 @@ from typing import Any
 
 from latentgen.checkpoint import Checkpoint, SingleFile, check_safetensors
 from latentgen.checkpoint.keys import prefix
-from latentgen.durable import sha256
+from latentgen.durable import crc32
 from latentgen.models.onnx.places import cache_folder, layout
-from latentgen.models.onnx.widen import WIDE
 
 ROOM = 6 << 30  # bytes that all copies may take
-FORM = 2  # of what is kept; one more whenever a graph is made ready otherwise
+FORM = 3  # of what is kept; one more whenever a graph is made ready otherwise
 SHARE = 0.25  # of the free disk that one may take
+PACKED = 1 << 30  # bytes of weights up to which they are kept as linear layers read them, too: half as much again
+WIDE = "widened.bin"  # the weights before they are laid out, which go then
 GRAPH, WEIGHTS, HASHES = "graph.onnx", "weights.bin", "hashes.json"
 
 
@@ -74,7 +76,7 @@ class Ready:
                 return False
             write(aside / GRAPH)
             (aside / WIDE).unlink(missing_ok=True)
-            files = {path.name: sha256(path) for path in aside.iterdir()}
+            files = {path.name: crc32(path) for path in aside.iterdir()}
             (aside / HASHES).write_text(json.dumps(files), encoding="utf-8")
             aside.rename(self.folder)
             self._make_room()
@@ -87,7 +89,7 @@ class Ready:
     def _is_whole(self) -> bool:
         try:
             files = json.loads((self.folder / HASHES).read_text(encoding="utf-8"))
-            return GRAPH in files and all(sha256(self.folder / name) == digest for name, digest in files.items())
+            return GRAPH in files and all(crc32(self.folder / name) == found for name, found in files.items())
         except (OSError, ValueError, TypeError, AttributeError):
             return False
 
@@ -115,6 +117,8 @@ def widened_size(checkpoint: Checkpoint, part: str) -> int:
 def machine_code() -> str:
     """What of the CPU decides how weights are laid out: its name and its instructions."""
     told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
+    if not told.is_file():
+        return "\n".join((platform.machine(), platform.processor()))  # which may start a process to be told
+    lines = told.read_text(encoding="utf-8", errors="replace").splitlines()
     found = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join((platform.machine(), platform.processor(), *sorted(found)))
+    return "\n".join((platform.machine(), *sorted(found)))

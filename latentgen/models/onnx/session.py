@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
 from latentgen.models.memory import Kept
 from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
-from latentgen.models.onnx.ready import WEIGHTS, Ready, widened_size
-from latentgen.models.onnx.widen import in_tiles, widened
-from latentgen.models.onnx.winograd import weights_name
+from latentgen.models.onnx.ready import PACKED, WEIGHTS, Ready, widened_size
 
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
 FUSED = ".fused.safetensors"  # beside a graph, instead of its own ending: the weights that LoRAs changed
 SIDE = 32  # of the latents, where a U-Net's config says none
 OUTSIDE = 1024  # bytes from which a weight lies beside the ready graph, where it can be mapped
+SPIN = "1000"  # microseconds; left to themselves, a new session's threads wait busily for as long as it is loaded
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph's weights are looked for
+
+
+_BEGUN: dict[tuple[Path, int], Future[Any]] = {}  # by a ready copy and threads: sessions that are being opened
 
 
 class GraphUnfit(InputError):
@@ -45,6 +48,13 @@ def cores(threads: int | None = None) -> int:
     return len(set(siblings))  # two threads of one core share its arithmetic
 
 
+def begin_session(pool: ThreadPoolExecutor, checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> None:
+    """Begin to open the ready copy of a network's graph, if there is one, for the next `open_session` of it."""
+    ready = Ready.of(checkpoint, part, graph.read_bytes(), str(onnxruntime.__version__))
+    if ready is not None:
+        _BEGUN[ready.folder, threads] = pool.submit(_open_ready, ready, threads)
+
+
 def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> Any:
     """A session of the graph of one network: from its ready copy, else made ready and kept (ready.py).
 
@@ -54,18 +64,21 @@ def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -
     held = graph.read_bytes()
     ready = Ready.of(checkpoint, part, held, str(onnxruntime.__version__))
 
-    def load(path: Path) -> Any:
-        return _session(str(path), threads, optimised=True)
-
     def make(path: Path) -> None:
         _checked_session(checkpoint, part, graph, held, threads, path)
 
-    kept = None if ready is None else ready.open(load)
+    begun = None if ready is None else _BEGUN.pop((ready.folder, threads), None)
+    kept = begun.result() if begun is not None else None if ready is None else _open_ready(ready, threads)
     if kept is None:
         checkpoint.verify()
         if ready is not None and ready.make(make, widened_size(checkpoint, part)):
-            kept = ready.open(load)
+            kept = _open_ready(ready, threads)
     return _checked_session(checkpoint, part, graph, held, threads, None) if kept is None else kept
+
+
+def _open_ready(ready: Ready, threads: int) -> Any:
+    """A session of a ready copy; None where there is no whole one."""
+    return ready.open(lambda path: _session(str(path), threads, optimised=True))
 
 
 def _checked_session(
@@ -80,13 +93,16 @@ def _checked_session(
         said = checkpoint.config(part).get("sample_size") or SIDE
         side = min(said) if isinstance(said, list) else int(said)
     wrong = f"{graph} cannot be run with the weights in {weights}"
+    from latentgen.models.onnx.widen import in_tiles, widened
+
     try:
         if keep is None:
             whole, given = in_tiles(held, weights, fused, side)
             session = _session(whole, threads, weights=weights, fused=fused, given=given)
         else:
             whole = widened(held, weights, keep.parent, fused, side)
-            session = _session(whole, threads, weights=keep.parent, keep=keep)
+            packed = widened_size(checkpoint, part) <= PACKED
+            session = _session(whole, threads, weights=keep.parent, keep=keep, packed=packed)
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
         raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
@@ -104,17 +120,20 @@ def _session(
     given: Mapping[str, np.ndarray] | None = None,
     optimised: bool = False,
     keep: Path | None = None,
+    packed: bool = False,
 ) -> Any:
     """A session as every network here has it. optimised: the graph is as ONNX Runtime left it at `keep`.
 
     fused: where the weights that LoRAs changed are, if there are any; given: others that lie in no file, by name.
+    packed: whether weights are kept as their kernels read them, too.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    # threads that wait for their session's next run would take the cores from the session that runs now
+    # threads that wait, for their session's next run or its first, would take the cores from what runs now
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if weights is not None:
@@ -123,10 +142,14 @@ def _session(
     if fused is not None and fused.is_file():
         from safetensors.numpy import load_file
 
+        from latentgen.models.onnx.winograd import weights_name
+
         own |= {name: values for name, values in load_file(fused).items() if weights_name(name) not in own}
     held = give_weights(options, own)
     if keep is not None:
-        options.add_session_config_entry("session.disable_prepacking", "1")  # it computes nothing
+        # it computes nothing: weights are laid out for kernels only where they are kept so
+        name = "session.save_external_prepacked_constant_initializers" if packed else "session.disable_prepacking"
+        options.add_session_config_entry(name, "1")
         options.optimized_model_filepath = str(keep)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
         options.add_session_config_entry(

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from latentgen.models.onnx.ready import WIDE
 from latentgen.models.onnx.winograd import rewrite, transformed, weights_name
 
-WIDE = "widened.bin"
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # of ONNX's TensorProto, which is slow to import
 ALIGNED = 64  # bytes
 
