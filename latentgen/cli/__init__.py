@@ -12,6 +12,7 @@ import click
 
 from latentgen import __version__
 from latentgen.cli import converting, data, evaluating, finetuning, rendering, training
+from latentgen.cli.parts import say
 from latentgen.errors import InputError
 
 
@@ -86,11 +87,6 @@ def main() -> None:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
             sys.exit(refuse("not enough memory; render smaller pictures (--size) or fewer at a time (--batch)"))
         raise
-
-
-def say(line: str) -> None:
-    """One line for the person, on standard error."""
-    print(f"latentgen: {line}", file=sys.stderr, flush=True)
 
 
 def refuse(line: str) -> int:

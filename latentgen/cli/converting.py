@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from latentgen.cli.options import PATH
+from latentgen.cli.parts import PATH
 from latentgen.cli.rendering import prediction_type_option
 
 CONVERT = """Examples:

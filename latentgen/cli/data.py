@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from latentgen.cli.options import PATH
+from latentgen.cli.parts import PATH, say
 from latentgen.cli.rendering import progress_bar
 from latentgen.errors import InputError
 
@@ -82,7 +81,7 @@ def doctor(
     print_ledger(ledger)
     for written in (json_file, html_file):
         if written is not None:
-            print(f"latentgen: wrote {written}", file=sys.stderr, flush=True)
+            say(f"wrote {written}")
 
 
 def find_tokenizer(weights: str | None, name: str | None) -> Path | None:

@@ -1,11 +1,10 @@
 """Verbs of evaluation: evaluate, tune."""
 
-import sys
 from pathlib import Path
 
 import click
 
-from latentgen.cli.options import PATH
+from latentgen.cli.parts import PATH, say
 from latentgen.errors import InputError
 
 split_option = click.option(
@@ -104,9 +103,6 @@ def evaluate(
     from latentgen.evaluation.run import evaluate as run
     from latentgen.evaluation.sweep import read_values
 
-    def report(line: str) -> None:
-        print(f"latentgen: {line}", file=sys.stderr, flush=True)
-
     asked = Asked(split, hold_out, captions, background)
     order = Order(data, pictures, steps, guidance, sampler, seed, judge, clip, concept, style, asked=asked)
     scales = () if guidances is None else read_values(guidances, "--guidances", 0)
@@ -120,7 +116,7 @@ def evaluate(
             f"the recipes of {weights} and {compare} hold other pictures out; say for both what is held out, with "
             "--split, --hold-out, --captions and --background"
         )
-    found = [run(each, order, out.with_suffix(".cache"), report) for each in both]
+    found = [run(each, order, out.with_suffix(".cache"), say) for each in both]
     write_file(out.with_suffix(".json"), json.dumps([each.as_dict() for each in found], indent=2).encode())
     write_file(out, write_report(*found).encode())
     for each in found:
@@ -186,16 +182,13 @@ def tune(
     from latentgen.tuning.run import Order
     from latentgen.tuning.run import tune as run
 
-    def report(line: str) -> None:
-        print(f"latentgen: {line}", file=sys.stderr, flush=True)
-
     asked = Asked(split, hold_out, captions, background)
     order = Order(data, evaluations, pictures, seed, judge, figure, asked=asked)
     if samplers is not None:
         order = replace(order, samplers=tuple(nearest_sampler(name.strip(), SAMPLERS) for name in samplers.split(",")))
     if guidances is not None:
         order = replace(order, guidances=read_values(guidances, "--guidances", 1))
-    found = run(weights, order, out.with_suffix(".cache"), report, write=not dry_run)
+    found = run(weights, order, out.with_suffix(".cache"), say, write=not dry_run)
     write_file(out, json.dumps(found.as_dict(), indent=2).encode())
     for line in lines(found):
         print(line)

@@ -1,12 +1,11 @@
 """Verbs of fine-tuning: finetune."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from latentgen.cli.options import PATH
+from latentgen.cli.parts import PATH, report
 from latentgen.errors import InputError
 
 FINETUNE = """Examples:
@@ -71,9 +70,6 @@ def finetune(
 
     Stop it at any moment; the same command goes on from there.
     """
-
-    def report(line: object) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     from latentgen.finetuning import Finetune
     from latentgen.recipe import explained, read_table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from latentgen.cli.options import PATH
+from latentgen.cli.parts import PATH, say
 from latentgen.errors import InputError
 
 weights_option = click.option(
@@ -209,7 +209,7 @@ def replay(
     with progress_bar("rendering") as progress:
         target, remarks = run(picture, out, weights, progress, lora or (), word or ())
     for remark in remarks:
-        print(f"latentgen: {remark}", file=sys.stderr, flush=True)
+        say(remark)
     click.echo(target)
 
 

@@ -1,12 +1,11 @@
 """Verbs of training: train."""
 
 import os
-import sys
 from pathlib import Path
 
 import click
 
-from latentgen.cli.options import PATH
+from latentgen.cli.parts import PATH, report
 from latentgen.errors import InputError
 
 TRAIN = """Examples:
@@ -58,9 +57,6 @@ def train(
 
     Stop it at any moment; the same command goes on from there.
     """
-
-    def report(line: object) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     from latentgen.pixels.recipe import PixelRecipe, read_any_recipe
 

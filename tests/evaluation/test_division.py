@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentgen.checkpoint import open_checkpoint
-from latentgen.cli.evaluating import evaluate as evaluate_verb
+from latentgen.cli import app
 from latentgen.data import read_folder
 from latentgen.errors import InputError
 from latentgen.evaluation import run as evaluation
@@ -113,4 +113,5 @@ def test_two_models_that_were_held_to_other_pictures_are_not_compared(
 ) -> None:
     folder = make_folder("another")  # it says nothing, so a twentieth
     with pytest.raises(InputError, match="hold other pictures out; say for both"):
-        evaluate_verb(str(own), unmarked, tmp_path / "r.html", compare=str(folder), judge="default")
+        said = ["--data", unmarked, "--out", tmp_path / "r.html", "--compare", folder]
+        app.main(["evaluate", *map(str, (own, *said))], standalone_mode=False)
