@@ -29,7 +29,7 @@ from latentgen.models.onnx.places import cache_folder, layout
 ROOM = 6 << 30  # bytes that all copies may take
 FORM = 3  # of what is kept; one more whenever a graph is made ready otherwise
 SHARE = 0.25  # of the free disk that one may take
-PACKED = 1 << 28  # bytes of weights up to which they are kept as linear layers read them, too: half as much again
+PACKED = 1 << 27  # bytes of weights up to which they are kept as linear layers read them, too: half as much again
 WIDE = "widened.bin"  # the weights before they are laid out, which go then
 GRAPH, WEIGHTS, HASHES = "graph.onnx", "weights.bin", "hashes.json"
 
