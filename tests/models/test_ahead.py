@@ -14,7 +14,7 @@ import pytest
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import folder as reading
 from latentgen.checkpoint import open_folder, read_manifest
-from latentgen.models.onnx import session
+from latentgen.models.onnx import ahead, session
 from latentgen.models.onnx.ahead import open_ahead
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,19 @@ def test_what_was_begun_is_taken_once_and_gives_the_same_picture(
     assert not begun and len(set(opened)) == len(opened) == NETWORKS
     np.testing.assert_array_equal(pixels(folder), first)
     assert len(opened) == 2 * NETWORKS  # sessions are not shared by pipelines
+
+
+def test_large_weights_are_left_to_who_renders(
+    folder: Path, begun: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    monkeypatch.setattr(ahead, "SMALL", size - 1)
+    open_ahead(folder)
+    assert not begun
+    monkeypatch.setattr(ahead, "SMALL", size)
+    open_ahead(folder)
+    assert len(begun) == NETWORKS
 
 
 def test_another_number_of_threads_opens_its_own(folder: Path, begun: dict[Any, Any], opened: list[str]) -> None:

@@ -5,41 +5,38 @@ weights' hashes, keeps another for as long, and asks for NumPy and ONNX Runtime 
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from latentgen.checkpoint import default_weights, open_checkpoint
-from latentgen.durable import user_cache
+from latentgen.durable import MANIFEST, user_cache
 from latentgen.errors import InputError
-from latentgen.models.onnx.places import cache_folder, find_graphs, speaks_for_gpu
+from latentgen.models.onnx.places import TOLD, cache_folder, find_graphs, speaks_for_gpu
 
 THREADS = 4
+SMALL = 512 << 20  # bytes of weights: of more, imports are little beside, and a mistake would wait for them to be read
 
 
 def open_ahead(weights: str | Path | None, tokenizer: str | Path | None = None) -> None:
     """Begin to open a checkpoint on this CPU, in the background, for a pipeline that `open_engine` opens afterwards.
 
-    Only what is on this disk and ready: nothing is fetched, exported or made here. What is wrong is said by who opens.
+    Only what is on this disk, small, with a manifest that tells its hashes, and ready: nothing is fetched, exported or
+    made here. What is wrong is said by who opens.
     """
-    if speaks_for_gpu() or not (user_cache() / "onnx" / "ready").is_dir():
-        return
-    try:
+    with suppress(InputError, OSError, RuntimeError):  # the last where there is no home folder
         place = default_weights() if weights is None else Path(weights).expanduser()
-        if not place.exists():
+        if speaks_for_gpu() or not ((place / MANIFEST).is_file() and (user_cache() / "onnx" / "ready").is_dir()):
             return
         checkpoint = open_checkpoint(place, tokenizer=tokenizer, verify=False)
-    except (InputError, OSError):
-        return
-    pool = ThreadPoolExecutor(THREADS)
-    pool.submit(checkpoint.verify)
-    from latentgen.models.onnx import session
-
-    try:
+        if sum(path.stat().st_size for paths in checkpoint.weights.values() for path in paths) > SMALL:
+            return
         second = checkpoint.has_second
-        graphs = find_graphs(checkpoint.folder, second) or find_graphs(cache_folder(checkpoint), second)
-        for name, graph in (graphs or {}).items():
-            part = "unet" if graph.parent.name == "unet" else name
+        graphs = find_graphs(place, second) or find_graphs(cache_folder(checkpoint), second) or {}
+        pool = ThreadPoolExecutor(THREADS)
+        pool.submit(checkpoint.verify)
+        from latentgen.models.onnx import session
+
+        for name, graph in graphs.items():
+            part = "unet" if name == TOLD else name
             session.begin_session(pool, checkpoint, part, graph, session.cores())
-    except (InputError, OSError):
-        return
-    finally:
         pool.shutdown(wait=False)
