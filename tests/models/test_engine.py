@@ -309,7 +309,7 @@ def test_the_command_line_renders_and_replays_without_torch(folder: Path, tmp_pa
     code = """
 import atexit, sys
 from latentgen import cli
-heavy = {"torch", "diffusers", "transformers", "accelerate", "peft", "onnx"}  # onnx makes the graphs ready, once
+heavy = {"torch", "diffusers", "transformers", "accelerate", "peft", "pydantic", "rich", "onnx"}  # the last once
 atexit.register(lambda: print("heavy:", *sorted(heavy & set(sys.modules)), "end"))
 sys.argv = ["latentgen", *sys.argv[1:]]
 cli.main()
