@@ -4,8 +4,8 @@
 
 Both sides get the same free network (a fixed eps, 4×64×64, float32, on the CPU), take the same steps in turn, and the
 median over the runs is printed, in milliseconds a step; ratio is ours to theirs, evaluations how often a step asks the
-network. Each draws its noise in its own way; `dpmpp-sde` is there where torchsde is installed, whose Brownian tree
-diffusers takes.
+network. Each draws its noise in its own way. diffusers' `lms` takes SciPy, its `dpmpp-sde` torchsde; where one is not
+installed its line says so.
 """
 
 import argparse
@@ -39,9 +39,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lms": ("LMSDiscreteScheduler", {}),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lcm": ("LCMScheduler", {}),
+    "dpmpp-sde": ("DPMSolverSDEScheduler", {}),
 }
-if importlib.util.find_spec("torchsde"):  # diffusers draws this one's noise from torchsde's Brownian tree
-    METHODS["dpmpp-sde"] = ("DPMSolverSDEScheduler", {})
+NEEDED = {"lms": "scipy", "dpmpp-sde": "torchsde"}  # diffusers integrates with it, or draws from its Brownian tree
 
 
 def theirs(scheduler: Any, eps: torch.Tensor, steps: int) -> None:
@@ -91,6 +91,9 @@ def main() -> None:
         f"    ({asked.batch}×4×64×64, {asked.steps} steps)"
     )
     for sampler, (name, options) in METHODS.items():
+        if sampler in NEEDED and importlib.util.find_spec(NEEDED[sampler]) is None:
+            print(f"{sampler:18}left out: pip install {NEEDED[sampler]}, which diffusers' takes")
+            continue
         scheduler = getattr(diffusers, name)(**SD, **options)
         plan = from_config(dict(scheduler.config) | {"_class_name": name})
         pairs = []
