@@ -28,6 +28,7 @@ from latentgen.errors import InputError
 from latentgen.guiding import guided_as, snapshot_of
 from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
+from latentgen.models.finite import check_finite
 from latentgen.models.lengths import encoded_apart, of_one_length
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.memory import caching, decoded, in_groups, need_of, of_one_walk, pictures_at_a_time, tile_of
@@ -253,6 +254,7 @@ class Pipeline(TakesLoras, TakesWords):
         conditions = condition, negative
         denoise = guided_as(request, plan, knots, denoiser, conditions, rows, noise, self.perturbed, snapshot)
         x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
+        check_finite(x, "latents", (self.machine or {}).get("dtype"))
         brought = {"generator": generator, "latents": latents, "callback_on_step_end": self._steered or None}
         brought |= {"weaker": weaker, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         settings = self._settings(request, sorted(key for key, value in brought.items() if value is not None))
@@ -347,7 +349,8 @@ class Pipeline(TakesLoras, TakesWords):
             return Output(x, request.seeds, settings)
         tiling, sides = settings.get("vae_tiling"), (request.height, request.width)
         tile = tile_of(self.terms.configs[1], self.terms.factor, *sides, tiling)
-        groups = decoded(self.latent.decode, x, at_a_time, tile)  # (B', 3, H, W) in [0, 1]
+        parts = decoded(self.latent.decode, x, at_a_time, tile)  # (B', 3, H, W) in [0, 1]
+        groups = (check_finite(pixels, "pixels") for pixels in parts)
         if output_type == "pt":
             return Output(as_tensor(groups), request.seeds, settings)
         if output_type == "np":

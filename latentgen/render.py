@@ -21,6 +21,7 @@ from latentgen.errors import InputError
 from latentgen.image import read_settings
 from latentgen.models.lora import read_lora
 from latentgen.models.memory import pictures_at_a_time
+from latentgen.models.precision import type_name
 from latentgen.models.prompt import embedding_file
 from latentgen.pipeline import Pipeline, terms_of
 from latentgen.processes import Processes
@@ -41,7 +42,7 @@ class Order:
 
     size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
     folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling, compile,
-    guidance_interval, prediction_type, tokenizer: as the pipeline's.
+    guidance_interval, prediction_type, tokenizer, dtype: as the pipeline's.
     """
 
     prompts: Sequence[str]
@@ -64,6 +65,7 @@ class Order:
     guidance_interval: tuple[float, float] | None = None
     prediction_type: str | None = None
     tokenizer: str | None = None
+    dtype: str | None = None
 
 
 def render(
@@ -86,7 +88,7 @@ def render(
     loras = [{"path": path, "weight": weight} for path, weight in order.loras]
     with among.to_the_end():
         with among.first_here_first():
-            told: dict[str, Any] = {"tokenizer": order.tokenizer, "prediction_type": order.prediction_type}
+            told: dict[str, Any] = {key: getattr(order, key) for key in ("tokenizer", "prediction_type", "dtype")}
             pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras, compile=order.compile, **told)
         for path in order.words:
             pipe.load_textual_inversion(path)
@@ -122,6 +124,8 @@ def _planned(order: Order, out: Path | None, weights: str | None, among: Process
 def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None) -> Request:
     if order.prediction_type is not None:
         Prediction(order.prediction_type)
+    if order.dtype is not None:
+        type_name(order.dtype)
     # its hashes are compared where it is loaded
     checkpoint = open_checkpoint(find(weights), tokenizer=order.tokenizer, verify=False)
     width, height = order.size or (None, None)

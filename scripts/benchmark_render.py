@@ -4,6 +4,7 @@
     python scripts/benchmark_render.py --form 50m            random weights in another form (benchmark_forms.py)
     python scripts/benchmark_render.py --compile             what compiling the U-Net gains, here and in diffusers
     python scripts/benchmark_render.py --feature-cache 2     what the torch engine's feature cache gains, and its price
+    python scripts/benchmark_render.py --dtype bfloat16      what computing in a half type gains, and its price
 
 A warm picture is one call of the pipeline, pixels on the host, divided by the batch; the first call is not counted.
 Shell to picture is one PNG from a fresh process: `latentgen render`, and the shortest script with diffusers.
@@ -47,6 +48,7 @@ pipe(prompt, **call, generator=torch.Generator().manual_seed(0)).images[0].save(
 """
 STARTS = {"import": ("-c", "import latentgen"), "--help": ("-m", "latentgen.cli", "--help")}  # what Python is told
 STARTED = 3  # times in each round
+HALF = ("bfloat16", "float16")
 Render = Callable[[list[str], np.ndarray, int, float], np.ndarray]  # prompts, latents, steps, guidance -> (B, H, W, 3)
 
 
@@ -55,11 +57,12 @@ def sampler_of(folder: Path) -> str:
     return from_config(open_folder(folder, verify=False).config("scheduler")).sampler
 
 
-def ours(folder: Path, engine: str = "auto", *, compiled: bool = False) -> Render:
-    """latentgen's Pipeline, which computes in float32 on a CPU and in float16 on a GPU."""
+def ours(folder: Path, engine: str = "auto", *, compiled: bool = False, dtype: str | None = None) -> Render:
+    """latentgen's Pipeline, which computes in float32 on a CPU and in float16 on a GPU where nothing is said."""
     from latentgen.pipeline import Pipeline
 
-    pipe, sampler = Pipeline.from_pretrained(folder, engine=engine, compile=compiled), sampler_of(folder)
+    pipe = Pipeline.from_pretrained(folder, engine=engine, compile=compiled, dtype=dtype)
+    sampler = sampler_of(folder)
 
     def render(prompts: list[str], latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
         call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
@@ -69,14 +72,14 @@ def ours(folder: Path, engine: str = "auto", *, compiled: bool = False) -> Rende
     return render
 
 
-def theirs(folder: Path, *, compiled: bool = False) -> Render:
+def theirs(folder: Path, *, compiled: bool = False, dtype: str | None = None) -> Render:
     """diffusers' StableDiffusionPipeline as it comes, in the same types; compiled: its U-Net too."""
     import torch
     from diffusers import StableDiffusionPipeline
 
     gpu = torch.cuda.is_available()
-    dtype = torch.float16 if gpu else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to("cuda" if gpu else "cpu")
+    kind = getattr(torch, dtype or ("float16" if gpu else "float32"))
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=kind).to("cuda" if gpu else "cpu")
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead" if gpu else "default")
@@ -84,7 +87,7 @@ def theirs(folder: Path, *, compiled: bool = False) -> Render:
     def render(prompts: list[str], latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
         height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
         call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-        start = torch.from_numpy(latents).to(pipe.device, dtype)
+        start = torch.from_numpy(latents).to(pipe.device, kind)
         return np.asarray(pipe(prompts, latents=start, output_type="np", **call).images)
 
     return render
@@ -96,6 +99,8 @@ WORKERS: dict[str, Callable[[Path], Render]] = {
     "torch": partial(ours, engine="torch"),
     "torch-compiled": partial(ours, engine="torch", compiled=True),
     "diffusers-compiled": partial(theirs, compiled=True),
+    **{f"latentgen-{name}": partial(ours, dtype=name) for name in HALF},
+    **{f"diffusers-{name}": partial(theirs, dtype=name) for name in HALF},
 }
 
 
@@ -234,6 +239,34 @@ def gain_of_compiling(asked: argparse.Namespace, folder: Path, given: Sequence[s
     show(title, rows, said, {**result, "pairs": pairs}, asked.json, engines)
 
 
+def price_of_type(asked: argparse.Namespace, folder: Path, given: Sequence[str]) -> None:
+    """Both engines in the type they take by themselves and in `--dtype`, in turn: time, memory and PSNR; and JSON."""
+    names = ("latentgen", f"latentgen-{asked.dtype}", "diffusers", f"diffusers-{asked.dtype}")
+    scratch = ["--weights", str(folder), "--scratch", str(asked.scratch)]
+    pairs = in_turn(__file__, [*given, *scratch], asked.rounds, names)
+    pictures = {name: np.load(asked.scratch / f"{name}.npy") for name in names}
+    errors = {name: np.mean((pictures[name] - pictures["latentgen"]) ** 2, axis=(1, 2, 3)) for name in names[1:]}
+    psnr = {name: -10 * np.log10(np.maximum(each, 1e-12)) for name, each in errors.items()}
+    warm = {name: [second for pair in pairs for second in pair[name]["seconds"]] for name in names}
+    rows: dict[str, dict[str, float]] = {
+        "seconds a warm picture, least": {name: min(warm[name]) for name in names},
+        "seconds a warm picture, median": {name: statistics.median(warm[name]) for name in names},
+        "peak memory, MiB": {name: max(pair[name]["peak_mib"] for pair in pairs) for name in names},
+        "PSNR to the first, dB, mean": {name: float(each.mean()) for name, each in psnr.items()},
+        "PSNR to the first, dB, worst": {name: float(each.min()) for name, each in psnr.items()},
+    }
+    half, other = names[1], names[3]
+    ratios = {
+        f"{asked.dtype} gains": paired_ratio(pairs, "median", "latentgen", half),
+        f"diffusers/{half}": paired_ratio(pairs, "median", "diffusers", half),
+        f"{other}/{half}": paired_ratio(pairs, "median", other, half),
+    }
+    said = "ratios: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    title = f"{asked.steps} steps of {sampler_of(folder)}, {asked.batch} at a time"
+    result = {"machine": pairs[0]["diffusers"]["machine"], "rows": rows, "ratios": ratios, "pairs": pairs}
+    show(title, rows, said, result, asked.json, names)
+
+
 def price_of_cache(asked: argparse.Namespace, folder: Path) -> None:
     """The torch engine with its deep features kept over `--feature-cache` steps, and without: gain and PSNR."""
     from latentgen.pipeline import Pipeline
@@ -272,6 +305,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed calls in each process")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--feature-cache", type=int, metavar="N", help="instead: the torch engine with it and without")
+    parser.add_argument("--dtype", choices=HALF, help="instead: both engines in this type and in their own")
     parser.add_argument(
         "--compile", action="store_true", help="instead: the torch engine and diffusers, compiled or not"
     )
@@ -290,6 +324,8 @@ def main() -> None:
         folder = find(form_folder(asked.form, asked.weights, asked.scratch, graphs=True)).resolve()
         if asked.feature_cache is not None:
             price_of_cache(asked, folder)
+        elif asked.dtype is not None:
+            price_of_type(asked, folder, sys.argv[1:])
         elif asked.compile:
             gain_of_compiling(asked, folder, sys.argv[1:])
         else:

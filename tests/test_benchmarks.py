@@ -85,6 +85,19 @@ def test_the_feature_cache_is_said_with_its_price(folder: Path) -> None:
     assert "times as fast; PSNR to the pictures without it" in done.stdout and "(2 pictures)" in done.stdout
 
 
+def test_a_half_type_is_said_with_its_gain_and_its_price(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    asked = ("--weights", folder, "--steps", 2, "--rounds", 1, "--repeats", 1, "--batch", 2, "--json", out)
+    done = ran("benchmark_render.py", *asked, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "bfloat16 gains" in done.stdout and "diffusers-bfloat16" in done.stdout and "PSNR" in done.stdout
+    result = json.loads(out.read_text())
+    (pair,) = result["pairs"]
+    assert result["ratios"]["bfloat16 gains"] == pair["latentgen"]["median"] / pair["latentgen-bfloat16"]["median"]
+    psnr = result["rows"]["PSNR to the first, dB, worst"]
+    assert 20 < psnr["latentgen-bfloat16"] < 90 and psnr["diffusers"] > 60  # the one rounds to eight bits
+
+
 def test_compiling_is_said_with_its_gain_beside_diffusers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

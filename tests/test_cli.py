@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from latentgen import __version__, cli
@@ -168,6 +170,7 @@ def test_a_mistake_in_the_shell_gets_one_line_and_exit_code_2(arguments: list[st
         (["--sampler", "dpmpp2m"], "did you mean 'dpmpp-2m'?"),
         (["--n", "0"], "--n is 0"),
         (["--batch", "0"], "the batch is 0"),
+        (["--dtype", "int8"], "--dtype 'int8' is not known; it can be one of: float32, float16, bfloat16"),
         (["--seed", "-1"], "--seed is -1"),
         (["--out", "a.jpg"], "a.jpg is no PNG"),
         (["--out", "/dev/null/a.png"], "/dev/null is a file, not a folder"),
@@ -221,6 +224,25 @@ def test_a_picture_of_a_batch_replays_to_the_byte_with_its_company(
         ran = run("replay", tmp_path / f"{name}.png", "--out", tmp_path / "again.png")
         assert ran == Ran(0, [str(tmp_path / "again.png")], "latentgen: the same file, byte for byte\n")
         assert (tmp_path / "again.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
+
+
+def test_a_picture_in_another_type_says_so_and_is_made_again_in_it(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    call = ["render", "a red apple", "--seed", 1, "--weights", folder, *FAST]
+    types = {"plain": [], "whole": ["--dtype", "fp32"], "half": ["--dtype", "bf16"]}
+    for name, options in types.items():
+        place = tmp_path / f"{name}.png"
+        assert run(*call, *options, "--out", place) == Ran(0, [str(place)], "")
+    said = [read_settings(tmp_path / f"{name}.png") for name in types]
+    assert [each["dtype"] for each in said] == ["float32", "float32", "bfloat16"]
+    assert said[0]["engine"] == said[1]["engine"] and said[2]["engine"] == "torch"
+    plain, whole, half = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=float) for name in types)
+    np.testing.assert_array_equal(plain, whole)
+    assert 0 < np.abs(plain - half).max() < 12  # of 255: eight bits of precision, over two steps
+    assert run("replay", tmp_path / "half.png").err == "latentgen: the same file, byte for byte\n"
+    refused(run(*call, "--dtype", "bf16", "--engine", "onnx"), "it computes in float32, not in 'bf16'")
 
 
 def test_a_cut_prompt_is_said_on_standard_error(run: Callable[..., Ran], folder: Path, tmp_path: Path) -> None:

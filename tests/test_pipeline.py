@@ -1,5 +1,6 @@
 """Pipeline: seeds name pictures, callbacks steer, every output type agrees, and bad input gets one line."""
 
+import copy
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from latentgen import InputError, Output, Pipeline, __version__
+from latentgen.checkpoint import save_pipeline
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.image import read_settings
 from latentgen.pipeline import UNSTEERED, PromptCut, plan_for
@@ -221,6 +223,46 @@ def test_bad_input_gets_one_line(pipe: Pipeline, arguments: dict[str, Any], line
     with pytest.raises(InputError, match=line) as caught:
         pipe(arguments.pop("prompt", None), **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_no_picture_is_black_because_numbers_ran_over(folder: Path, engine: str) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine=engine, device="cpu")
+    noise = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    noise[1, 0, 0, 0] = np.nan
+    call: dict[str, Any] = {"latents": noise, "output_type": "np", **STEPS}
+    with pytest.raises(
+        InputError, match=r"^picture 2 of 3 would be black: the latents are no finite numbers"
+    ) as caught:
+        pipe(["a", "b", "c"], **call)
+    assert "\n" not in str(caught.value)
+    noise[0] = np.inf
+    with pytest.raises(InputError, match=r"^pictures 1, 2 of 3 would be black"):
+        pipe(["a", "b", "c"], **call | {"output_type": "latent"})
+    assert np.isfinite(pipe("c", **call | {"latents": noise[2:]}).images).all()
+
+
+def test_a_network_that_overflows_in_float16_says_which_type_does_not(parts: dict[str, Any], tmp_path: Path) -> None:
+    unet = copy.deepcopy(parts["unet"])
+    with torch.no_grad():  # what the first layer gives is more than float16 holds, and the norms take its size away
+        unet.conv_in.weight.mul_(2e5)
+        unet.conv_in.weight.clamp_(-6e4, 6e4)
+    config = {"_class_name": "DDIMScheduler"}
+    folder = save_pipeline(tmp_path / "w", **{**parts, "unet": unet}, scheduler_config=config)
+    call: dict[str, Any] = {"seed": 1, "output_type": "np", "guidance_scale": 3.0, **STEPS}
+    half, wide = (Pipeline.from_pretrained(folder, engine="torch", dtype=dtype) for dtype in ("fp16", "bf16"))
+    with pytest.raises(InputError, match="overflows in float16; take bfloat16 or float32"):
+        half("a red apple", **call)
+    assert wide("a red apple", **call).images.std() > 0.01
+
+
+def test_an_autoencoder_that_gives_no_numbers_is_said(parts: dict[str, Any]) -> None:
+    vae = copy.deepcopy(parts["vae"])
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] = math.nan
+    pipe = Pipeline.from_parts(**{**parts, "vae": vae}, scheduler_config={"_class_name": "DDIMScheduler"})
+    with pytest.raises(InputError, match="the picture would be black: the pixels are no finite numbers; the weights"):
+        pipe("a red apple", seed=1, **STEPS)
 
 
 def test_a_callback_that_returns_latents_of_another_shape_gets_one_line(pipe: Pipeline) -> None:

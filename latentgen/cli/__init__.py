@@ -52,6 +52,7 @@ OPTIONS = {  # what a person typed, for what Python calls it
     "seed": "--seed",
     "feature_cache": "--feature-cache",
     "compile": "--compile",
+    "dtype": "--dtype",
     "prediction_type": "--prediction-type",
 }
 

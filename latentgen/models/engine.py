@@ -113,6 +113,8 @@ def open_torch(
     checkpoint.verify()
     loading.use_threads(threads)
     kind = loading.choose_dtype(dtype, place)
+    if slow := loading.slow_here(kind, place):
+        warnings.warn(slow, EngineNote, stacklevel=3)
     text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
     network, adapters = unet_network(unet), tower_loras(unet, (tower.model for tower in text.towers))
     for one in loras:
@@ -202,8 +204,8 @@ def _elsewhere(device: Any, dtype: Any) -> str | None:
     """Why what was asked for is not ONNX Runtime's here: float32 on a CPU."""
     if device is not None and str(device) != "cpu":
         return f"it computes on a CPU, not on {str(device)!r}"
-    if dtype is not None and str(dtype).removeprefix("torch.") not in ("float32", "fp32"):
-        return f"it computes in float32, not in {str(dtype).removeprefix('torch.')!r}"
+    if dtype is not None and (said := str(dtype).removeprefix("torch.")) not in ("float32", "fp32"):
+        return f"it computes in float32, not in {said!r}"
     return None
 
 

@@ -1,5 +1,6 @@
 """Pixels to moments to latents to pixels: the autoencoder, with its latents in the unit the U-Net was trained in."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from latentgen.checkpoint import Checkpoint
 from latentgen.errors import InputError
+from latentgen.models.engine import EngineNote
 from latentgen.models.loading import load_module, quiet
 
 
@@ -76,11 +78,23 @@ class Latent:
         return Moments((mean - self.shift) * self.scale, std * self.scale)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W), float32 in [0, 1], from latents (B, C, H/factor, W/factor); no gradient is kept."""
+        """Pixels (B, 3, H, W), float32 in [0, 1], from latents (B, C, H/factor, W/factor); no gradient is kept.
+
+        An autoencoder that overflows in float16 computes in float32 from then on, and says so (EngineNote).
+        """
         inner = latents / self.scale + self.shift
-        with torch.no_grad():
-            pixels = self.vae.decode(inner.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
+        pixels = self._pixels(inner)
+        if self.vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
+            self.vae.to(torch.float32)
+            warnings.warn("the autoencoder overflows in float16; it computes in float32 now", EngineNote, stacklevel=2)
+            pixels = self._pixels(inner)
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+
+    def _pixels(self, inner: torch.Tensor) -> torch.Tensor:
+        """Pixels in about [−1, 1] from the autoencoder's own latents, in its own type."""
+        with torch.no_grad():
+            found: torch.Tensor = self.vae.decode(inner.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        return found
 
 
 def upcast(checkpoint: Checkpoint) -> bool:

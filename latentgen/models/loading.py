@@ -11,9 +11,10 @@ import torch
 
 from latentgen.checkpoint import Checkpoint, SingleFile
 from latentgen.errors import InputError
+from latentgen.models.precision import type_name
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# the instructions that make a half type's products faster than float32's, as torch names them; any of them
+HALF = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
 def choose_device(device: Any = None) -> torch.device:
@@ -40,18 +41,29 @@ def choose_dtype(dtype: Any, device: torch.device) -> torch.dtype:
         return torch.float16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype):
         return dtype
-    name = SHORT.get(str(dtype), str(dtype))
-    if name not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not known; it can be one of: {', '.join([*DTYPES, *SHORT])}")
-    return DTYPES[name]
+    found: torch.dtype = getattr(torch, type_name(dtype))
+    return found
 
 
 def has_bf16() -> bool:
     """Whether bf16 products are in the hardware here; where they are not, a CPU takes hundreds of times longer."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _multiplies(torch.bfloat16)
+
+
+def slow_here(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to say of a half type on a CPU that has no instructions for it; None where there is nothing to say."""
+    if device.type != "cpu" or dtype not in HALF or _multiplies(dtype):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"this CPU has no instructions for {name} products, and takes many times as long as in float32"
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of a half type."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return any(found.get(name) for name in HALF[dtype])
 
 
 def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentgen.durable import write_folder
 from latentgen.errors import InputError
+from latentgen.models.finite import check_finite
 from latentgen.models.pixel import load_pixel_unet
 from latentgen.pixels import FORM, is_pixel_folder
 from latentgen.pixels.model import Family, PixelModel
@@ -97,6 +98,7 @@ def render_classes(
         guidance=told["guidance"] if guidance is None else guidance,
         sampler=told["sampler"] if sampler is None else sampler,
     )
+    check_finite(pictures, "pixels")
     return [(classes[label], own, to_image(x)) for label, own, x in zip(labels, seeds, pictures, strict=True)]
 
 

@@ -246,7 +246,12 @@ def _look(
     state.swap_average()
     try:
         figures = objective.validate()
-        sheet = objective.sheet() if main or sharded else None
+        sheet = None
+        if main or sharded:
+            try:
+                sheet = objective.sheet()
+            except InputError as error:  # what cannot be drawn yet ends no run
+                report(f"{name}: step {state.step}, no sheet: {error}")
     finally:
         state.swap_average()
     figure, sign = objective.judge

@@ -257,7 +257,9 @@ def test_what_onnx_cannot_do_gets_one_line_where_it_was_asked_for(
         Pipeline.from_pretrained(folder, engine="tensorrt")
 
 
-def test_a_fall_back_to_torch_on_a_cpu_is_said_with_its_reason(folder: Path, tmp_path: Path) -> None:
+def test_a_fall_back_to_torch_on_a_cpu_is_said_with_its_reason(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
     config = copy / "text_encoder/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_attention_mask": True}))
@@ -268,7 +270,11 @@ def test_a_fall_back_to_torch_on_a_cpu_is_said_with_its_reason(folder: Path, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("error", EngineNote)
         Pipeline.from_pretrained(copy, engine="torch")  # asked for: nothing to say
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
         Pipeline.from_pretrained(copy, device="cpu", dtype="bfloat16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.warns(EngineNote, match="this CPU has no instructions for bfloat16 products"):
+        Pipeline.from_pretrained(copy, device="cpu", dtype="bf16")
 
 
 def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from latentgen import Pipeline
 from latentgen.checkpoint import open_folder
+from latentgen.models import loading
+from latentgen.models.engine import EngineNote
 from latentgen.models.latent import GeneratorNoise, Latent
 
 
@@ -105,5 +107,34 @@ def test_an_autoencoder_that_does_not_overflow_stays_in_float16(folder: Path, xl
     ):
         latent = Latent.load(open_folder(place), torch.device("cpu"), dtype)
         assert latent.vae.dtype == expected
-    decoded = Latent.load(open_folder(fixed), torch.device("cpu"), torch.float16).decode(torch.randn(1, 4, 8, 8))
-    assert not decoded.isfinite().all()  # so the weights of the test above do overflow
+
+
+def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32_and_says_so(xl: Path, tmp_path: Path) -> None:
+    place, host = open_folder(overflowing(xl, tmp_path / "fixed", force_upcast=False)), torch.device("cpu")
+    half, whole = (Latent.load(place, host, dtype) for dtype in (torch.float16, torch.float32))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # so these weights do overflow
+        assert not half.vae.decode((latents / half.scale).half()).sample.isfinite().all()
+    with pytest.warns(EngineNote, match="the autoencoder overflows in float16; it computes in float32 now"):
+        found = half.decode(latents)
+    assert half.vae.dtype == torch.float32 and found.std() > 0.01
+    torch.testing.assert_close(found, whole.decode(latents), atol=5e-3, rtol=0)
+    torch.testing.assert_close(half.decode(latents), found)  # and nothing is said again
+
+
+@pytest.mark.parametrize(
+    ("dtype", "knows", "slow"),
+    [
+        (torch.bfloat16, {}, "no instructions for bfloat16"),
+        (torch.bfloat16, {"amx_bf16": True}, None),
+        (torch.float16, {"avx512_bf16": True}, "no instructions for float16"),
+        (torch.float32, {}, None),
+    ],
+)
+def test_a_half_type_that_a_cpu_has_no_instructions_for_is_said_to_be_slow(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, knows: dict[str, bool], slow: str | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: knows)
+    said = loading.slow_here(dtype, torch.device("cpu"))
+    assert said is None if slow is None else said is not None and slow in said
+    assert loading.slow_here(dtype, torch.device("cuda")) is None

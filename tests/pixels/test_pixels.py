@@ -180,6 +180,10 @@ def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path,
         assert np.array_equal(np.asarray(drawn), np.asarray(picture))
     with pytest.raises(InputError, match="a bar, a beam"):
         render_classes(out, ["a boat"])
+    with pytest.raises(InputError, match="pictures 1, 2 of 2 would be black: the pixels are no finite numbers"):
+        render_classes(out, ["a bar"], steps=2, guidance=float("nan"), n=2)
+    refused = CliRunner().invoke(app, ["render", "bar", *told, "--dtype", "bf16"])
+    assert isinstance(refused.exception, InputError) and "--dtype is not for a pixel model" in str(refused.exception)
     refused = CliRunner().invoke(app, ["render", "bar", *told, "--negative", "a beam"])
     assert isinstance(refused.exception, InputError)
     again = CliRunner().invoke(app, ["replay", str(tmp_path / "bar.png")])

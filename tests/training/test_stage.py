@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from latentgen.checkpoint import open_checkpoint
+from latentgen.errors import InputError
 from latentgen.models.loading import load_part
 from latentgen.training.averages import gamma_of, stored
 from latentgen.training.draw import Draw
@@ -172,3 +174,20 @@ def test_averages_kept_beside_an_alignment_are_those_of_the_unet(folder: Path, t
     expected = load_file(kept[-1].path)  # one of its own step and width is itself
     for name, value in found.items():
         torch.testing.assert_close(value.float(), expected[f"unet.{name}"].float(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_sheet_that_cannot_be_drawn_is_said_and_ends_no_run(tmp_path: Path) -> None:
+    class Unseen(Regression):
+        """Has nothing to show."""
+
+        def sheet(self) -> Image.Image | None:
+            raise InputError("the picture would be black")
+
+    said: list[str] = []
+    pace = Pace(log_seconds=1e9, save_seconds=1e9, validate_steps=10)
+    given: dict[str, Any] = {"seed": 1, "gate": {}, "pace": pace, "report": said.append}
+    figures = run_stage("toy", Unseen(), SETTINGS, tmp_path, Accelerator(), **given)
+    assert figures["steps"] == SETTINGS.steps
+    assert [line for line in said if "no sheet" in line] == [
+        f"toy: step {step}, no sheet: the picture would be black" for step in range(10, SETTINGS.steps + 1, 10)
+    ]
