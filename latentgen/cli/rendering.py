@@ -107,7 +107,7 @@ def add(app: click.Group) -> None:
 @click.option(
     "--dtype",
     metavar="TYPE",
-    help="What networks compute in: float32, float16 or bfloat16; not float32 is torch's, in half the memory.",
+    help="What networks compute in: float32, float16 or bfloat16; the half types are torch's and take less memory.",
     show_default="float16 on a GPU, float32 on a CPU",
 )
 @click.option("--compile", "compile", is_flag=True, help="Compile the U-Net first (torch; minutes, for many pictures).")

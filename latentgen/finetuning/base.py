@@ -41,7 +41,7 @@ class Base:
         """Raises InputError for weights that cannot be opened, or that the method does not fit."""
         checkpoint = open_checkpoint(find(path))
         _check_fit(checkpoint, settings)
-        unet = load_unet(checkpoint, device, torch.float32)
+        unet = load_unet(checkpoint, device, torch.float32).to(memory_format=torch.channels_last)  # as it is taught
         text = load_text(checkpoint, device, torch.float32)
         latent = Latent.load(checkpoint, device, torch.float32)
         terms = terms_of(checkpoint)

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,8 +62,12 @@ def slow_here(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of a half type."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(found.get(name) for name in HALF[dtype])
+    return any(capabilities().get(name) for name in HALF[dtype])
+
+
+def capabilities() -> Mapping[str, Any]:
+    """What this CPU can do, as torch names it: {} where torch does not say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.device, dtype: torch.dtype) -> Any:

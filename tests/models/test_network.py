@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from latentgen import Pipeline
+from latentgen.checkpoint import open_folder
 from latentgen.diffusion.denoiser import Condition
-from latentgen.models.network import unet_network
+from latentgen.models.network import channels_last, load_unet, unet_network
 
 X, TIME = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 999.0])
 CONDITION = Condition(states=torch.randn(2, 16, 16))
@@ -152,3 +153,14 @@ def test_a_walk_in_training_or_compiled_is_the_network_itself(parts: dict[str, A
     assert plain.walk() is not plain
     for network in (unet_network(unet, run=unet), unet_network(unet, gradients=True), unet_network(unet.train())):
         assert network.walk() is network
+
+
+def test_channels_lie_where_a_unet_answers_fastest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for wide in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda wide=wide: {"avx512_f": wide})
+        unet = load_unet(open_folder(folder), torch.device("cpu"), torch.float32)
+        assert unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous() == wide
+        found.append(unet_network(unet)(X, TIME, CONDITION))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    assert channels_last(torch.device("cuda"))
