@@ -115,7 +115,7 @@ def open_torch(
     kind = loading.choose_dtype(dtype, place)
     if slow := loading.slow_here(kind, place):
         warnings.warn(slow, EngineNote, stacklevel=3)
-    text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind)
+    text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind, compiled=compile)
     network, adapters = unet_network(unet), tower_loras(unet, (tower.model for tower in text.towers))
     for one in loras:
         adapters.load(**one)

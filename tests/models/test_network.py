@@ -161,6 +161,8 @@ def test_channels_lie_where_a_unet_answers_fastest(folder: Path, monkeypatch: py
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda wide=wide: {"avx512_f": wide})
         unet = load_unet(open_folder(folder), torch.device("cpu"), torch.float32)
         assert unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous() == wide
+        last = load_unet(open_folder(folder), torch.device("cpu"), torch.float32, compiled=True).conv_in.weight
+        assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
         found.append(unet_network(unet)(X, TIME, CONDITION))
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
     assert channels_last(torch.device("cuda"))
