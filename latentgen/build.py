@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentgen.checkpoint import save_pipeline
+from latentgen.data.variants import SIDED, Augmentation
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import from_config
 from latentgen.durable import alone, write_file
@@ -25,7 +26,7 @@ from latentgen.training.autoencoder import AdversaryLoss
 from latentgen.training.cache import content_of
 from latentgen.training.captions import CaptionTable, Variety
 from latentgen.training.decoder import DecoderObjective, Drawing, Painter
-from latentgen.training.denoise import DenoiseObjective, Denoising
+from latentgen.training.denoise import DenoiseObjective, Denoising, Latents
 from latentgen.training.features import FeatureObjective, FeatureTerms, patch_items
 from latentgen.training.loop import LoopSettings
 from latentgen.training.report import write_page
@@ -91,6 +92,8 @@ class Run(Foundations):
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
         if what.times != "uniform":
             goal |= what.model_dump(include={"times", "times_mean", "times_std"})
+        if what.augment is not None:
+            goal["augment"] = what.augment.model_dump()
         captions = data.captions
         if what.caption_orders > 1 or what.long_captions is not None:
             variety = Variety(what.caption_orders, what.caption_keep, what.long_captions, self.recipe.seed)
@@ -108,13 +111,31 @@ class Run(Foundations):
         prediction = Prediction(what.prediction)
         denoising = Denoising(plan.schedule, prediction, what.weighting, what.caption_dropout, *times)
         parts = (unet, denoising, train_latents, captions, train_states, data.weights, held, self.accelerator)
-        objective = DenoiseObjective(*parts, sheet=lambda: self.sheet(unet))
+        others = self._varied_latents()
+        objective = DenoiseObjective(*parts, others=others, sheet=lambda: self.sheet(unet))
         if what.align or what.disperse:
             terms = FeatureTerms(what.align, what.disperse)
             targets = self._tower_patches() if what.align else None
-            objective = FeatureObjective(*parts, terms=terms, targets=targets, sheet=lambda: self.sheet(unet))
+            objective = FeatureObjective(
+                *parts, terms=terms, targets=targets, others=others, sheet=lambda: self.sheet(unet)
+            )
         figures = self._run("unet", objective, what.train, what.gate, place)
         return unsharded(unet, lambda: create.unet(**form)).eval(), figures
+
+    def _varied_latents(self) -> tuple[Latents, ...]:
+        """The pictures to train on in their other versions, where the recipe asks for them."""
+        asked, data = self.recipe.unet.augment, self.data
+        if asked is None:
+            return ()
+        sided = SIDED if asked.sided is None else asked.sided
+        what = Augmentation(asked.versions, asked.mirror, asked.scale, sided, self.recipe.seed)
+        may, shaped = what.may_mirror(data.pictures), data.shaped
+        if what.mirror:
+            self.report(what.line(may))
+        if shaped is None:
+            return tuple(self._latents(version) for version in what.others(data.pixels, may))
+        of_bucket = [what.others(own, may[shaped.bucket == n]) for n, own in enumerate(shaped.pixels)]
+        return tuple(self._bucketed(shaped, arrays) for arrays in zip(*of_bucket, strict=True))
 
     @property
     def _asked_unet(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from latentgen.data import Buckets, Ledger
 from latentgen.data.remote import as_told
+from latentgen.data.variants import Varied
 from latentgen.durable import write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
@@ -232,7 +233,7 @@ class Foundations:
 
     # --- shared by the stages
 
-    def _latents(self, pixels: np.ndarray) -> Latents:
+    def _latents(self, pixels: np.ndarray | Varied) -> Latents:
         """Pictures of one shape as the VAE encodes them."""
         return Latents(self._cached(latent_items(self.vae, pixels, self.accelerator.device)))
 
@@ -240,7 +241,11 @@ class Foundations:
         """Squares, or the same pictures in the shapes of their buckets."""
         if shaped is None:
             return self._latents(pixels)
-        arrays = [self._latents(own).moments for own in shaped.pixels]
+        return self._bucketed(shaped, shaped.pixels)
+
+    def _bucketed(self, shaped: Shaped, pixels: Sequence[np.ndarray | Varied]) -> BucketLatents:
+        """Pictures in the shapes of their buckets, or a version of them."""
+        arrays = [self._latents(own).moments for own in pixels]
         return BucketLatents(arrays[0][:0], tuple(arrays), shaped.bucket, shaped.row)
 
     def _states(self, texts: Sequence[str]) -> TextStates:

@@ -16,6 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
 Amount = Annotated[float, Field(ge=0)]
+Scale = Annotated[float, Field(ge=0.5, le=2)]
 SamplerName = Literal[  # those of `diffusion.sampling`, which would bring in numpy
     "dpmpp-2m",
     "unipc",
@@ -187,6 +188,28 @@ class Decoder(Section):
     train: Train
 
 
+class Augment(Section):
+    """Each picture in so many `versions`, the first as it is (`data.variants`). The others are made smaller or larger
+    by a factor between the two of `scale`, and where `mirror` asks for it every second is mirrored, but for pictures
+    whose captions have one of the words of `sided` (None: left, right, letters and the like).
+    """
+
+    versions: Annotated[int, Field(ge=2)] = 4
+    mirror: bool = False
+    scale: tuple[Scale, Scale] = (1.0, 1.0)
+    sided: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale is {list(self.scale)}; write the smaller factor first")
+        if self.scale == (1.0, 1.0) and not self.mirror:
+            raise ValueError("every version would be the same; set mirror = true, or scale = [0.9, 1.0]")
+        if self.scale == (1.0, 1.0) and self.versions > 2:
+            raise ValueError("a mirrored picture is one version more; set versions = 2, or a scale too")
+        return self
+
+
 class Unet(Section):
     """A UNet2DConditionModel and the diffusion it learns.
 
@@ -196,6 +219,7 @@ class Unet(Section):
     `times`, `times_mean`, `times_std`: how the times it is trained at are spread (`diffusion.loss.times`).
     `pooled`: every block is also told the caption as a whole, with the time. `dropout`: of its blocks, in training.
     `align`, `disperse`: weights of what is asked of its middle while it trains (`training.features`).
+    `augment`: it learns from the pictures varied too; CLIP and VAE, which move them a little at every step, do not.
     """
 
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -215,6 +239,7 @@ class Unet(Section):
     long_captions: Part | None = None
     align: Amount = 0.0
     disperse: Amount = 0.0
+    augment: Augment | None = None
     gate: dict[str, float] = {}
     train: Train
 
@@ -222,6 +247,12 @@ class Unet(Section):
     def _flow_is_both(self) -> Self:
         if (self.schedule == "flow") != (self.prediction == "flow"):
             raise ValueError('schedule = "flow" and prediction = "flow" belong together; write both or neither')
+        return self
+
+    @model_validator(mode="after")
+    def _aligned_as_they_are(self) -> Self:
+        if self.align and self.augment:
+            raise ValueError("align compares pictures as they are, augment varies them; take one of them away")
         return self
 
 

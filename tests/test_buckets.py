@@ -178,7 +178,7 @@ def test_one_bucket_gives_the_loss_of_no_buckets_and_several_give_each_its_own(p
     losses = [both.loss(order.items(step), Draw(0, step, 2))["loss"] for step in range(6)]
     assert all(torch.isfinite(loss) for loss in losses) and np.isfinite(both.validate()["validation_loss"])
     eps = torch.zeros(2, 4, 4, 12)
-    np.testing.assert_array_equal(both._latents.sample(np.array([4, 1]), eps), wide[[1, 0], 0])
+    np.testing.assert_array_equal(both._versions[0].sample(np.array([4, 1]), eps), wide[[1, 0], 0])
 
 
 def test_the_order_without_buckets_is_what_it_was() -> None:

@@ -34,6 +34,13 @@ def add(app: click.Group) -> None:
 @click.option("--like", help="Textual inversion: a word to start from.")
 @click.option("--caption", help="One caption for every picture, in place of its own.")
 @click.option("--captions", help="files: tables and sidecars; names: of the files.", show_default="files")
+@click.option(
+    "--mirror",
+    is_flag=True,
+    default=None,
+    help="Learn from mirrored pictures too, but where captions say left, right or the like.",
+    show_default="off",
+)
 @click.option("--steps", type=int, help="Training steps.", show_default="by the pictures")
 @click.option("--batch", type=int, help="Pictures a step.", show_default="by the weights")
 @click.option("--rate", type=float, help="Learning rate.", show_default="by the weights")
@@ -57,6 +64,7 @@ def finetune(
     like: str | None,
     caption: str | None,
     captions: str | None,
+    mirror: bool | None,
     steps: int | None,
     batch: int | None,
     rate: float | None,
@@ -82,6 +90,7 @@ def finetune(
         "like": like,
         "caption": caption,
         "captions": captions,
+        "mirror": mirror,
         "steps": steps,
         "batch": batch,
         "rate": rate,

@@ -3,6 +3,7 @@
 Beside an array `NAME-….npy` of n rows stands `NAME-….keys`: n times KEY bytes, the digest of what each row came from.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from latentgen.durable import write_file
 
 KEY = 16  # bytes of a digest
 Rows = dict[bytes, tuple[np.ndarray, int]]  # digest -> an array, memory-mapped, and the row of it
+
+
+def key_of(content: bytes | np.ndarray) -> bytes:
+    """The digest of one item: its pixels, and their shape where it is not square; or its text in UTF-8."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()[:KEY]
+    height, width = content.shape[:2]
+    shape = b"" if height == width else f"{height} x {width};".encode()
+    return hashlib.sha256(shape + np.ascontiguousarray(content).tobytes()).digest()[:KEY]
 
 
 def write_keys(target: Path, keys: Sequence[bytes]) -> None:

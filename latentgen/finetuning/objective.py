@@ -15,7 +15,7 @@ from latentgen.diffusion.loss import Density, at_density, denoising_loss
 from latentgen.diffusion.schedule.plan import Plan
 from latentgen.models.text import TextEncoder, TwoTextEncoders
 from latentgen.training.captions import CaptionTable
-from latentgen.training.denoise import Latents
+from latentgen.training.denoise import Latents, sampled
 from latentgen.training.draw import VALIDATION, Draw
 
 TRIED = 96  # denoisings that a validation is made of, at the least
@@ -99,6 +99,7 @@ class Times:
 class FinetuneObjective:
     """The denoising loss (Rombach et al. 2022, equation 3) of a network whose trained weights `module` holds.
 
+    pictures: latents of the same pictures in one version or several (`data.variants`), the first as they are.
     prior: trained on beside the pictures, its loss times prior_weight (Ruiz et al. 2023, equation 2). teacher: the
     starting weights' network, whose answers on the prior's noised pictures are then kept to instead of the pictures
     (Li & Hoiem 2016), a tenth of them told nothing. watched: the starting weights' renderings on which forgetting is
@@ -113,7 +114,7 @@ class FinetuneObjective:
         module: nn.Module,
         network: Network,
         plan: Plan,
-        pictures: Latents,
+        pictures: Sequence[Latents],
         captions: CaptionTable,
         conditions: Conditions,
         *,
@@ -129,7 +130,7 @@ class FinetuneObjective:
         sheet: Callable[[], Image.Image | None],
     ) -> None:
         self.module = module
-        self.weights = np.ones(len(pictures.moments))
+        self.weights = np.ones(len(pictures[0].moments))
         self._network, self._plan, self._pictures, self._captions = network, plan, pictures, captions
         self._conditions, self._held, self._watched, self._prior = conditions, held, watched, prior
         self._prior_weight, self._dropout, self._weighting = prior_weight, caption_dropout, weighting
@@ -138,8 +139,8 @@ class FinetuneObjective:
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """On the items, some captions empty; and on as many pictures of the prior."""
         device = self._accelerator.device
-        shape = self._pictures.moments.shape[2:]
-        x0 = self._pictures.sample(items, draw.normal(*shape, device=device))
+        x0 = sampled(self._pictures, items, draw, device)
+        shape = x0.shape[1:]
         numbers = self._captions.choose(items, draw.uniform().numpy())
         numbers = np.where(draw.uniform().numpy() < self._dropout, self._conditions.empty, numbers)
         times, eps = self._times.drawn(draw, self._plan, device), draw.normal(*shape, device=device)

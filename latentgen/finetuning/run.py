@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from latentgen.checkpoint import read_json
+from latentgen.data.variants import Augmentation
 from latentgen.durable import alone, write_file
 from latentgen.errors import InputError
 from latentgen.finetuning.base import Base
@@ -121,7 +122,9 @@ class Run:
         """Changes with anything that the result depends on."""
         captions = [picture.captions for picture in (*examples.pictures, *examples.held)]
         seen = [content(part) for part in (examples.pixels, examples.held_pixels)]
-        return fingerprint(base.checkpoint.fingerprint, what.model_dump(mode="json"), captions, seen)
+        varied = {"mirror", "scale", "versions"}  # which came later; runs of before go on
+        told = what.model_dump(mode="json", exclude=set() if what.varied else varied)
+        return fingerprint(base.checkpoint.fingerprint, told, captions, seen)
 
     @property
     def _about(self) -> Path:
@@ -266,6 +269,7 @@ class _Lesson:
         else:
             conditions = KeptConditions(base.text, texts, int(what.size or 0))
         latents = self._latents("train", examples.pixels)
+        versions = self._versions()
         if examples.held:
             named = np.array([number[picture.captions[0]] for picture in examples.held])
             held = Kept(self._latents("held", examples.held_pixels), named)
@@ -275,7 +279,7 @@ class _Lesson:
             trainee.module,
             base.pipe.network,
             base.plan,
-            latents,
+            (latents, *versions),
             table,
             conditions,
             held=held,
@@ -289,6 +293,18 @@ class _Lesson:
             accelerator=self.run.accelerator,
             sheet=lambda: self._sheet(first),
         )
+
+    def _versions(self) -> tuple[Latents, ...]:
+        """The pictures to train on, varied, where that is asked for."""
+        what, examples = self.what, self.examples
+        if not what.varied:
+            return ()
+        how = Augmentation(what.versions or 1, what.mirror, what.scale, seed=what.seed)
+        may = how.may_mirror(examples.pictures)
+        if what.mirror:
+            self.run.say(how.line(may))
+        others = [version[np.arange(len(may))] for version in how.others(examples.pixels, may)]
+        return tuple(self._latents("train", pixels) for pixels in others)
 
     def _latents(self, name: str, pixels: np.ndarray) -> Latents:
         base, terms = self.base, self.base.pipe.terms

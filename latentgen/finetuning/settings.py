@@ -12,6 +12,7 @@ from latentgen.errors import InputError
 Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 Above = Annotated[float, Field(gt=0)]
+Scale = Annotated[float, Field(ge=0.5, le=2)]
 
 METHODS = {  # what each is, for people
     "lora": "small matrices beside the U-Net's own (Hu et al. 2021)",
@@ -36,6 +37,8 @@ class Finetune(BaseModel):
     trains. caption: one caption for every picture, in place of its own. targets: the layers that adapters change.
     times: the density of the noise's times (mean and spread are of a logit-normal one). caption_dropout: how often a
     picture is shown without its caption, so that guidance stays what it was.
+    mirror, scale: the pictures are learned from mirrored too, but where a caption says left, right or the like, and
+    made smaller or larger by a factor between two (`data.variants`); versions: of each picture, the first as it is.
     strength: how much of what a style learned is stored, and so is dial 1; the dial goes above 1 for more.
     keep: the weights with the best held-out loss, or the last. patience: validations without a better one before it
     stops; 0 never stops. prompts: looked at while it trains.
@@ -67,6 +70,9 @@ class Finetune(BaseModel):
     captions: Literal["files", "names"] = "files"
     caption: str | None = None
     background: str = "white"
+    mirror: bool = False
+    scale: tuple[Scale, Scale] = (1.0, 1.0)
+    versions: Positive | None = None
     held_out: str = "test"
     hold_out: Part | None = None
     token: str | None = None
@@ -100,6 +106,11 @@ class Finetune(BaseModel):
             return None if self.on == "full" else "lora"
         return {"lora": "lora", "style": "lora", "dora": "dora", "lokr": "lokr"}.get(self.method)
 
+    @property
+    def varied(self) -> bool:
+        """Whether the pictures are learned from in other versions too."""
+        return self.mirror or self.scale != (1.0, 1.0)
+
     def check(self) -> None:
         """Raises InputError for what does not go together."""
         if self.method == "dreambooth" and not self.class_word:
@@ -123,6 +134,12 @@ class Finetune(BaseModel):
             raise InputError(f"rank is an adapter's; {self.method} has none")
         if self.times != "logit-normal" and (self.times_mean is not None or self.times_std is not None):
             raise InputError('times_mean and times_std are of times = "logit-normal"; give that too')
+        if self.scale[0] > self.scale[1]:
+            raise InputError(f"scale is {list(self.scale)}; give the smaller factor first")
+        if (self.versions or 1) > 1 and not self.varied:
+            raise InputError(f"{self.versions} versions would all be the same; give mirror or scale too")
+        if self.versions == 1 and self.varied:
+            raise InputError("mirror and scale make other versions of a picture; give versions = 2 or more, or none")
         if self.batch is not None and self.batch % self.accumulate:
             raise InputError(f"accumulate is {self.accumulate}; it must divide the batch of {self.batch}")
 
@@ -198,6 +215,9 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
     open_["prior_pictures"] = (prior, asked.method)
     if asked.method == "dreambooth" and (asked.prior_pictures or prior):
         open_["prior"] = prior_kept(asked, small, how)
+    if asked.varied:
+        many = asked.scale != (1.0, 1.0)
+        open_["versions"] = (4 if many else 2, "scaled, each differently" if many else "as they are, and mirrored")
     steps = asked.steps or int(open_["steps"][0])
     open_["warmup"] = (max(1, min(100, steps // 20)), f"{steps} steps")
     open_["ema"] = (min(0.99, max(0.0, 1 - 20 / steps)), f"{steps} steps")

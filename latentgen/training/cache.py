@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from latentgen.data.kept import KEY, known_rows, write_keys
+from latentgen.data.kept import key_of, known_rows, write_keys
+from latentgen.data.variants import Varied
 from latentgen.errors import InputError
 from latentgen.training.clip import to_unit, tokens
 
@@ -106,18 +107,9 @@ def cached_items(folder: Path, items: Items, report: Callable[[str], None] = lam
     return cached(path, (len(keys), *items.shape), items.dtype, in_order)
 
 
-def key_of(content: bytes | np.ndarray) -> bytes:
-    """The digest of one item: its pixels, and their shape where it is not square; or its text in UTF-8."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).digest()[:KEY]
-    height, width = content.shape[:2]
-    shape = b"" if height == width else f"{height} x {width};".encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(content).tobytes()).digest()[:KEY]
-
-
 @torch.no_grad()
 def latent_moments(
-    vae: AutoencoderKL, pixels: np.ndarray, device: torch.device, rows: np.ndarray | None = None
+    vae: AutoencoderKL, pixels: np.ndarray | Varied, device: torch.device, rows: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """(n, 2, C, h, w) float32: mean and std of each picture's posterior, scaled as diffusers scales latents.
 
@@ -141,7 +133,7 @@ def text_states(
         yield model(input_ids=ids.to(device)).last_hidden_state.half().cpu().numpy()
 
 
-def latent_items(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> Items:
+def latent_items(vae: AutoencoderKL, pixels: np.ndarray | Varied, device: torch.device) -> Items:
     """The moments of pictures (N, H, W, 3), by pixels and VAE."""
     config, (height, width) = vae.config, pixels.shape[1:3]
     factor = 2 ** (len(config.block_out_channels) - 1)
@@ -151,7 +143,8 @@ def latent_items(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -
         return latent_moments(vae, pixels, device, rows)
 
     name = f"latents-{_short(content_of(vae), config.scaling_factor)}"
-    return Items(name, [key_of(picture) for picture in pixels], shape, np.float32, parts)
+    keys = pixels.keys if isinstance(pixels, Varied) else [key_of(picture) for picture in pixels]
+    return Items(name, keys, shape, np.float32, parts)
 
 
 def text_items(model: CLIPTextModel, words: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Items:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -83,6 +83,20 @@ class BucketLatents(Latents):
         return tuple(Latents(own) for own in self.shaped)
 
 
+def sampled(versions: Sequence[Latents], items: np.ndarray, draw: Draw, device: torch.device) -> Tensor:
+    """Latents (B, C, h, w) of items of one shape, of each in one of its versions, all alike likely."""
+    first = versions[0]
+    eps = draw.normal(*first.shape(items), device=device)
+    if len(versions) == 1:
+        return first.sample(items, eps)
+    chosen = (draw.uniform().numpy() * len(versions)).astype(np.int64)
+    found = torch.empty_like(eps)
+    for number in np.unique(chosen).tolist():
+        rows = torch.from_numpy(np.flatnonzero(chosen == number))
+        found[rows.to(device)] = versions[number].sample(items[rows.numpy()], eps[rows.to(device)])
+    return found
+
+
 @dataclass(frozen=True)
 class Denoising:
     """What is learned: on which schedule, as which prediction, with which weight; how often without its caption.
@@ -120,7 +134,10 @@ class TextStates:
 
 
 class DenoiseObjective:
-    """Latents and text states come from a cache; the posterior is sampled anew each time."""
+    """Latents and text states come from a cache; the posterior is sampled anew each time.
+
+    others: the same latents, of the pictures varied (`data.variants`).
+    """
 
     splits = True
     judge = ("validation_loss", -1)
@@ -137,6 +154,7 @@ class DenoiseObjective:
         accelerator: Accelerator,
         *,
         sheet: Callable[[], Image.Image],
+        others: Sequence[Latents] = (),
     ) -> None:
         self.module = unet.to(accelerator.device)
         if accelerator.device.type == "cpu":
@@ -144,19 +162,18 @@ class DenoiseObjective:
         self.weights = weights
         self.buckets = latents.bucket if isinstance(latents, BucketLatents) else None
         self._network = unet_network(unet)
-        self._what, self._latents, self._captions, self._states = denoising, latents, captions, states
+        self._what, self._versions, self._captions, self._states = denoising, (latents, *others), captions, states
         self._held_out, self._accelerator, self._sheet = held_out, accelerator, sheet
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
         """Equation 3 of Rombach et al. 2022, for the prediction chosen; some captions empty (Ho & Salimans 2022)."""
         device = self._accelerator.device
-        shape = self._latents.shape(items)
-        x0 = self._latents.sample(items, draw.normal(*shape, device=device))
+        x0 = sampled(self._versions, items, draw, device)
         chosen = self._captions.choose(items, draw.uniform().numpy())
         dropped = draw.uniform().numpy() < self._what.caption_dropout
         condition = self._states.rows(np.where(dropped, self._states.empty, chosen), device)
         times = self._times(draw.stratified()).to(device)
-        losses = self._losses(x0, condition, times, draw.normal(*shape, device=device))
+        losses = self._losses(x0, condition, times, draw.normal(*x0.shape[1:], device=device))
         return {"loss": losses.mean()}
 
     def _times(self, u: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentgen.data.kept import key_of
 from latentgen.errors import InputError
-from latentgen.training.cache import Items, content_of, key_of
+from latentgen.training.cache import Items, content_of
 from latentgen.training.clip import gather, to_unit
 from latentgen.training.denoise import DenoiseObjective
 from latentgen.training.draw import Draw

@@ -54,6 +54,7 @@ def files(folder: Path) -> dict[str, bytes]:
     [
         {"method": "lora"},
         {"method": "lora", "text_encoder": True},
+        {"method": "lora", "mirror": True, "scale": (0.8, 1.0)},
         {"method": "dora", "targets": "attention"},
         {"method": "dora", "targets": "all"},
         {"method": "lokr"},

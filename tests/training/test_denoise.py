@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_diffusion_on_the_numbers_drawn(objective: Any) -> N
     with torch.no_grad():
         found = made.loss(items, Draw(2, 9, 3))["loss"]
         draw = Draw(2, 9, 3)
-        x0 = made._latents.sample(items, draw.normal(4, 8, 8))
+        x0 = made._versions[0].sample(items, draw.normal(4, 8, 8))
         draw.uniform(), draw.uniform()
         times = draw.stratified().clamp(1e-6, 1 - 1e-6)
         condition = made._states.rows(items, CPU)
