@@ -48,9 +48,10 @@ class Augmentation:
         """Which pictures may be mirrored: (N,) bool."""
         if not self.mirror:
             return np.zeros(len(pictures), dtype=bool)
-        words = re.compile(rf"\b({'|'.join(map(re.escape, self.sided))})\b", re.IGNORECASE) if self.sided else None
-        named = [words is not None and any(words.search(text) for text in own.captions) for own in pictures]
-        return ~np.array(named, dtype=bool)
+        if not self.sided:
+            return np.ones(len(pictures), dtype=bool)
+        words = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, self.sided))})(?!\w)", re.IGNORECASE)
+        return np.array([not any(words.search(text) for text in own.captions) for own in pictures], dtype=bool)
 
 
 @dataclass(frozen=True, eq=False)
