@@ -26,11 +26,13 @@ from latentgen.pixels.objective import PixelObjective
 from latentgen.pixels.recipe import read_pixel_recipe
 from latentgen.recipe import Train, read_kind, read_recipe
 from latentgen.training.cache import Items
+from latentgen.training.contention import Contention
 from latentgen.training.draw import Draw
 from latentgen.training.loop import LoopSettings, TrainState, fit, order_of
 from latentgen.training.stage import Report, duration
 
 WARM, SECONDS, MOST = 2, 6.0, 20  # steps before the clock starts; how long, and how many steps, it runs at most
+WATCHED = 2.0  # seconds that tell whether other programs take the cores
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Measured:
     """One stage as its first steps were. gflop: of a sample's forward and backward pass; memory: peak, MiB.
 
     alone: whether that peak is this stage's own, and not the highest of all up to it. disk: MiB of its two checkpoints,
-    its best weights and its kept averages.
+    its best weights and its kept averages. contended: what is said where other programs slow it down.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Measured:
     alone: bool
     checkpoint: float  # MiB on the disk
     disk: float
+    contended: str | None = None
 
     def line(self) -> str:
         """What a person wants to know."""
@@ -57,7 +60,7 @@ class Measured:
             f"{self.name}: {self.weights / 1e6:.1f}M weights, {self.gflop:.2f} GFLOP a sample, "
             f"{self.samples_per_second:.1f} samples/s ({self.gflop * self.samples_per_second:.0f} GFLOP/s), "
             f"{duration(self.seconds)} in all, {self.memory:.0f} MiB of memory{'' if self.alone else ' so far'}, "
-            f"{self.checkpoint:.0f} MiB a checkpoint"
+            f"{self.checkpoint:.0f} MiB a checkpoint{f'; {self.contended}' if self.contended else ''}"
         )
 
 
@@ -175,7 +178,7 @@ def measure(name: str, objective: Any, what: Train, gate: Mapping[str, float], a
     alone = _restart_peak()
     state = TrainState.start(objective.module, settings)
     gflop = gflop_of(objective, settings, accelerator)
-    steps, began = 0, time.monotonic()
+    steps, began, contention = 0, time.monotonic(), Contention.on(accelerator.device, WATCHED)
     for progress in fit(objective, state, replace(settings, steps=WARM + MOST), accelerator, seed=0):
         if progress.step == WARM:
             began = time.monotonic()
@@ -183,6 +186,7 @@ def measure(name: str, objective: Any, what: Train, gate: Mapping[str, float], a
         if steps > 0 and time.monotonic() - began > SECONDS:
             break
     rate = settings.batch * steps / (time.monotonic() - began)
+    contended = contention.line()
     check_gate(name, gate, {**objective.validate(), "steps": 0.0, "skipped": 0.0})
     objective.sheet()
     stored = sum(value.numel() * value.element_size() for part in state.tensors().values() for value in part.values())
@@ -198,6 +202,7 @@ def measure(name: str, objective: Any, what: Train, gate: Mapping[str, float], a
         alone=alone,
         checkpoint=stored / 2**20,
         disk=(2 * stored + (4 + 2 * halves) * averaged) / 2**20,
+        contended=contended,
     )
 
 

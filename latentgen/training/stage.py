@@ -22,6 +22,7 @@ from latentgen.durable import saying_what_failed, write_file
 from latentgen.errors import InputError
 from latentgen.training import averages
 from latentgen.training.board import Board
+from latentgen.training.contention import Contention
 from latentgen.training.log import Log, figures_of
 from latentgen.training.loop import (
     LoopSettings,
@@ -129,6 +130,7 @@ def _train(
     main, sharded, several = accelerator.is_main_process, is_sharded(state.module), accelerator.num_processes > 1
     writes = main or sharded  # a state in parts is put together by all, and written by the main process
     clock = _Clock(state.step, settings)
+    contention = Contention.on(accelerator.device)
     logged = saved = time.monotonic()
     every = max(1, settings.steps // settings.kept_averages)
     with _stop_asked() as stop, _board(folder, name, main) as board, Log(folder / "log.jsonl", main) as log:
@@ -138,6 +140,8 @@ def _train(
             if main and (now - logged >= pace.log_seconds or progress.step == settings.steps):
                 logged = now
                 report(f"{name}: {clock.line(progress, state.skipped)}")
+                if (line := contention.line()) is not None:
+                    report(f"{name}: {line}")
                 log.write()
                 with saying_what_failed(folder.parent / "tensorboard"):
                     board.figures(progress.step, figures_of(progress))

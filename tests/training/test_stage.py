@@ -22,12 +22,13 @@ from latentgen.checkpoint import open_checkpoint
 from latentgen.errors import InputError
 from latentgen.models.loading import load_part
 from latentgen.training.averages import gamma_of, stored
+from latentgen.training.contention import Contention
 from latentgen.training.draw import Draw
 from latentgen.training.features import FeatureTerms
 from latentgen.training.log import entries
 from latentgen.training.loop import LoopSettings, TrainState
 from latentgen.training.snapshots import Snapshots
-from latentgen.training.stage import Pace, run_stage
+from latentgen.training.stage import Pace, Report, run_stage
 from latentgen.tuning import averages
 from tests.training.test_features import COUNT
 from tests.training.test_features import objective as with_features
@@ -75,9 +76,16 @@ def test_a_stage_keeps_its_averages_and_a_stopped_one_keeps_the_same_to_the_bit(
         assert again.read_bytes() == each.path.read_bytes()
 
 
-def run(folder: Path, objective: Regression, steps: int, seconds: float = 0.0, **paced: Any) -> None:
+def run(
+    folder: Path,
+    objective: Regression,
+    steps: int,
+    seconds: float = 0.0,
+    report: Report = lambda line: None,
+    **paced: Any,
+) -> None:
     pace = Pace(**{"log_seconds": seconds, "save_seconds": 1e9, "validate_steps": 10, **paced})
-    given: dict[str, Any] = {"seed": 1, "gate": {}, "pace": pace, "report": lambda line: None}
+    given: dict[str, Any] = {"seed": 1, "gate": {}, "pace": pace, "report": report}
     run_stage("toy", objective, replace(SETTINGS, steps=steps), folder, Accelerator(), **given)
 
 
@@ -191,3 +199,20 @@ def test_a_sheet_that_cannot_be_drawn_is_said_and_ends_no_run(tmp_path: Path) ->
     assert [line for line in said if "no sheet" in line] == [
         f"toy: step {step}, no sheet: the picture would be black" for step in range(10, SETTINGS.steps + 1, 10)
     ]
+
+
+def test_a_run_that_has_to_wait_for_its_cores_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Contention, "on", lambda device: Contention(2, 0.0, tmp_path))
+    (tmp_path / "1").mkdir()
+
+    class Waiting(Regression):
+        """Whose thread stands in line for a thousand seconds more at each step."""
+
+        def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+            (tmp_path / "1" / "schedstat").write_text(f"0 {10**12 * (draw.step + 1)} 0\n")
+            return super().loss(items, draw)
+
+    lines: list[str] = []
+    (tmp_path / "1" / "schedstat").write_text("0 0 0\n")
+    run(tmp_path / "run", Waiting(), 30, report=lines.append)
+    assert sum(line.startswith("toy: other programs take") and "OMP_NUM_THREADS=1" in line for line in lines) == 1
