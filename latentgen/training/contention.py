@@ -50,9 +50,18 @@ class Contention:
         )
 
     def _all_waited(self) -> float | None:
-        """Seconds that all threads of this process were ready to run and had no core (proc(5), schedstat)."""
+        """Seconds that all threads of this process were ready to run and had no core; None where that is not told."""
         try:
-            tasks = [task / "schedstat" for task in self._tasks.iterdir()]
-            return sum(int(each.read_text().split()[1]) for each in tasks) / 1e9
-        except (OSError, ValueError, IndexError):
+            found = [_waited(task) for task in self._tasks.iterdir()]
+        except OSError:
             return None
+        told = [seconds for seconds in found if seconds is not None]
+        return sum(told) if told else None
+
+
+def _waited(task: Path) -> float | None:
+    """Of one thread (proc_pid_schedstat(5), the second number, in nanoseconds); None of one that has just ended."""
+    try:
+        return int((task / "schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None

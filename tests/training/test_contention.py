@@ -33,6 +33,7 @@ def test_it_says_how_many_cores_are_taken_and_how_many_threads_are_left(tmp_path
     tasks(tmp_path, 30.0, 50.0)
     assert seen.line() is None  # too soon to tell
     clock[0] = 120.0
+    (tmp_path / "ended").mkdir()  # a thread that has gone since it was listed
     tasks(tmp_path, 3.0 + 14.0, 5.0 + 10.0, 4.0)  # a thread more, and 28 seconds waited in 20
     line = seen.line()
     assert line is not None and "take 1.4 of the 8 cores" in line and "OMP_NUM_THREADS=6" in line
