@@ -81,6 +81,16 @@ def test_a_smaller_picture_lies_inside_its_frame_wherever_it_lies() -> None:
     assert len(places) >= 4
 
 
+def test_a_thing_that_touches_the_edge_of_a_plain_ground_ends_there() -> None:
+    picture = np.full((40, 40, 3), (250, 240, 230), np.uint8)
+    picture[18:22, :] = 0  # from edge to edge
+    found = scaled(picture, 0.5, 0.5, 0.5)
+    assert (found[:, :6] == picture[0, 0]).all() and (found[:, 34:] == picture[0, 0]).all()  # the filter reaches 3
+    assert (found[19:21, 13:27] < 100).all()
+    picture[10:40, :] = 0  # no ground: the edge is repeated
+    assert (scaled(picture, 0.5, 0.5, 0.5)[20:, :9] < 40).all()
+
+
 def test_how_a_picture_is_varied_depends_on_its_own_pixels_alone() -> None:
     what = Augmentation(versions=3, mirror=True, scale=(0.7, 1.3))
     pixels = noise()

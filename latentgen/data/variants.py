@@ -11,7 +11,8 @@ from PIL import Image
 from latentgen.data.kept import key_of
 from latentgen.data.picture import Picture
 
-TRANSFORM = "mirrored, Lanczos, edges repeated; 1"  # part of the cache key: change both together
+TRANSFORM = "mirrored, Lanczos, on plain ground or its edges repeated; 1"  # part of the cache key: change both together
+ALIKE, PLAIN = 16, 0.5  # of 255: colours of one ground; the part of a picture's edge that makes it one
 # Words of captions that a mirrored picture would make untrue.
 SIDED = (
     "left", "right", "clockwise", "anticlockwise", "counterclockwise", "letter", "letters", "word", "words", "text",
@@ -24,8 +25,8 @@ class Augmentation:
     """Each picture in so many `versions`, the first as it is.
 
     mirror: every second version is mirrored, but for pictures that `sided` words name in a caption. scale: the others
-    are made smaller or larger by a factor between these two; smaller, a picture lies anywhere inside its own frame,
-    its edges repeated around it, larger, any part of it is cut out.
+    are made smaller or larger by a factor between these two; smaller, a picture lies anywhere inside its own frame, on
+    the plain ground it has or with its edges repeated around it, larger, any part of it is cut out.
     """
 
     versions: int = 1
@@ -110,13 +111,25 @@ class Varied:
 def scaled(picture: np.ndarray, scale: float, left: float, top: float) -> np.ndarray:
     """A picture (H, W, 3) uint8 made smaller or larger by a factor, as large as it was.
 
-    Smaller it lies inside its frame and its edges are repeated, larger it is cut. left, top: where, parts in [0, 1] of
-    the room there is.
+    Smaller it lies inside its frame: on its ground, where at least half of its edge has one colour, so that a thing
+    that touches the edge ends there; else its edges are repeated. Larger it is cut. left, top: where, parts in [0, 1]
+    of the room there is.
     """
     height, width = picture.shape[:2]
     wide, high = width / scale, height / scale  # what is seen, in pixels of the picture
     across, down = int(np.ceil(max(0.0, wide - width))), int(np.ceil(max(0.0, high - height)))
     padded = np.pad(picture, ((down, down), (across, across), (0, 0)), mode="edge")
+    if (ground := _ground(picture)) is not None:
+        padded[:] = ground
+        padded[down : down + height, across : across + width] = picture
     x, y = across + left * (width - wide), down + top * (height - high)
     found = Image.fromarray(padded).resize((width, height), Image.Resampling.LANCZOS, box=(x, y, x + wide, y + high))
     return np.asarray(found)
+
+
+def _ground(picture: np.ndarray) -> np.ndarray | None:
+    """The colour (3,) that most of a picture's edge has; None where it has no one colour."""
+    edge = np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]]).astype(np.int16)
+    ground = np.median(edge, axis=0)
+    plain = (np.abs(edge - ground).max(axis=1) <= ALIKE).mean() >= PLAIN
+    return ground.round().astype(np.uint8) if plain else None
