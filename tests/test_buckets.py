@@ -165,7 +165,7 @@ def test_one_bucket_gives_the_loss_of_no_buckets_and_several_give_each_its_own(p
         table = CaptionTable([Picture(Path(f"{n}.png"), (f"caption {n}",)) for n in range(count)])
         denoising = Denoising(schedule, Prediction("v"))
         rest = (np.ones(count), (latents, states), Accelerator())
-        return DenoiseObjective(parts["unet"], denoising, latents, table, states, *rest, sheet=lambda: None)  # type: ignore[arg-type, return-value]
+        return DenoiseObjective(parts["unet"], denoising, latents, table, states, *rest, sheet=lambda: None)
 
     plain = objective(Latents(square), 4)
     one = objective(BucketLatents(square[:0], (square,), np.zeros(4, int), np.arange(4)), 4)

@@ -132,7 +132,7 @@ def test_equal_versions_give_the_loss_of_one(parts: dict[str, Any]) -> None:
 
     def losses(latents: Latents, *others: Latents) -> torch.Tensor:
         denoising = Denoising(schedule, Prediction("v"), caption_dropout=0.0)
-        made = DenoiseObjective(parts["unet"], denoising, latents, *rest, others=others, sheet=lambda: None)  # type: ignore[arg-type, return-value]
+        made = DenoiseObjective(parts["unet"], denoising, latents, *rest, others=others, sheet=lambda: None)
         with torch.no_grad():
             return torch.stack([made.loss(np.arange(6), Draw(0, step, 6))["loss"] for step in range(40)])
 
@@ -170,7 +170,10 @@ def test_a_recipes_versions_are_encoded_once_in_every_shape(tmp_path: Path, buck
     may = Augmentation(mirror=True).may_mirror(data.pictures[:1])
     (expected,) = Varied(pixels[:1], 1, may, Augmentation(3, True, (0.8, 1.0)), [key_of(pixels[0])])[np.arange(1)]
     encoded = made._latents(np.stack([expected])).moments[0]
-    own = versions[0] if data.shaped is None else versions[0]._own(np.array([0]))  # type: ignore[attr-defined]
+    own = versions[0]
+    assert isinstance(own, BucketLatents) == buckets
+    if isinstance(own, BucketLatents):
+        own = own._own(np.array([0]))
     np.testing.assert_allclose(own.moments[0], encoded, atol=1e-5)
     _, _, again = run()
     assert not any(line.startswith("cache: computing") for line in again)
@@ -209,6 +212,7 @@ def test_fine_tuning_chooses_how_many_versions_and_refuses_what_cannot_be_meant(
     for asked, line in (
         ({"versions": 3}, "would all be the same; give mirror or scale"),
         ({"versions": 1, "mirror": True}, "give versions = 2 or more"),
+        ({"versions": 3, "mirror": True}, "a mirrored picture is one version more"),
         ({"scale": (1.2, 1.0)}, "give the smaller factor first"),
     ):
         with pytest.raises(InputError, match=line):

@@ -138,6 +138,8 @@ class Finetune(BaseModel):
             raise InputError(f"scale is {list(self.scale)}; give the smaller factor first")
         if (self.versions or 1) > 1 and not self.varied:
             raise InputError(f"{self.versions} versions would all be the same; give mirror or scale too")
+        if (self.versions or 1) > 2 and self.scale == (1.0, 1.0):
+            raise InputError("a mirrored picture is one version more; give versions = 2 or none, or a scale too")
         if self.versions == 1 and self.varied:
             raise InputError("mirror and scale make other versions of a picture; give versions = 2 or more, or none")
         if self.batch is not None and self.batch % self.accumulate:

@@ -153,7 +153,7 @@ class DenoiseObjective:
         held_out: tuple[Latents, TextStates],
         accelerator: Accelerator,
         *,
-        sheet: Callable[[], Image.Image],
+        sheet: Callable[[], Image.Image | None],
         others: Sequence[Latents] = (),
     ) -> None:
         self.module = unet.to(accelerator.device)

@@ -45,7 +45,7 @@ def objective(parts: dict[str, Any]) -> Any:
             np.ones(COUNT),
             (Latents(moments[:2]), TextStates(states[[0, 1, COUNT]])),
             Accelerator(),
-            sheet=lambda: None,  # type: ignore[arg-type, return-value]
+            sheet=lambda: None,
         )
 
     return make
