@@ -69,6 +69,10 @@ def _annealed(request: Request, plan: Plan, noise: Any) -> AnnealedCondition | N
 
 def snapshot_of(weaker: Any, pipe: Any, rows: int) -> Denoiser:
     """The denoiser of a weaker pipeline, whose latents, text states and arrays must be of the kind of `pipe`'s."""
+    if not isinstance(weaker, type(pipe)):
+        raise InputError(
+            f"weaker is a {type(weaker).__name__}; it must be a Pipeline of an earlier or smaller snapshot"
+        )
     unlike = [
         f"{name} is {theirs}, here {ours}"
         for name, theirs, ours in (

@@ -23,7 +23,7 @@ from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import Plan, from_config
-from latentgen.diffusion.schedule.reading import known, plan_for
+from latentgen.diffusion.schedule.reading import known
 from latentgen.errors import InputError
 from latentgen.guiding import guided_as, snapshot_of
 from latentgen.image import Picture, to_bytes
@@ -34,7 +34,7 @@ from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.memory import caching, decoded, in_groups, need_of, of_one_walk, pictures_at_a_time, tile_of
 from latentgen.models.words import TakesWords
 from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
-from latentgen.request import Assumed, Projected, Request, Terms, assumed, check_output_type, read_request
+from latentgen.request import Assumed, Projected, Request, Terms, assumed, check_call, read_request, way_of
 from latentgen.request import terms_of as terms_of
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ class Pipeline(TakesLoras, TakesWords):
         from latentgen.models.network import unet_network
         from latentgen.models.text import TextEncoder
 
-        terms = Terms.read(unet.config, vae.config, from_config(known(scheduler_config)).sampler, extras)
+        sampler = from_config(known(scheduler_config)).sampler
+        terms = Terms.read(unet.config, vae.config, [text_encoder.config.to_dict()], sampler, extras)
         network = unet_network(unet, gradients=False)
         loras = module_loras(unet=unet, text_encoder=text_encoder)
         return cls(TextEncoder(tokenizer, text_encoder), network, Latent(vae), scheduler_config, terms, loras=loras)
@@ -178,6 +179,9 @@ class Pipeline(TakesLoras, TakesWords):
         negative_pooled_prompt_embeds: Array | None = None,
         prompt_weights: bool = True,
         max_embeddings_multiples: int | None = None,
+        clip_skip: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        eta: float = 0.0,
         batch: int | str = "auto",
         vae_tiling: bool | None = None,
         feature_cache: int = 1,
@@ -202,14 +206,18 @@ class Pipeline(TakesLoras, TakesWords):
         pooled_prompt_embeds, negative_pooled_prompt_embeds (P, D). prompt_weights: read `(word:1.3)`, `[word]` and
         BREAK as the web UI does (models/prompt.py); False takes brackets as text, as diffusers does.
         max_embeddings_multiples: how many contexts long a prompt may be (1 cuts it as diffusers does); None is as long
-        as it is, each chunk of a context encoded on its own. batch: pictures the networks compute at a time, or "auto",
-        as many as the free memory holds; the last bits of a picture can depend on it. vae_tiling: decode in tiles with
-        blended seams; None does so above 1536·1024 pixels. feature_cache: n computes the deep layers at every n-th step
-        only (Ma et al. 2024); 1 is off.
+        as it is, each chunk of a context encoded on its own. clip_skip: how many layers at its end the text encoder
+        reads the prompt without; as in diffusers the negative prompt is read with all. timesteps: those to denoise at,
+        falling, one for each step (Sabour et al. 2024), instead of the sampler's own. eta: of the noise that DDIM puts
+        back, 0 to 1. batch: pictures the networks compute at a time, or "auto", as many as the free memory holds; the
+        last bits of a picture can depend on it. vae_tiling: decode in tiles with blended seams; None does so above
+        1536·1024 pixels. feature_cache: n computes the deep layers at every n-th step only (Ma et al. 2024); 1 is off.
         output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w).
         callback_on_step_end(pipe, index, time, {"latents": x}) is called after each step and may return other latents.
         Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words that are cut.
         """
+        arrays = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        check_call(output_type, callback_on_step_end, **arrays)
         if latents is not None and height is None and width is None and len(latents.shape) == 4:
             height, width = (int(side) * self.terms.factor for side in latents.shape[2:])
         request = read_request(
@@ -233,14 +241,16 @@ class Pipeline(TakesLoras, TakesWords):
             annealing=condition_annealing,
             pag=pag_scale,
             feature_cache=feature_cache,
+            clip_skip=clip_skip,
+            timesteps=timesteps,
+            eta=eta,
         )
-        check_output_type(output_type)
         cached = request.feature_cache > 1
-        if (request.pag and self.perturbed is None) or (cached and self.cached is None):
+        lacking = (request.pag and self.perturbed is None) or (cached and self.cached is None)
+        if lacking or (request.clip_skip and not self.text.skips):
             self._use_torch()
         at_a_time = self.at_a_time(request, batch)
-        plan = plan_for(self.scheduler, request.sampler)
-        knots = plan.knots(request.steps)
+        plan, knots = way_of(self.scheduler, request)
         noise = self._noise(request, generator, seed)
         self.interrupt = self._steered = False
 
@@ -255,8 +265,7 @@ class Pipeline(TakesLoras, TakesWords):
         denoise = guided_as(request, plan, knots, denoiser, conditions, rows, noise, self.perturbed, snapshot)
         x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
         check_finite(x, "latents", (self.machine or {}).get("dtype"))
-        brought = {"generator": generator, "latents": latents, "callback_on_step_end": self._steered or None}
-        brought |= {"weaker": weaker, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        brought = {"generator": generator, "weaker": weaker, "callback_on_step_end": self._steered or None} | arrays
         settings = self._settings(request, sorted(key for key, value in brought.items() if value is not None))
         settings |= {"at_a_time": at_a_time} if at_a_time < len(request) else {}
         settings |= {} if vae_tiling is None else {"vae_tiling": vae_tiling}
@@ -283,7 +292,7 @@ class Pipeline(TakesLoras, TakesWords):
         """The condition (B, L, D) and, where guidance is on, the one to be guided away from."""
         for text in dict.fromkeys((*request.prompts, *request.negatives)):
             self._say_what_is_cut(text, request)
-        condition = self._states(request, request.prompts, given, "prompt_embeds")
+        condition = self._states(request, request.prompts, given, "prompt_embeds", request.clip_skip)
         if request.told:
             guided = np.tile(told_scale(request.guidance, request.told), (len(request), 1))
             condition = replace(condition, guided=self.latent.array(guided))
@@ -296,12 +305,13 @@ class Pipeline(TakesLoras, TakesWords):
             negative = replace(self.text.empty(negative), sizes=negative.sizes)
         return of_one_length(condition, negative)
 
-    def _states(self, request: Request, prompts: Sequence[str], given: Given, name: str) -> Condition:
+    def _states(self, request: Request, prompts: Sequence[str], given: Given, name: str, skip: int = 0) -> Condition:
         states, pooled = given
         if states is None:
             how: dict[str, Any] = {"weights": request.prompt_weights, "limit": request.max_embeddings_multiples}
             chunks = {text: len(self.text.lay(text, **how).chunks) for text in dict.fromkeys(prompts)}
-            told = encoded_apart(partial(self.text.encode, **how), prompts, [chunks[text] for text in prompts])
+            read = partial(self.text.encode, **how, skip=skip)
+            told = encoded_apart(read, prompts, [chunks[text] for text in prompts])
         elif len(states.shape) != 3 or len(request) % len(states):
             raise InputError(f"{name} has shape {tuple(states.shape)}; it must be (prompts, tokens, width)")
         else:
@@ -368,7 +378,7 @@ class Pipeline(TakesLoras, TakesWords):
             "guidance_rescale": request.rescale,
             "guidance_interval": request.interval,
             "guidance_projection": request.projection,
-            **({"condition_annealing": request.annealing} if request.annealing else {}),
+            **request.seldom,
             "pag_scale": request.pag,
             "sampler": request.sampler,
             "height": request.height,

@@ -25,11 +25,12 @@ from latentgen.models.precision import type_name
 from latentgen.models.prompt import embedding_file
 from latentgen.pipeline import Pipeline, terms_of
 from latentgen.processes import Processes
-from latentgen.request import Request, read_request
+from latentgen.request import Request, read_request, way_of
 
 EACH = ("prompt", "negative_prompt", "seed")  # what each picture of a batch has of its own
 GUIDING = (
     "guidance_interval", "guidance_projection", "condition_annealing", "pag_scale", "vae_tiling", "feature_cache",
+    "clip_skip", "timesteps", "eta",
 )  # fmt: skip
 WHOLE = (0.0, 1.0)  # of the way: no interval
 ALONE = Processes()
@@ -42,7 +43,7 @@ class Order:
 
     size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
     folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling, compile,
-    guidance_interval, prediction_type, tokenizer, dtype: as the pipeline's.
+    guidance_interval, prediction_type, tokenizer, dtype, clip_skip, timesteps, eta: as the pipeline's.
     """
 
     prompts: Sequence[str]
@@ -66,6 +67,9 @@ class Order:
     prediction_type: str | None = None
     tokenizer: str | None = None
     dtype: str | None = None
+    clip_skip: int = 0
+    timesteps: Sequence[float] | None = None
+    eta: float = 0.0
 
 
 def render(
@@ -129,7 +133,7 @@ def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None
     # its hashes are compared where it is loaded
     checkpoint = open_checkpoint(find(weights), tokenizer=order.tokenizer, verify=False)
     width, height = order.size or (None, None)
-    return read_request(
+    request = read_request(
         terms_of(checkpoint),
         SAMPLERS,
         list(order.prompts),
@@ -145,7 +149,12 @@ def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None
         interval=order.guidance_interval,
         max_embeddings_multiples=order.max_embeddings_multiples,
         feature_cache=order.feature_cache,
+        clip_skip=order.clip_skip,
+        timesteps=order.timesteps,
+        eta=order.eta,
     )
+    way_of(checkpoint.config("scheduler"), request)  # that the schedule has such steps
+    return request
 
 
 def _groups(pipe: Pipeline, request: Request, batch: int | str, among: Processes) -> list[Sequence[int]]:
@@ -181,6 +190,9 @@ def _settings(request: Request, order: Order, rows: Sequence[int]) -> dict[str, 
         "max_embeddings_multiples": request.max_embeddings_multiples,
         "feature_cache": request.feature_cache,
         "vae_tiling": order.vae_tiling,
+        "clip_skip": request.clip_skip,
+        "timesteps": request.timesteps,
+        "eta": request.eta,
     }
 
 

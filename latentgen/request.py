@@ -4,12 +4,15 @@ import difflib
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from latentgen.checkpoint import Checkpoint, SingleFile, refuse_other_kinds
-from latentgen.diffusion.schedule.plan import from_config
-from latentgen.diffusion.schedule.reading import is_known, known
+from latentgen.diffusion.schedule.plan import Plan, from_config
+from latentgen.diffusion.schedule.reading import is_known, known, plan_for
 from latentgen.errors import InputError
 
 Projected = tuple[float, float | None] | tuple[float, float | None, float]  # eta, norm and momentum
@@ -23,6 +26,7 @@ class Terms:
 
     factor: pixels to a latent along each side. channels: latent channels. size: pixels along each side of the pictures
     it was trained on. steps, guidance, sampler, interval: its own defaults. configs: the U-Net's and the autoencoder's.
+    skippable: how many layers of the text encoder can be left away at most.
     """
 
     factor: int
@@ -33,12 +37,18 @@ class Terms:
     guidance: float = 5.0
     interval: tuple[float, float] | None = None
     configs: tuple[Mapping[str, Any], Mapping[str, Any]] = field(default=({}, {}), repr=False, compare=False)
+    skippable: int = 0
 
     @classmethod
     def read(
-        cls, unet: Mapping[str, Any], vae: Mapping[str, Any], sampler: str, extras: Mapping[str, Any] | None = None
+        cls,
+        unet: Mapping[str, Any],
+        vae: Mapping[str, Any],
+        towers: Sequence[Mapping[str, Any]],
+        sampler: str,
+        extras: Mapping[str, Any] | None = None,
     ) -> "Terms":
-        """From the configs of the two networks, the sampler their scheduler names, and what latentgen.json adds."""
+        """From the networks' configs, the sampler their scheduler names, and what latentgen.json adds."""
         extras = extras or {}
         defaults = extras.get("defaults") or {}
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -53,6 +63,8 @@ class Terms:
             guidance=float(defaults.get("guidance_scale", cls.guidance)),
             interval=_interval(defaults["guidance_interval"]) if defaults.get("guidance_interval") else None,
             configs=(unet, vae),
+            # of Stable Diffusion XL's pair the last layers are not read anyhow
+            skippable=min(int(tower.get("num_hidden_layers", 12)) for tower in towers) - (len(towers) > 1),
         )
 
     @property
@@ -63,7 +75,8 @@ class Terms:
     @classmethod
     def of(cls, checkpoint: Checkpoint, sampler: str) -> "Terms":
         """The terms of a weights folder, from its small files alone."""
-        return cls.read(checkpoint.config("unet"), checkpoint.config("vae"), sampler, checkpoint.extras)
+        unet, vae, towers = checkpoint.config("unet"), checkpoint.config("vae"), towers_of(checkpoint)
+        return cls.read(unet, vae, towers, sampler, checkpoint.extras)
 
 
 class Assumed(UserWarning):
@@ -92,19 +105,25 @@ def terms_of(checkpoint: Checkpoint) -> Terms:
     unet = checkpoint.config("unet")
     terms = Terms.of(checkpoint, from_config(known(checkpoint.config("scheduler"))).sampler)
     refuse_other_kinds(checkpoint.folder, unet, terms.channels)
-    towers = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
-    width = sum(int(checkpoint.config(tower).get("hidden_size", 0)) for tower in towers)
+    width = sum(int(tower.get("hidden_size", 0)) for tower in towers_of(checkpoint))
     if unet.get("cross_attention_dim") != width:
         widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
         raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
     return terms
 
 
+def towers_of(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+    """The configs of its text encoder, or of both."""
+    names = ("text_encoder", "text_encoder_2") if checkpoint.has_second else ("text_encoder",)
+    return [checkpoint.config(name) for name in names]
+
+
 @dataclass(frozen=True)
 class Request:
     """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture.
 
-    said: whether a negative prompt was given at all, be it the empty text. told: as the terms'.
+    said: whether a negative prompt was given at all, be it the empty text. told: as the terms'. timesteps: one for each
+    step, instead of the sampler's own spacing.
     """
 
     prompts: tuple[str, ...]
@@ -125,9 +144,18 @@ class Request:
     said: bool = False
     feature_cache: int = 1
     told: int = 0
+    clip_skip: int = 0
+    timesteps: tuple[float, ...] | None = None
+    eta: float = 0.0
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def seldom(self) -> dict[str, Any]:
+        """The settings that few pictures have, and that those without do not name."""
+        told = {"condition_annealing": self.annealing, "clip_skip": self.clip_skip, "timesteps": self.timesteps}
+        return {name: value for name, value in (told | {"eta": self.eta}).items() if value}
 
     @property
     def scale(self) -> float:
@@ -157,6 +185,9 @@ def read_request(
     annealing: Sequence[float] | None = None,
     pag: float = 0.0,
     feature_cache: int = 1,
+    clip_skip: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    eta: float = 0.0,
 ) -> Request:
     """Check an order against what the weights allow, and fill in what was not said.
 
@@ -172,34 +203,57 @@ def read_request(
         raise InputError(
             "these weights are told the guidance scale and know no negative prompt; leave the negative prompt out"
         )
+    walked = None if timesteps is None else _timesteps(_listed(timesteps), steps)
+    named = nearest_sampler(terms.sampler if sampler is None else sampler, samplers)
     return Request(
         prompts=tuple(text for text in prompts for _ in range(pictures)),
         negatives=tuple(text for text in negatives for _ in range(pictures)),
         seeds=_seeds(seed, count),
-        steps=_whole("num_inference_steps", terms.steps if steps is None else steps, 1),
+        steps=len(walked) if walked else _whole("num_inference_steps", terms.steps if steps is None else steps, 1),
         guidance=_finite("guidance_scale", terms.guidance if guidance is None else guidance, 0.0, math.inf),
         rescale=_finite("guidance_rescale", rescale, 0.0, 1.0),
-        sampler=nearest_sampler(terms.sampler if sampler is None else sampler, samplers),
+        sampler=named,
         height=_side("height", terms.size if height is None else height, terms.factor),
         width=_side("width", terms.size if width is None else width, terms.factor),
         prompt_weights=bool(prompt_weights),
         max_embeddings_multiples=None
         if max_embeddings_multiples is None
         else _whole("max_embeddings_multiples", max_embeddings_multiples, 1),
-        interval=terms.interval if interval is None else _interval(interval),
-        projection=None if projection is None else _projection(projection),
-        annealing=None if annealing is None else _annealing(annealing),
+        interval=terms.interval if interval is None else _interval(_listed(interval)),
+        projection=None if projection is None else _projection(_listed(projection)),
+        annealing=None if annealing is None else _annealing(_listed(annealing)),
         pag=_finite("pag_scale", pag, 0.0, math.inf),
         said=negative_prompt is not None,
         feature_cache=_whole("feature_cache", feature_cache, 1),
         told=terms.told,
+        clip_skip=_skip(clip_skip, terms.skippable),
+        timesteps=walked,
+        eta=_eta(eta, named),
     )
 
 
-def check_output_type(output_type: str) -> None:
-    """Raises InputError for what pictures cannot be given as."""
+def way_of(scheduler: Mapping[str, Any], request: Request) -> tuple[Plan, np.ndarray]:
+    """How a request's pictures are denoised under a diffusers scheduler config: the plan, and its knots."""
+    plan = plan_for(scheduler, request.sampler)
+    if request.eta:
+        plan = replace(plan, options={**plan.options, "eta": request.eta})
+    return plan, plan.knots(request.steps, spacing=request.timesteps)
+
+
+def check_call(output_type: str, callback: Any, **arrays: Any) -> None:
+    """Raises InputError for a kind of output, a callback or arrays that are none; None is what was not brought."""
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end is {_kind(callback)}; it must be a function of four arguments")
+    for name, value in arrays.items():
+        if value is not None and not hasattr(value, "shape"):
+            raise InputError(f"{name}: {_kind(value)}; it must be an array or a tensor")
+
+
+def _listed(parts: Any) -> list[Any]:
+    """The values of a setting that has several; one value alone as a list of itself, which is then too short."""
+    return list(parts) if isinstance(parts, Iterable) else [parts]
 
 
 def _interval(parts: Sequence[float]) -> tuple[float, float] | None:
@@ -221,6 +275,31 @@ def _projection(parts: Sequence[float | None]) -> Projected:
     norm = None if parts[1] is None else _finite("guidance_projection's norm", parts[1], 1e-6, math.inf)
     eta = _finite("guidance_projection's eta", parts[0], 0.0, 1.0)
     return (eta, norm) if len(parts) == 2 else (eta, norm, _finite("its momentum", parts[2], -0.99, 0.99))
+
+
+def _timesteps(parts: Sequence[Any], steps: int | None) -> tuple[float, ...]:
+    """Falling ones; that the schedule has them is seen where it is known."""
+    walked = tuple(_finite("a timestep", part, 0.0, math.inf) for part in parts)
+    if not walked or any(later >= earlier for earlier, later in pairwise(walked)):
+        raise InputError(f"timesteps are {list(parts)}; they must fall from step to step, as [999, 850, 736]")
+    if steps not in (None, len(walked)):
+        raise InputError(f"num_inference_steps is {steps} and there are {len(walked)} timesteps; leave the former away")
+    return walked
+
+
+def _skip(clip_skip: Any, most: int) -> int:
+    """How many layers of the text encoder are left away, at most `most`."""
+    skip = 0 if clip_skip is None else _whole("clip_skip", clip_skip, 0)
+    if skip > most:
+        raise InputError(f"clip_skip is {skip}; this text encoder can do without {most} layers at most")
+    return skip
+
+
+def _eta(value: Any, sampler: str) -> float:
+    eta = _finite("eta", value, 0.0, 1.0)
+    if eta and sampler != "ddim":
+        raise InputError(f"eta is {eta:g}, and only the sampler 'ddim' has one; {sampler!r} is as noisy as it is")
+    return eta
 
 
 def _annealing(parts: Sequence[float]) -> tuple[float, float, float]:

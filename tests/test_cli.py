@@ -21,7 +21,9 @@ from PIL import Image, PngImagePlugin
 
 from latentgen import __version__, cli
 from latentgen.cli import rendering
+from latentgen.cli.parts import read_values
 from latentgen.diffusion.sampling import SAMPLERS
+from latentgen.errors import InputError
 from latentgen.image import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -339,3 +341,29 @@ def test_replay_says_what_has_changed_since(run: Callable[..., Ran], rendered: P
     old = resave(rendered, tmp_path / "old.png", onnxruntime="1.0")
     ran = run("replay", old)
     assert ran.code == 0 and "onnxruntime was 1.0, is " in ran.err and "differs" in ran.err
+
+
+def test_what_few_pictures_ask_for_is_in_the_file_and_replayed(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    asked = ["--clip-skip", 1, "--timesteps", "900,500.5,20", "--eta", 0.5, "--sampler", "ddim", "--seed", 7]
+    ran = run("render", "a red apple", *asked, "--out", tmp_path / "apple.png", "--weights", folder)
+    assert ran.code == 0 and ran.out == [str(tmp_path / "apple.png")]
+    told = read_settings(tmp_path / "apple.png")
+    assert (told["clip_skip"], told["timesteps"], told["eta"]) == (1, [900, 500.5, 20], 0.5)
+    assert told["num_inference_steps"] == 3
+    assert run("replay", tmp_path / "apple.png").err.endswith("latentgen: the same file, byte for byte\n")
+    for wrong, line in ((["--timesteps", "1200,20"], "the schedule has 0 to 999"), (["--steps", 1001], "1001 steps")):
+        refused(run("render", "a", *wrong, "--weights", folder, "--out", tmp_path / "none.png"), line)
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_values_are_read_strictly() -> None:
+    assert read_values("1, 2,4.5", "--guidances", 0) == (1, 2, 4.5)
+    assert read_values("5,10", "--step-counts", 1, whole=True) == (5, 10)
+    for text in ("", "1,x", "nan", "-1", "inf"):
+        with pytest.raises(InputError, match="--guidances is"):
+            read_values(text, "--guidances", 0)
+    for text in ("0", "2.5"):
+        with pytest.raises(InputError, match="whole numbers of 1 or more"):
+            read_values(text, "--step-counts", 1, whole=True)

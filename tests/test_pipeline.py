@@ -17,8 +17,9 @@ from PIL import Image
 from latentgen import InputError, Output, Pipeline, __version__
 from latentgen.checkpoint import save_pipeline
 from latentgen.diffusion.sampling import SAMPLERS
+from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.image import read_settings
-from latentgen.pipeline import UNSTEERED, PromptCut, plan_for
+from latentgen.pipeline import UNSTEERED, PromptCut
 
 STEPS = {"num_inference_steps": 3}
 

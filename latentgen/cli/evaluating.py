@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from latentgen.cli.parts import PATH, say
+from latentgen.cli.parts import PATH, read_values, say
 from latentgen.errors import InputError
 
 split_option = click.option(
@@ -101,7 +101,6 @@ def evaluate(
     from latentgen.evaluation.report import write_report
     from latentgen.evaluation.run import Order
     from latentgen.evaluation.run import evaluate as run
-    from latentgen.evaluation.sweep import read_values
 
     asked = Asked(split, hold_out, captions, background)
     order = Order(data, pictures, steps, guidance, sampler, seed, judge, clip, concept, style, asked=asked)
@@ -176,7 +175,6 @@ def tune(
     from latentgen.diffusion.sampling import SAMPLERS
     from latentgen.durable import write_file
     from latentgen.evaluation.division import Asked
-    from latentgen.evaluation.sweep import read_values
     from latentgen.request import nearest_sampler
     from latentgen.tuning.report import lines
     from latentgen.tuning.run import Order

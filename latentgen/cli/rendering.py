@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from latentgen.cli.parts import PATH, say
+from latentgen.cli.parts import PATH, read_values, say
 from latentgen.errors import InputError
 
 weights_option = click.option(
@@ -77,6 +77,11 @@ def add(app: click.Group) -> None:
 @click.option(
     "--max-chunks", type=int, help="How many contexts long a prompt may be; 1 cuts it.", show_default="as long as it is"
 )
+@click.option("--clip-skip", type=int, default=0, metavar="N", help="Layers the text encoder reads the prompt without.")
+@click.option(
+    "--timesteps", help="To denoise at, falling, instead of the sampler's own, as 999,850,736; one for each step."
+)
+@click.option("--eta", type=float, default=0.0, help="Of the noise that ddim puts back at each step: 0 none, 1 DDPM's.")
 @click.option(
     "--lora",
     multiple=True,
@@ -128,6 +133,9 @@ def render(
     batch: str,
     prompt_weights: bool,
     max_chunks: int | None,
+    clip_skip: int,
+    timesteps: str | None,
+    eta: float,
     lora: tuple[str, ...],
     style: tuple[str, ...],
     word: tuple[str, ...],
@@ -154,6 +162,7 @@ def render(
 
         refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile, "dtype": dtype}
         refused |= {"negative": bool(negative), "guidance_interval": guidance_interval is not None}
+        refused |= {"clip_skip": clip_skip > 0, "timesteps": timesteps is not None, "eta": eta > 0}
         refused |= {"prediction_type": prediction_type is not None, "tokenizer": tokenizer is not None}
         refuse_for_pixels(size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
@@ -192,6 +201,9 @@ def render(
         prediction_type,
         None if tokenizer is None else str(tokenizer),
         dtype,
+        clip_skip,
+        None if timesteps is None else read_values(timesteps, "--timesteps", 0),
+        eta,
     )
     with progress_bar("rendering") as progress:
         written = list(run(order, out, weights, None if among.rank else progress, among))

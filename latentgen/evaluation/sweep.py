@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from latentgen.errors import InputError
 from latentgen.evaluation.metrics import Figure, kid_figure, mean_figure, unit
 
 STRIP = 6  # renderings of each point that are kept to be shown
@@ -55,7 +54,7 @@ def sweep(
 
     draw(settings, captions) -> (N, H, W, 3) uint8, the same noise for the same caption at every call. real: features
     (M, D) of held-out pictures, M of N or more, of which row k is caption k's. Intervals are drawn with one seed, so
-    that points differ by less than their intervals say. Raises InputError for values that are no values.
+    that points differ by less than their intervals say.
     """
     points = []
     for value in sorted(set(values)):
@@ -68,17 +67,3 @@ def point_figures(ours: np.ndarray, real: np.ndarray, seed: int = 0) -> dict[str
     """Cosine of each rendering with its own real picture, and the kernel distance to all of them."""
     own = (unit(ours) * unit(real[: len(ours)])).sum(1)
     return {LIKENESS: mean_figure(own, seed), KID: kid_figure(ours, real, seed)}
-
-
-def read_values(text: str, option: str, least: float, whole: bool = False) -> tuple[float, ...]:
-    """ "1,2,4.5" as numbers of `least` or more. Raises InputError."""
-    try:
-        values = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        values = ()
-    if not values or not all(np.isfinite(v) and v >= least and (not whole or v.is_integer()) for v in values):
-        kind = "whole numbers" if whole else "numbers"
-        raise InputError(
-            f"{option} is {text!r}; it must be {kind} of {least:g} or more with commas between, as 5,10,25"
-        )
-    return tuple(int(v) for v in values) if whole else values

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Network
 from latentgen.errors import InputError
 from latentgen.models.lora import Loras
-from latentgen.models.onnx.places import TOLD, cache_folder, find_graphs, fused_folder, speaks_for_gpu, why_not
+from latentgen.models.onnx.places import (
+    TOLD,
+    cache_folder,
+    find_graphs,
+    fused_folder,
+    skipping_path,
+    speaks_for_gpu,
+    why_not,
+)
 
 ENGINES = ("auto", "onnx", "torch")
 
@@ -153,25 +162,29 @@ def open_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]], threa
     graphs = find_graphs(place, checkpoint.has_second)
     if graphs is None:
         graphs = _exported(checkpoint, "has no ONNX graphs with these LoRAs", place, loras)
-    engine = _run(checkpoint, graphs, threads)
+    engine = _run(checkpoint, graphs, threads, fused=True)
     return replace(engine, machine={**engine.machine, "loras": Loras.told(loras)})
 
 
-def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None) -> Engine:
-    """A checkpoint's graphs as an engine: opened side by side, while the weights' hashes are compared."""
+def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None, fused: bool = False) -> Engine:
+    """A checkpoint's graphs as an engine: opened side by side, while the weights' hashes are compared.
+
+    fused: whether they are of other weights than the checkpoint's, of which no shorter text encoder is made.
+    """
     from latentgen.models.onnx import session
     from latentgen.models.onnx.text import OnnxText, TwoOnnxTexts
 
     count = session.cores(threads)
+    shorter = None if fused else partial(_shorter, checkpoint, count)
     with ThreadPoolExecutor(4) as pool:
         unet = pool.submit(session.open_session, checkpoint, "unet", graphs["unet"], count)
         whole = pool.submit(checkpoint.verify)
         told = pool.submit(session.open_session, checkpoint, "unet", graphs[TOLD], count) if TOLD in graphs else None
         latent = pool.submit(session.OnnxLatent.load, checkpoint, graphs["vae"], count)
         if checkpoint.has_second:
-            text: Future[Any] = pool.submit(TwoOnnxTexts.load, checkpoint, graphs, count)
+            text: Future[Any] = pool.submit(TwoOnnxTexts.load, checkpoint, graphs, count, shorter)
         else:
-            text = pool.submit(OnnxText.load, checkpoint, graphs["text_encoder"], count)
+            text = pool.submit(OnnxText.load, checkpoint, graphs["text_encoder"], count, shorter=shorter)
         whole.result()  # what is wrong with the weights is said before what follows from it
     return Engine(
         text=text.result(),
@@ -179,6 +192,20 @@ def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None
         latent=latent.result(),
         machine=session.machine(count),
     )
+
+
+def _shorter(checkpoint: Checkpoint, threads: int, part: str, skip: int) -> Any:
+    """The session of a text encoder without its last layers; its graph is exported into the cache where it is not."""
+    from latentgen.models.onnx.session import open_session
+
+    graph = skipping_path(checkpoint, part, skip)
+    if not graph.is_file():
+        left = f"the graph of its {part} without the last {skip} layer{'s' if skip > 1 else ''}"
+        warnings.warn(f"{checkpoint.folder}: {left} is exported once into {graph.parent}", EngineNote, stacklevel=2)
+        from latentgen.models.onnx.export import export_skipping
+
+        export_skipping(checkpoint, part, skip)
+    return open_session(checkpoint, part, graph, threads)
 
 
 def _exported(

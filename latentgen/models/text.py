@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -63,6 +64,11 @@ class TextEncoder(ReadsPrompts):
         return (self,)
 
     @property
+    def skips(self) -> bool:
+        """Whether layers can be left away."""
+        return True
+
+    @property
     def window(self) -> Window:  # type: ignore[override]
         """What the tower sees at once."""
         marks = self.tokenizer
@@ -75,25 +81,28 @@ class TextEncoder(ReadsPrompts):
         pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
         return [Token(id, *span) for first, span in pairs for id in self.learned.get(first, (first,))]
 
-    def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
+    def encode(
+        self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1, skip: int = 0
+    ) -> Condition:
         """states (B, K·L, D), the last hidden states after the final norm; each distinct chunk is encoded once.
 
         K is the number of chunks, 1 unless `limit` allows more. A chunk is padded to L tokens; what the last one cannot
-        hold is cut, and known from `lay`.
+        hold is cut, and known from `lay`. skip: how many layers at the end are left away (diffusers' clip_skip).
         """
         laid = {prompt: self.lay(prompt, weights=weights, limit=limit) for prompt in dict.fromkeys(prompts)}
         chunks = sheet([laid[prompt] for prompt in prompts], self.window)
         told = torch.stack([torch.from_numpy(chunks.ids), torch.from_numpy(chunks.mask).to(torch.int64)], dim=1)
-        states, *embedded = encoded(self._states, told.to(self.model.device))
+        states, *embedded = encoded(partial(self._states, skip=skip), told.to(self.model.device))
         pooled = chunks.pooled(embedded[0]) if embedded else None
         return Condition(states=chunks.states(states), pooled=pooled)  # (chunks, L, D) -> (B, K·L, D)
 
-    def _states(self, told: torch.Tensor) -> list[torch.Tensor]:
+    def _states(self, told: torch.Tensor, skip: int) -> list[torch.Tensor]:
         """States (N, L, D) and, where the tower has them, embeddings (N, P) of ids and mask (N, 2, L)."""
         masked = getattr(self.model.config, "use_attention_mask", False)
         with torch.set_grad_enabled(self.model.training and torch.is_grad_enabled()):
-            out = self.model(told[:, 0], attention_mask=told[:, 1] if masked else None, output_hidden_states=self.raw)
-        states = out.hidden_states[-2] if self.raw else out.last_hidden_state
+            mask = told[:, 1] if masked else None
+            out = self.model(told[:, 0], attention_mask=mask, output_hidden_states=self.raw or skip > 0)
+            states = states_of(self.model, out, raw=self.raw, skip=skip)
         embedded = getattr(out, "text_embeds", None)
         return [states.float()] if embedded is None else [states.float(), embedded.float()]
 
@@ -127,6 +136,11 @@ class TwoTextEncoders:
         return (self.first, self.second)
 
     @property
+    def skips(self) -> bool:
+        """Whether layers can be left away."""
+        return True
+
+    @property
     def length(self) -> int:
         """The context length L in tokens, the start and end marks included."""
         return min(self.first.length, self.second.length)
@@ -145,9 +159,12 @@ class TwoTextEncoders:
         """A prompt as the first tower's chunks; the second's are alike, but for padding."""
         return self.first.lay(prompt, weights=weights, limit=limit)
 
-    def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
-        """states (B, K·L, D1 + D2), pooled (B, P)."""
-        one, other = (each.encode(prompts, weights=weights, limit=limit) for each in (self.first, self.second))
+    def encode(
+        self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1, skip: int = 0
+    ) -> Condition:
+        """states (B, K·L, D1 + D2), pooled (B, P), which no skipping changes."""
+        how: dict[str, Any] = {"weights": weights, "limit": limit, "skip": skip}
+        one, other = (each.encode(prompts, **how) for each in (self.first, self.second))
         assert one.states is not None and other.states is not None
         return Condition(states=torch.cat([one.states, other.states], dim=-1), pooled=other.pooled)
 
@@ -172,6 +189,19 @@ class TwoTextEncoders:
     def cut(self, prompt: str) -> str:
         """The words of a prompt that lie beyond the context length."""
         return self.first.cut(prompt)
+
+
+def states_of(model: Any, out: Any, *, raw: bool, skip: int) -> torch.Tensor:
+    """The states (N, L, D) of a tower's output. raw, skip: as `TextEncoder` has and takes them."""
+    states: torch.Tensor
+    if raw:
+        states = out.hidden_states[-2 - skip]
+    elif skip:
+        tower = getattr(model, "text_model", model)  # before transformers 5 had them in one
+        states = tower.final_layer_norm(out.hidden_states[-1 - skip])
+    else:
+        states = out.last_hidden_state
+    return states
 
 
 def load_text(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder | TwoTextEncoders:

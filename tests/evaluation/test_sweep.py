@@ -1,4 +1,4 @@
-"""Curves over a setting: same noise at every point, values read strictly."""
+"""Curves over a setting: same noise at every point."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentgen.errors import InputError
-from latentgen.evaluation.sweep import KID, LIKENESS, read_values, sweep
+from latentgen.evaluation.sweep import KID, LIKENESS, sweep
 
 
 def test_a_curve_has_its_best_where_renderings_are_the_real_pictures() -> None:
@@ -29,14 +28,3 @@ def test_a_curve_has_its_best_where_renderings_are_the_real_pictures() -> None:
     kernel = [abs(point.figures[KID].value) for point in found.points]
     assert kernel[1] < min(kernel[0], kernel[2])
     assert len(found.points[0].renderings) == len(found.captions) == 6
-
-
-def test_values_are_read_strictly() -> None:
-    assert read_values("1, 2,4.5", "--guidances", 0) == (1, 2, 4.5)
-    assert read_values("5,10", "--step-counts", 1, whole=True) == (5, 10)
-    for text in ("", "1,x", "nan", "-1", "inf"):
-        with pytest.raises(InputError, match="--guidances is"):
-            read_values(text, "--guidances", 0)
-    for text in ("0", "2.5"):
-        with pytest.raises(InputError, match="whole numbers of 1 or more"):
-            read_values(text, "--step-counts", 1, whole=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentgen import Pipeline
+from latentgen import InputError, Pipeline
 from latentgen.checkpoint import check_safetensors, open_checkpoint
 from latentgen.convert import convert
 from latentgen.image import read_settings
@@ -125,6 +125,9 @@ def test_loras_are_fused_into_graphs_of_their_own_and_give_the_picture_of_torch(
         warnings.simplefilter("error")
         again = Pipeline.from_pretrained(folder, device="cpu", loras=loras)  # the cache's, without being asked for
     assert again("a", **CALL).settings["engine"] == "onnx"
+    with pytest.raises(InputError, match="clip_skip is for the text encoder as it is stored"):
+        fused("a", clip_skip=1, **CALL)
+    assert again("a", clip_skip=1, **CALL).settings["engine"] == "torch"  # which has LoRAs and can skip
     (place,) = (tmp_path / "cache").glob("latentgen/onnx/*-fused/unet")
     (beside,) = place.glob("*.safetensors")
     graphs = [onnx.load(file, load_external_data=False).graph for file in place.glob("*.onnx")]

@@ -185,8 +185,11 @@ def test_a_model_of_other_latents_is_no_weaker_snapshot(folder: Path) -> None:
     [
         ({"guidance_interval": (0.8, 0.2)}, "two parts of the way"),
         ({"guidance_interval": (0.0, 1.5)}, "from 0 to 1"),
+        ({"guidance_interval": 0.5}, "two parts of the way"),
+        ({"guidance_projection": True}, "must be \\(eta, norm\\)"),
         ({"guidance_projection": (None, 3)}, "must be \\(eta, norm\\)"),
         ({"guidance_projection": (0.0, None, 1.0)}, "momentum is 1"),
+        ({"condition_annealing": 0.6}, "must be \\(low, high, scale\\)"),
         ({"condition_annealing": (0.6, 0.9)}, "must be \\(low, high, scale\\)"),
         ({"condition_annealing": (0.9, 0.6, 0.1)}, "the lower one comes first"),
         ({"condition_annealing": (0.6, 0.9, 0.1), "generator": torch.Generator()}, "give a seed instead"),

@@ -96,6 +96,8 @@ def _table_levels(
         indices = np.asarray(spacing, dtype=np.float64)
         if indices.ndim != 1 or len(indices) != steps or np.any(np.diff(indices) >= 0):
             raise InputError(f"a list of times must hold {steps} falling numbers, one for each step")
+        if indices[0] > entries - 1 or indices[-1] < 0:
+            raise InputError(f"times are {indices[0]:g} to {indices[-1]:g}; the schedule has 0 to {entries - 1}")
     elif spacing == "lcm":
         if not steps <= original_steps <= entries:
             raise InputError(f"{steps} LCM steps need at least as many original steps, and at most {entries}")

@@ -1,6 +1,6 @@
 """From a scheduler_config.json, as diffusers writes it, to the schedule, prediction, knots and sampler it names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -49,8 +49,11 @@ class Plan:
     threshold_max: float = 1.0
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    def knots(self, steps: int, *, start: float = 1.0, spacing: str | None = None) -> np.ndarray:
-        """The levels of `steps` steps, as the config's scheduler would place them; (steps + 1,) logSNR, float64."""
+    def knots(self, steps: int, *, start: float = 1.0, spacing: str | Sequence[float] | None = None) -> np.ndarray:
+        """The levels of `steps` steps, as the config's scheduler would place them; (steps + 1,) logSNR, float64.
+
+        spacing: another one, or a list of times, as `knots` takes them.
+        """
         return knots(
             self.schedule,
             steps,

@@ -37,10 +37,12 @@ from latentgen.models.onnx.places import (
     fused_folder,
     graph_paths,
     layout,
+    skipping_path,
     weights_folder,
 )
 from latentgen.models.onnx.session import FUSED, OUTSIDE
 from latentgen.models.onnx.widen import wide
+from latentgen.models.text import states_of
 
 OPSET = 18
 NOWHERE = "changed"  # the file of weights that are to be written yet
@@ -57,34 +59,19 @@ class Stored(NamedTuple):
     kind: int
 
 
-class TextStates(nn.Module):
-    """ids (N, L) int64 -> the last hidden states (N, L, D), normed."""
+class States(nn.Module):
+    """ids (N, L) int64 -> a tower's states (N, L, D), and (N, P) where it projects; as `models.text` gives them."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, *, raw: bool, skip: int) -> None:
         super().__init__()
-        self.tower = tower
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(N, L) -> (N, L, D)."""
-        states: torch.Tensor = self.tower(input_ids=ids).last_hidden_state
-        return states
-
-
-class RawStates(nn.Module):
-    """ids (N, L) int64 -> the states before the last layer (N, L, D), and (N, P) where the tower projects.
-
-    As Stable Diffusion XL takes them: without the final norm.
-    """
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
+        self.tower, self.raw, self.skip = tower, raw, skip
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(N, L) -> (N, L, D)[, (N, P)]."""
-        out = self.tower(input_ids=ids, output_hidden_states=True)
+        out = self.tower(input_ids=ids, output_hidden_states=self.raw or self.skip > 0)
+        states = states_of(self.tower, out, raw=self.raw, skip=self.skip)
         pooled = getattr(out, "text_embeds", None)
-        return (out.hidden_states[-2],) if pooled is None else (out.hidden_states[-2], pooled)
+        return (states,) if pooled is None else (states, pooled)
 
 
 class RawOutput(nn.Module):
@@ -133,6 +120,14 @@ def export_to_cache(checkpoint: Checkpoint) -> dict[str, Path]:
     paths = graph_paths(cache_folder(checkpoint), checkpoint.has_second)
     _write(checkpoint, paths, again=False)
     return paths
+
+
+def export_skipping(checkpoint: Checkpoint, part: str, skip: int) -> Path:
+    """The graph of a text encoder without its last `skip` layers, exported into the user's cache."""
+    made, _ = _exported(checkpoint, part, skip=skip)
+    path = skipping_path(checkpoint, part, skip)
+    write_file(path, made.SerializeToString())
+    return path
 
 
 def export_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
@@ -225,11 +220,15 @@ def _probes(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, np.ndarray]]:
 
 
 def _exported(
-    checkpoint: Checkpoint, part: str, network: Any, changed: dict[str, np.ndarray] | None = None
+    checkpoint: Checkpoint,
+    part: str,
+    network: Any = None,
+    changed: dict[str, np.ndarray] | None = None,
+    skip: int = 0,
 ) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
     """The graph of one network as it is traced, and what it was traced with. changed: as `graphs` takes it."""
     assert part in GRAPHS | SECOND
-    module, inputs, axes = _traced(part, network or _module(checkpoint, part), raw=checkpoint.has_second)
+    module, inputs, axes = _traced(part, network or _module(checkpoint, part), raw=checkpoint.has_second, skip=skip)
     outputs = ["out", "pooled"] if part in SECOND else ["out"]
     with torch.no_grad(), _silent(), io.BytesIO() as buffer:
         torch.onnx.export(
@@ -261,18 +260,18 @@ def _module(checkpoint: Checkpoint, part: str) -> Any:
 
 
 def _traced(
-    part: str, network: Any, *, raw: bool
+    part: str, network: Any, *, raw: bool, skip: int
 ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
     """A network as it is traced, inputs to trace it with, and their free axes.
 
-    raw: whether text is encoded as Stable Diffusion XL takes it. The sides are odd, so that the U-Net is traced on the
-    way on which each upsampling goes to the size of what it joins, which is right for every size.
+    raw: whether text is encoded as Stable Diffusion XL takes it. skip: layers that are left away for it. The sides are
+    odd, so that the U-Net is traced on the way on which each upsampling goes to the size of what it joins, which is
+    right for every size.
     """
     square = {0: "batch", 2: "height", 3: "width"}
     if part.startswith("text_encoder"):
         ids = torch.zeros(2, int(network.config.max_position_embeddings), dtype=torch.int64)
-        states = RawStates(network) if raw else TextStates(network)
-        return states, {"ids": ids}, {"ids": {0: "batch", 1: "tokens"}}
+        return States(network, raw=raw, skip=skip), {"ids": ids}, {"ids": {0: "batch", 1: "tokens"}}
     with quiet():
         from diffusers.models.attention_processor import AttnProcessor
     network.set_attn_processor(AttnProcessor())

@@ -43,6 +43,11 @@ def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> 
     return cache_folder(checkpoint).with_name(f"{digest[:32]}-{FORM}-fused")
 
 
+def skipping_path(checkpoint: Checkpoint, part: str, skip: int) -> Path:
+    """Where the graph of a text encoder without its last `skip` layers is kept, in the user's cache."""
+    return cache_folder(checkpoint) / part / f"skip-{skip}.onnx"
+
+
 def find_graphs(folder: Path, second: bool = False) -> dict[str, Path] | None:
     """The graphs inside a weights folder or a cache's, `TOLD` only where it is; None where another is not there."""
     there = {part: path for part, path in graph_paths(folder, second).items() if path.is_file()}

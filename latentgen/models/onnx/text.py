@@ -1,7 +1,8 @@
 """A prompt becomes a condition without torch: `tokenizers` reads it, ONNX Runtime encodes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,31 +20,53 @@ from latentgen.models.prompt import Laid, ReadsPrompts, Token, Window, sheet
 
 @dataclass(frozen=True)
 class OnnxText(ReadsPrompts):
-    """A CLIP tokenizer and text tower: the ids are those of CLIPTokenizerFast, the states those of CLIPTextModel."""
+    """A CLIP tokenizer and text tower: the ids are those of CLIPTokenizerFast, the states those of CLIPTextModel.
+
+    shorter: the session of the tower without so many of its last layers; None where there is none.
+    """
 
     tokenizer: Any
     session: Any
     window: Window
+    shorter: Callable[[int], Any] | None = None
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, graph: Path, threads: int, second: bool = False) -> Self:
-        """A tokenizer and text encoder of a checkpoint, the first or the second."""
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        graph: Path,
+        threads: int,
+        second: bool = False,
+        shorter: Callable[[str, int], Any] | None = None,
+    ) -> Self:
+        """A tokenizer and text encoder of a checkpoint, the first or the second. shorter: by its name, as above."""
         suffix = "_2" if second else ""
         folder, part = checkpoint.tokenizer(f"tokenizer{suffix}"), f"text_encoder{suffix}"
         alone = isinstance(checkpoint, SingleFile) and checkpoint.tower(part) == OPENCLIP
         tokenizer, window = read_tokenizer(folder, checkpoint.config(part), OPENCLIP_PAD if alone else None)
-        return cls(tokenizer, open_session(checkpoint, part, graph, threads), window)
+        session = open_session(checkpoint, part, graph, threads)
+        return cls(tokenizer, session, window, None if shorter is None else cache(partial(shorter, part)))
+
+    @property
+    def skips(self) -> bool:
+        """Whether layers can be left away."""
+        return self.shorter is not None
 
     def tokens(self, text: str) -> list[Token]:
         """A text's tokens, without marks."""
         found = self.tokenizer.encode(text, add_special_tokens=False)
         return [Token(id, *span) for id, span in zip(found.ids, found.offsets, strict=True)]
 
-    def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
+    def encode(
+        self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1, skip: int = 0
+    ) -> Condition:
         """states (B, K·L, D), and pooled (B, P), as `models.text.TextEncoder.encode` gives them, float32 in NumPy."""
+        if skip and self.shorter is None:
+            raise InputError("clip_skip is for the text encoder as it is stored, and LoRAs are fused into this one")
+        session = self.shorter(skip) if skip and self.shorter is not None else self.session
         laid = {prompt: self.lay(prompt, weights=weights, limit=limit) for prompt in dict.fromkeys(prompts)}
         chunks = sheet([laid[prompt] for prompt in prompts], self.window)
-        states, *pooled = encoded(lambda ids: self.session.run(None, {"ids": ids}), chunks.ids)
+        states, *pooled = encoded(lambda ids: session.run(None, {"ids": ids}), chunks.ids)
         return Condition(states=chunks.states(states), pooled=chunks.pooled(pooled[0]) if pooled else None)
 
     def given(self, states: Any, pooled: Any = None) -> Condition:
@@ -62,10 +85,16 @@ class TwoOnnxTexts:
     zeros: bool = True
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int) -> Self:
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        graphs: Mapping[str, Path],
+        threads: int,
+        shorter: Callable[[str, int], Any] | None = None,
+    ) -> Self:
         """Both tokenizers and towers of a checkpoint."""
         one, other = (
-            OnnxText.load(checkpoint, graphs[part], threads, second=part.endswith("_2"))
+            OnnxText.load(checkpoint, graphs[part], threads, part.endswith("_2"), shorter)
             for part in ("text_encoder", "text_encoder_2")
         )
         return cls(one, other, bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)))
@@ -79,9 +108,17 @@ class TwoOnnxTexts:
         """A prompt as the first tower's chunks; the second's are alike, but for padding."""
         return self.first.lay(prompt, weights=weights, limit=limit)
 
-    def encode(self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1) -> Condition:
-        """states (B, K·L, D1 + D2), pooled (B, P)."""
-        one, other = (each.encode(prompts, weights=weights, limit=limit) for each in (self.first, self.second))
+    @property
+    def skips(self) -> bool:
+        """Whether layers can be left away."""
+        return self.first.skips
+
+    def encode(
+        self, prompts: Sequence[str], *, weights: bool = False, limit: int | None = 1, skip: int = 0
+    ) -> Condition:
+        """states (B, K·L, D1 + D2), pooled (B, P), which no skipping changes."""
+        how: dict[str, Any] = {"weights": weights, "limit": limit, "skip": skip}
+        one, other = (each.encode(prompts, **how) for each in (self.first, self.second))
         return Condition(states=np.concatenate([one.states, other.states], axis=-1), pooled=other.pooled)
 
     def empty(self, condition: Condition) -> Condition:

@@ -1,0 +1,122 @@
+"""What a call may ask besides, as diffusers' pipelines name it: clip_skip, timesteps, eta."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentgen import InputError, Pipeline
+from latentgen.checkpoint import open_checkpoint
+from latentgen.diffusion.noise import Noise
+from latentgen.models.engine import EngineNote
+from latentgen.models.onnx.places import skipping_path
+
+TOLERANCE = 2e-3  # in [0, 1]
+TIMES = [999, 850, 736, 645, 545]
+COMMON: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "np"}
+
+
+def latents(seeds: list[int]) -> torch.Tensor:
+    return torch.from_numpy(Noise(seeds).initial((4, 8, 8)))
+
+
+def theirs_of(folder: Path) -> Any:
+    """diffusers' pipeline; it looks for a CLIP tower's last norm where transformers before 5 had it."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if not hasattr(pipe.text_encoder, "text_model"):
+        object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
+    return pipe
+
+
+@pytest.mark.parametrize("family", ["folder", "two", "xl"])
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_layers_left_away_make_the_picture_of_diffusers(
+    request: pytest.FixtureRequest, family: str, engine: str
+) -> None:
+    place = request.getfixturevalue(family)
+    theirs = theirs_of(place)
+    given = COMMON | {"latents": latents([3]), "height": 32, "width": 32, "negative_prompt": "blue rain"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EngineNote)
+        ours = Pipeline.from_pretrained(place, engine=engine)
+        whole = ours("a red apple", **given).images
+        for skip in range(1, ours.terms.skippable + 1):
+            expected = theirs("a red apple", clip_skip=skip, **given).images
+            found = ours("a red apple", clip_skip=skip, **given)
+            np.testing.assert_allclose(found.images, expected, atol=TOLERANCE)
+            assert np.abs(found.images - whole).max() > TOLERANCE and found.settings["clip_skip"] == skip
+        np.testing.assert_array_equal(ours("a red apple", clip_skip=0, **given).images, whole)
+    with pytest.raises(InputError, match=f"can do without {ours.terms.skippable} layers at most"):
+        ours("a red apple", clip_skip=ours.terms.skippable + 1)
+
+
+def test_a_shorter_text_encoder_is_exported_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = COMMON | {"seed": 3, "clip_skip": 1}
+    with pytest.warns(EngineNote, match="without the last 1 layer is exported once"):
+        first = Pipeline.from_pretrained(folder)("a red apple", **given)
+    assert first.settings["engine"] == "onnx"
+    assert skipping_path(open_checkpoint(folder), "text_encoder", 1).is_file()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineNote)
+        again = Pipeline.from_pretrained(folder)("a red apple", **given)
+    np.testing.assert_array_equal(again.images, first.images)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp-2m", "ddpm"])
+def test_steps_at_times_of_ones_own_make_the_picture_of_diffusers(folder: Path, sampler: str) -> None:
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+    kinds = {"euler": EulerDiscreteScheduler, "dpmpp-2m": DPMSolverMultistepScheduler, "ddpm": DDPMScheduler}
+    theirs, ours = theirs_of(folder), Pipeline.from_pretrained(folder)
+    theirs.scheduler = kinds[sampler].from_config(theirs.scheduler.config)
+    given = {"guidance_scale": 5.0, "output_type": "np", "timesteps": TIMES}
+    generators = [torch.Generator().manual_seed(11) for _ in range(2)]
+    expected = theirs("a red apple", generator=generators[0], **given).images
+    found = ours("a red apple", generator=generators[1], sampler=sampler, **given)
+    np.testing.assert_allclose(found.images, expected, atol=TOLERANCE)
+    assert found.settings["num_inference_steps"] == 5 and list(found.settings["timesteps"]) == TIMES
+    usual = ours("a red apple", generator=torch.Generator().manual_seed(11), sampler=sampler, **COMMON).images
+    assert np.abs(found.images - usual).max() > TOLERANCE
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_noise_that_ddim_puts_back_is_that_of_diffusers(folder: Path, eta: float) -> None:
+    from diffusers import DDIMScheduler
+
+    theirs, ours = theirs_of(folder), Pipeline.from_pretrained(folder)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    generators = [torch.Generator().manual_seed(11) for _ in range(3)]
+    expected = theirs("a red apple", generator=generators[0], eta=eta, **COMMON).images
+    found = ours("a red apple", generator=generators[1], eta=eta, sampler="ddim", **COMMON)
+    np.testing.assert_allclose(found.images, expected, atol=TOLERANCE)
+    without = ours("a red apple", generator=generators[2], sampler="ddim", **COMMON).images
+    assert np.abs(found.images - without).max() > TOLERANCE and found.settings["eta"] == eta
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"clip_skip": -1}, "clip_skip is -1"),
+        ({"clip_skip": 1.5}, "must be a whole number"),
+        ({"timesteps": []}, "must fall from step to step"),
+        ({"timesteps": 5}, "num_inference_steps is 3 and there are 1 timesteps"),
+        ({"timesteps": [10, 20]}, "must fall from step to step"),
+        ({"timesteps": [1200, 500, 20]}, "the schedule has 0 to 999"),
+        ({"timesteps": [900, "x", 20]}, "a timestep is 'x'"),
+        ({"eta": 0.5, "sampler": "euler"}, "only the sampler 'ddim' has one"),
+        ({"eta": 2, "sampler": "ddim"}, "from 0 to 1"),
+        ({"latents": "noise"}, "latents: 'noise' \\(str\\); it must be an array"),
+        ({"callback_on_step_end": 3}, "it must be a function"),
+        ({"weaker": "weights/old"}, "it must be a Pipeline"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Pipeline.from_pretrained(folder)("a red apple", num_inference_steps=3, **wrong)
