@@ -89,6 +89,8 @@ def test_candidates_that_are_alike_are_not_told_apart_and_differences_are_tighte
     random = np.random.default_rng(1)
     own = random.standard_normal((64, 8))
     noise = random.standard_normal((64, 8))
+    few = rate(["a", "b"], [own[:2] + 1, own[:2] - 1], KernelDistance(own), 2)
+    assert all(np.isfinite([each.low, each.high, *each.behind]).all() for each in few)
     rated = rate(["a", "b"], [own + noise, own + noise + 0.01 * random.standard_normal((64, 8))], Unlikeness(own), 64)
     assert not rated[1].told_apart
     assert rated[1].behind[2] - rated[1].behind[1] < 0.2 * (rated[1].high - rated[1].low)

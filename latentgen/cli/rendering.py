@@ -164,6 +164,8 @@ def render(
         refused |= {"negative": bool(negative), "guidance_interval": guidance_interval is not None}
         refused |= {"clip_skip": clip_skip > 0, "timesteps": timesteps is not None, "eta": eta > 0}
         refused |= {"prediction_type": prediction_type is not None, "tokenizer": tokenizer is not None}
+        refused |= {"style": bool(style), "word": bool(word), "engine": engine != "auto", "batch": batch != "1"}
+        refused |= {"no_prompt_weights": not prompt_weights}
         refuse_for_pixels(size=size, lora=lora, max_chunks=max_chunks, **refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:

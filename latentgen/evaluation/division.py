@@ -37,9 +37,11 @@ class Asked:
 
 
 def trained_with(weights: Path) -> Division | None:
-    """The division that a weights folder was trained with; None where it does not say."""
-    recipe = weights / "recipe.json"
-    told: dict[str, Any] = (read_json(recipe).get("data") or {}) if recipe.is_file() else {}
+    """The division that a weights folder was trained with, last if more than once; None where it does not say."""
+    told: dict[str, Any] = {}
+    for name, section in (("recipe.json", "data"), ("finetune.json", "settings")):
+        if (weights / name).is_file():
+            told = read_json(weights / name).get(section) or told
     names = {"held_out": "split", "hold_out": "part", "captions": "captions", "background": "background"}
     return Division(**{names[key]: value for key, value in told.items() if key in names}) if told else None
 

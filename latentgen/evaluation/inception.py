@@ -142,11 +142,11 @@ class InceptionV3(nn.ModuleDict):
     @classmethod
     def load(cls, file: Path) -> "InceptionV3":
         """From a .safetensors file. Raises InputError, one line, for one of another network."""
-        weights = {name: value for name, value in load_file(file).items() if not name.startswith(UNUSED)}
         network = cls()
         try:
+            weights = {name: value for name, value in load_file(file).items() if not name.startswith(UNUSED)}
             missing = network.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
+        except Exception as error:  # safetensors' own kinds, and torch's of shapes
             raise InputError(f"{file} holds no Inception v3: {str(error).splitlines()[-1].strip()}") from error
         gone = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
         if gone or missing.unexpected_keys:

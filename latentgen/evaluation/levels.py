@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from latentgen.diffusion.schedule.reading import known
 from latentgen.evaluation.metrics import Figure, mean_figure
 from latentgen.image import to_bytes
 from latentgen.models.engine import open_engine
+from latentgen.models.text import whole_sizes
 
 LEVELS = 10
 BATCH = 32
@@ -76,6 +77,8 @@ def look_inside(checkpoint: Checkpoint, pixels: np.ndarray, captions: Sequence[s
             seen.append(to_bytes(decoded.permute(0, 2, 3, 1).numpy()))
             x0 = moments.sample(torch.randn(moments.mean.shape, generator=generator))
             condition = engine.text.encode(list(captions[start : start + BATCH]))
+            if condition.pooled is not None:
+                condition = replace(condition, sizes=whole_sizes(given.shape[2], given.shape[3], condition.pooled))
             for level, time in enumerate(times):
                 eps = torch.randn(x0.shape, generator=generator)
                 found = denoising_loss(

@@ -37,13 +37,18 @@ def mean_figure(rows: np.ndarray, seed: int = 0, scale: float = 1.0) -> Figure:
 
 
 def ratio_figure(above: np.ndarray, below: np.ndarray, seed: int = 0) -> Figure:
-    """mean(above) / mean(below), paired rows (N,) drawn together; infinite where nothing is below."""
+    """mean(above) / mean(below), paired rows (N,) drawn together. Raises InputError where nothing is below.
+
+    Draws with nothing below have no ratio and are left out of the interval.
+    """
     pairs = np.stack([above, below]).astype(np.float64)
+    if not pairs[1].any():
+        raise InputError("a ratio needs something below")
     draws = np.random.default_rng(seed).integers(pairs.shape[1], size=(ROUNDS, pairs.shape[1]))
     means = pairs[:, draws].mean(2)
-    ratios = means[0] / np.maximum(means[1], 1e-12)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return Figure(float(pairs[0].mean() / max(pairs[1].mean(), 1e-12)), float(low), float(high), pairs.shape[1])
+    some = means[1] > 0
+    low, high = np.quantile(means[0][some] / means[1][some], (0.025, 0.975))
+    return Figure(float(pairs[0].mean() / pairs[1].mean()), float(low), float(high), pairs.shape[1])
 
 
 def distance_figure(
@@ -53,12 +58,20 @@ def distance_figure(
     value = distance(np.ones(ours), np.ones(theirs))
     random = np.random.default_rng(seed)
 
-    def draw(count: int) -> Weights:
-        return np.bincount(random.integers(count, size=count), minlength=count).astype(np.float64)
-
-    found = np.array([distance(draw(ours), draw(theirs)) for _ in range(rounds)])
+    found = np.array([distance(redrawn(random, ours), redrawn(random, theirs)) for _ in range(rounds)])
     low, high = value + np.quantile(found - found.mean(), (0.025, 0.975))
     return Figure(float(value), float(low), float(high), ours)
+
+
+def redrawn(random: np.random.Generator, count: int) -> Weights:
+    """How often each of `count` rows, 2 or more, is in a bootstrap draw, (count,); of one row alone none is made.
+
+    An unbiased distance is of pairs of different rows, and such a draw has none.
+    """
+    while True:
+        weights = np.bincount(random.integers(count, size=count), minlength=count).astype(np.float64)
+        if np.count_nonzero(weights) > 1:
+            return weights
 
 
 def frechet(x: np.ndarray, y: np.ndarray, wx: Weights | None = None, wy: Weights | None = None) -> float:

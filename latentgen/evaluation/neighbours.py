@@ -102,5 +102,6 @@ def pair_figures(
     for name in ("concept", "style"):
         one, other = getattr(ours, name), getattr(theirs, name)
         figures |= {name: mean_figure(one, seed), f"{name}_real": mean_figure(other, seed)}
-        figures[f"{name}_share"] = ratio_figure(one, other, seed)
+        if other.any():
+            figures[f"{name}_share"] = ratio_figure(one, other, seed)
     return figures

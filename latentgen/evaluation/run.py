@@ -113,6 +113,8 @@ def evaluate(weights: str | Path | None, order: Order, cache: Path, report: Repo
     """Render and judge. cache: a folder for renderings and features. Raises InputError with one line."""
     if order.pictures < 3:
         raise InputError(f"--pictures is {order.pictures}; an evaluation needs 3 or more")
+    if order.seed < 0:
+        raise InputError(f"--seed is {order.seed}; it must be 0 or more")
     if order.curve_pictures < 2:
         raise InputError(f"--curve-pictures is {order.curve_pictures}; a curve needs 2 or more")
     checkpoint = open_checkpoint(find(weights))
@@ -271,7 +273,9 @@ def style_figures(
     one, other = ((probe(part) == asked).astype(float) for part in (ours, theirs))
     figures = {"style by the probe": mean_figure(one, order.seed)}
     figures["style by the probe (real pictures)"] = mean_figure(other, order.seed)
-    return figures | {"style by the probe, share": ratio_figure(one, other, order.seed)}
+    if other.any():
+        figures["style by the probe, share"] = ratio_figure(one, other, order.seed)
+    return figures
 
 
 def with_clip(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from latentgen.checkpoint import Checkpoint, find, open_checkpoint, read_json
+from latentgen.diffusion.sampling import TABLE
 from latentgen.diffusion.schedule.plan import Plan, from_config
 from latentgen.diffusion.schedule.reading import known
 from latentgen.errors import InputError
@@ -18,6 +19,7 @@ from latentgen.models.text import TextEncoder, TwoTextEncoders, load_text
 from latentgen.output import identity
 from latentgen.pipeline import Pipeline, terms_of
 
+RANDOM = frozenset(note.name for note in TABLE if note.random)  # samplers that draw noise at each step
 PLAINLY = 1024  # places of a latent up to which attention without the fused kernel trains faster on a CPU
 
 # What the starting weights are looked at with where they bring no prompts of their own.
@@ -76,8 +78,8 @@ class Base:
 
     @property
     def sampler(self) -> str:
-        """The one its scheduler's config names: what stock diffusers renders with."""
-        return self.plan.sampler
+        """What it is proved with: the one its scheduler's config names, or DDIM where that draws noise at each step."""
+        return "ddim" if self.plan.sampler in RANDOM else self.plan.sampler
 
     def saved_parts(self) -> Mapping[str, Any]:
         """Everything but the U-Net, as `checkpoint.save_pipeline` takes it."""

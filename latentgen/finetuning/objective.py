@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.diffusion.loss import Density, at_density, denoising_loss
 from latentgen.diffusion.schedule.plan import Plan
-from latentgen.models.text import TextEncoder, TwoTextEncoders
+from latentgen.models.text import TextEncoder, TwoTextEncoders, whole_sizes
 from latentgen.training.captions import CaptionTable
 from latentgen.training.denoise import Latents, sampled
 from latentgen.training.draw import VALIDATION, Draw
@@ -49,13 +49,7 @@ class KeptConditions:
         if self._pooled is None:
             return Condition(states)
         pooled = self._pooled[chosen]
-        return Condition(states, pooled=pooled, sizes=_sizes(self._size, pooled))
-
-
-def _sizes(side: int, pooled: Tensor) -> Tensor:
-    """What Stable Diffusion XL is told of pictures `side` pixels wide that are whole: (B, 6), where `pooled` lives."""
-    told = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pooled.device)
-    return told.expand(len(pooled), -1)
+        return Condition(states, pooled=pooled, sizes=whole_sizes(self._size, self._size, pooled))
 
 
 class LiveConditions:
@@ -68,7 +62,9 @@ class LiveConditions:
     def rows(self, numbers: np.ndarray) -> Condition:
         """From the encoder as it is now."""
         condition = self._text.encode([self._texts[number] for number in numbers])
-        return condition if condition.pooled is None else replace(condition, sizes=_sizes(self._size, condition.pooled))
+        if condition.pooled is None:
+            return condition
+        return replace(condition, sizes=whole_sizes(self._size, self._size, condition.pooled))
 
 
 @dataclass(frozen=True)

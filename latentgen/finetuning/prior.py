@@ -33,7 +33,8 @@ def render_prior(
     """
     terms, factor = base.pipe.terms, base.pipe.terms.factor
     shape = (len(prompts), terms.channels, size // factor, size // factor)
-    key = fingerprint(base.checkpoint.fingerprint, list(prompts), size, first_seed)
+    defaults = [terms.steps, terms.guidance, terms.sampler, terms.interval]
+    key = fingerprint(base.checkpoint.fingerprint, list(prompts), size, first_seed, defaults)
     path = cache / f"prior-{key}.npy"
 
     def parts() -> Iterator[np.ndarray]:

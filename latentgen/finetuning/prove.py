@@ -70,6 +70,8 @@ def prove(
     changed = float(np.abs(saved - start).max())
     if isinstance(base.checkpoint, SingleFile):
         return Proof(len(prompts), apart, None, changed, "stock diffusers opens single files with files from its hub")
+    if base.plan.prediction.name == "flow":
+        return Proof(len(prompts), apart, None, changed, "stock diffusers' pipeline knows no rectified flow")
     there = _stock(base, settings, prompts, size, aside)
     beyond = float(np.abs(there - memory).max())
     if not beyond <= SAME and not beyond <= _rounding(base, prompts, memory):
@@ -78,7 +80,7 @@ def prove(
 
 
 def look(pipe: Pipeline, base: Base, prompts: Sequence[str], size: int, apart: float = 0.0) -> np.ndarray:
-    """(B, H, W, 3) in [0, 1]: a few steps of the sampler that the scheduler's config names, from fixed noise.
+    """(B, H, W, 3) in [0, 1]: a few steps of the sampler that proofs take, from fixed noise.
 
     apart: how much of another noise is added to it.
     """
@@ -122,8 +124,9 @@ def _noise(base: Base, prompts: Sequence[str], size: int, first: int = 0) -> Any
 def _stock(base: Base, settings: Finetune, prompts: Sequence[str], size: int, aside: Path) -> np.ndarray:
     call = {key: value for key, value in _call(base, size).items() if key in ("guidance_scale", "height", "width")}
     call |= {"prompt": list(prompts), "num_inference_steps": STEPS, "latents": _noise(base, prompts, size)}
+    ddim = base.sampler != base.plan.sampler
     if settings.adapter is None and settings.method != "textual-inversion":
-        return np.asarray(stock_pictures(aside, None, None, None, call))
+        return np.asarray(stock_pictures(aside, None, None, None, call, ddim=ddim))
     token = settings.token if settings.method == "textual-inversion" else None
     variant = base.checkpoint.variant
-    return np.asarray(stock_pictures(base.checkpoint.folder, aside, settings.adapter, token, call, variant))
+    return np.asarray(stock_pictures(base.checkpoint.folder, aside, settings.adapter, token, call, variant, ddim))

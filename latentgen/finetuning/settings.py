@@ -23,7 +23,6 @@ METHODS = {  # what each is, for people
     "textual-inversion": "a new word's embeddings alone (Gal et al. 2022)",
     "style": "a look that a dial sets at render time: a LoRA, its weight being the dial",
 }
-ADAPTERS = ("lora", "dora", "lokr", "style")
 SMALL = 150e6  # weights of a U-Net below which it is a small one, trained with larger steps
 
 
@@ -62,7 +61,7 @@ class Finetune(BaseModel):
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd", "muon"] = "adamw"
     accumulate: Positive = 1
     weighting: Literal["simple", "min-snr", "p2", "sigmoid", "bound", "edm"] = "simple"
-    times: Literal["uniform", "logit-normal"] | None = None
+    times: Literal["uniform", "logit-normal", "lognormal-sigma"] | None = None
     times_mean: float | None = None
     times_std: Above | None = None
     caption_dropout: Part | None = None
@@ -126,14 +125,24 @@ class Finetune(BaseModel):
             raise InputError(f"token is dreambooth's and textual-inversion's; {self.method} learns from captions")
         if self.class_word and self.method != "dreambooth":
             raise InputError(f"class is dreambooth's; {self.method} learns from captions")
+        alone = self.method in ("dreambooth", "textual-inversion")
+        if self.caption is not None and alone:
+            raise InputError(f"caption is for methods that learn from captions; {self.method} makes its own")
+        if self.on is not None and self.method != "dreambooth":
+            raise InputError('on is dreambooth\'s; for every weight of the U-Net give method = "full"')
+        if self.prior is not None and self.method == "textual-inversion":
+            raise InputError("prior is for networks that are trained; textual-inversion leaves them as they are")
+        if "weight_decay" in self.model_fields_set and self.method == "textual-inversion":
+            raise InputError("weight_decay is for networks that are trained; textual-inversion's words have none")
         if self.prior == "answers" and self.text_encoder:
             raise InputError('prior = "answers" wants the text encoder as it was; leave text_encoder out')
         if self.strength is not None and self.method != "style":
             raise InputError(f"strength is a style's; what {self.method} learns is stored as it is")
-        if self.rank is not None and self.adapter is None:
-            raise InputError(f"rank is an adapter's; {self.method} has none")
-        if self.times != "logit-normal" and (self.times_mean is not None or self.times_std is not None):
-            raise InputError('times_mean and times_std are of times = "logit-normal"; give that too')
+        for name in ("rank", "targets"):
+            if getattr(self, name) is not None and self.adapter is None:
+                raise InputError(f"{name} is an adapter's; {self.method} has none")
+        if self.times in (None, "uniform") and (self.times_mean is not None or self.times_std is not None):
+            raise InputError('times_mean and times_std are of times = "logit-normal", say; give that too')
         if self.scale[0] > self.scale[1]:
             raise InputError(f"scale is {list(self.scale)}; give the smaller factor first")
         if (self.versions or 1) > 1 and not self.varied:
@@ -207,7 +216,7 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
     else:
         dropped = (0.1, "as text-to-image models are trained")
     open_["caption_dropout"] = dropped
-    if asked.times is None and start.times == "logit-normal":
+    if asked.times is None and start.times != "uniform":
         open_["times"] = (start.times, "as the starting weights were trained")
         open_["times_mean"] = (start.times_mean, "as the starting weights were trained")
         open_["times_std"] = (start.times_std, "as the starting weights were trained")
@@ -215,7 +224,7 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
         open_["times"] = ("uniform", "as the starting weights were trained")
     prior = (32 if small else 100) if asked.method == "dreambooth" and asked.prior_weight else 0
     open_["prior_pictures"] = (prior, asked.method)
-    if asked.method == "dreambooth" and (asked.prior_pictures or prior):
+    if (asked.prior_pictures or (asked.prior_pictures is None and prior)) and asked.method != "textual-inversion":
         open_["prior"] = prior_kept(asked, small, how)
     if asked.varied:
         many = asked.scale != (1.0, 1.0)
@@ -231,9 +240,9 @@ def choose(asked: Finetune, pictures: int, start: Start, marked: int) -> Chosen:
 
 
 def prior_kept(asked: Finetune, small: bool, how: str) -> tuple[str, str]:
-    """What DreamBooth keeps to, and why: answers want the starting weights beside those that are trained."""
+    """What of the prior is kept to, and why: answers want the starting weights beside those that are trained."""
     if asked.text_encoder:
         return "pictures", "the text encoder is trained too"
-    if asked.on == "full" and not small:
+    if asked.adapter is None and not small:
         return "pictures", f"{how}, and answers would want it twice in memory"
     return "answers", "they tell more of what is to stay than pictures do"

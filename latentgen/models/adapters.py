@@ -140,13 +140,14 @@ def stock_pictures(
     token: str | None,
     call: Mapping[str, Any],
     variant: str | None = None,
+    ddim: bool = False,
 ) -> Any:
     """What stock diffusers renders, (B, H, W, 3) in [0, 1]. base: a pipeline folder, its files of a `variant`; adapter:
     a folder as it was written here, of a kind ("lora", "dora", "lokr"), or with a new word `token`; call: the
-    pipeline's arguments.
+    pipeline's arguments; ddim: whether by DDIM instead of the folder's own scheduler.
     """
     import diffusers.utils.logging as remarks
-    from diffusers import DiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
     from latentgen.models.loading import quiet
 
@@ -156,6 +157,8 @@ def stock_pictures(
             base, safety_checker=None, torch_dtype=torch.float32, variant=variant
         )
         pipe.set_progress_bar_config(disable=True)
+        if ddim:
+            pipe.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipe.scheduler.config})
         if adapter is not None and token is not None:
             _teach(pipe, adapter / EMBEDDING, token)
         elif adapter is not None and kind == "lokr":

@@ -204,6 +204,12 @@ def states_of(model: Any, out: Any, *, raw: bool, skip: int) -> torch.Tensor:
     return states
 
 
+def whole_sizes(height: int, width: int, pooled: torch.Tensor) -> torch.Tensor:
+    """What Stable Diffusion XL is told of whole pictures of a size in pixels: (B, 6), where `pooled` (B, P) lives."""
+    told = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=pooled.device)
+    return told.expand(len(pooled), -1)
+
+
 def load_text(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder | TwoTextEncoders:
     """What a checkpoint's prompts go through."""
     kind = TwoTextEncoders if checkpoint.has_second else TextEncoder

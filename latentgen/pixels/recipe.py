@@ -73,7 +73,7 @@ class PixelRecipe(Section):
     kind: Literal["pixels"]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     objective: Objective
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     data: PixelData
     network: Network
     diffusion: Diffusion = Diffusion()

@@ -68,6 +68,8 @@ def tune(weights: str | Path, order: Order, cache: Path, report: Report, write: 
         raise InputError(f"--figure is {order.figure!r}; it can be one of: {', '.join(FIGURES)}")
     if order.evaluations < 1 or order.pictures < 2:
         raise InputError("--evaluations must be 1 or more, and --pictures 2 or more")
+    if order.seed < 0:
+        raise InputError(f"--seed is {order.seed}; it must be 0 or more")
     if write and checkpoint.folder.is_file():
         raise InputError(f"{weights} is a single file, which has no place for defaults; convert it, or give --dry-run")
     scheduler = checkpoint.config("scheduler")

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from latentgen.evaluation.metrics import unit
+from latentgen.evaluation.metrics import redrawn, unit
 
 ROUNDS = 200
 KEPT = 3  # one in three goes on
@@ -70,8 +70,7 @@ def rate(
 ) -> list[Rated[C]]:
     """Best first. The same bootstrap draws for all, so differences have intervals of their own."""
     random = np.random.default_rng(seed)
-    drawn = np.stack([np.bincount(random.integers(count, size=count), minlength=count) for _ in range(ROUNDS)])
-    draws = np.concatenate([np.ones((1, count)), drawn]).astype(np.float64)
+    draws = np.stack([np.ones(count), *(redrawn(random, count) for _ in range(ROUNDS))])
     table = np.stack([score(each, draws) for each in features])  # (candidates, 1 + R); the first is of all rows
     values, boots = table[:, 0], table[:, 1:]
     best = int(values.argmin())

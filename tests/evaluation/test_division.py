@@ -72,6 +72,15 @@ def test_what_is_judged_is_what_a_training_run_held_out(
     assert (sorted(held), sorted(training)) == tuple(map(sorted, held_in_training(unmarked, tmp_path, split, part)))
 
 
+def test_what_was_fine_tuned_whole_is_judged_by_what_that_run_held_out(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"data": RECIPE}))
+    settings = {"method": "full", "held_out": "val", "hold_out": 0.0, "captions": "names", "background": "black"}
+    (tmp_path / "finetune.json").write_text(json.dumps({"method": "full", "settings": settings}))
+    division, remark = division_of(tmp_path, Asked())
+    assert division == Division("val", 0.0, "names", "black") and remark == ""
+    assert "was trained on" in division_of(tmp_path, Asked(part=0.02))[1]
+
+
 def test_an_option_overrides_the_recipe_and_a_line_says_so_where_trained_pictures_are_judged(tmp_path: Path) -> None:
     assert division_of(tmp_path, Asked()) == (Division(), "")
     assert division_of(tmp_path, Asked(split="val")) == (Division("val"), "")

@@ -47,6 +47,13 @@ def numbered() -> dict[str, torch.Tensor]:
     return state
 
 
+def test_a_torn_inception_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"PK\x03\x04 a .pth by another name")
+    (tmp_path / "config.json").write_text('{"model_type": "inception-v3"}')
+    with pytest.raises(InputError, match="holds no Inception v3: "):
+        open_judge(tmp_path)
+
+
 def test_inception_gives_what_an_independent_implementation_gave(tmp_path: Path) -> None:
     """The numbers are of torch-fidelity 0.4.0's extractor, which resizes as TensorFlow did, on these weights."""
     weights = numbered()

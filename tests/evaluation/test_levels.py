@@ -1,6 +1,7 @@
 """What the networks know without rendering, where the truth is known: grey levels drawn evenly hold eight bits each."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentgen.checkpoint import open_checkpoint
 from latentgen.diffusion.denoiser import Condition
 from latentgen.diffusion.schedule import from_config
 from latentgen.evaluation import levels
@@ -67,3 +69,9 @@ def test_bits_of_pixels_say_when_a_model_takes_the_pictures_for_others(monkeypat
     pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
     right, wrong = (seen(monkeypatch, pixels, 0.05, variance).pixel_bits for variance in (EVEN, 30.0))
     assert right is not None and wrong is not None and wrong.value > right.value + 0.5
+
+
+def test_stable_diffusion_xl_is_told_its_pictures_sizes(xl: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    inside = look_inside(open_checkpoint(xl), pixels, ["a red apple", "a blue bird"])
+    assert np.isfinite(inside.loss.value) and inside.loss.count == 2 and inside.bits is not None

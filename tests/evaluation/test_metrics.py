@@ -95,6 +95,21 @@ def test_the_same_picture_has_full_similarity_and_a_known_error_its_decibels() -
     assert (metrics.ssim_rows(x, 255 - x) < 0).all()
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_intervals_of_few_pictures_are_numbers(count: int) -> None:
+    x, y = normal(0, count, 16), normal(1, count, 16)
+    for figure in (metrics.kid_figure(x, y), metrics.cmmd_figure(x, y), metrics.frechet_figure(x, y)):
+        assert figure.low <= figure.value <= figure.high and np.isfinite([figure.low, figure.high]).all()
+
+
+def test_a_share_of_little_has_ends_that_are_numbers_and_of_nothing_there_is_none() -> None:
+    above, below = np.array([1, 0, 1, 0, 0, 1.0]), np.array([1, 0, 0, 0, 0, 0.0])
+    found = metrics.ratio_figure(above, below)
+    assert found.value == 3 and 0 <= found.low <= 3 <= found.high <= 6
+    with pytest.raises(InputError, match="something below"):
+        metrics.ratio_figure(above, 0 * below)
+
+
 def test_too_few_pictures_are_one_line() -> None:
     for call in (
         lambda: metrics.frechet(np.ones((1, 2)), np.ones((3, 2))),

@@ -67,6 +67,7 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
         (["--step-counts", "0"], "whole numbers of 1 or more"),
         (["--curve-pictures", 1], "a curve needs 2 or more"),
         (["--judge", "nowhere"], "no judge at nowhere"),
+        (["--seed", -1], "--seed is -1"),
         (["--data", "nowhere"], "nowhere does not exist"),
     ],
 )

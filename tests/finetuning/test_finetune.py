@@ -263,6 +263,12 @@ def test_what_is_kept_to_is_chosen_by_what_there_is_room_for() -> None:
     assert choose(Finetune.of({**bird, "on": "full"}), 5, large, 0).settings.prior == "pictures"
     assert choose(Finetune.of({**bird, "text_encoder": True}), 5, small, 0).settings.prior == "pictures"
     assert choose(Finetune.of({"method": "lora"}), 5, small, 0).settings.prior is None
+    for method in ("lora", "style", "full"):
+        asked = Finetune.of({"method": method, "prior_pictures": 4})
+        assert choose(asked, 5, small, 0).settings.prior == "answers"
+    assert choose(Finetune.of({"method": "full", "prior_pictures": 4}), 5, large, 0).settings.prior == "pictures"
+    word = Finetune.of({"method": "textual-inversion", "token": "<it>", "prior_pictures": 4})
+    assert choose(word, 5, small, 0).settings.prior is None
 
 
 def test_a_style_is_stored_at_its_strength(folder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -344,6 +350,12 @@ def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_pat
     assert "strength is a style's" in refused(pictures, folder, out, strength=0.5)
     assert "text encoder as it was" in refused(pictures, folder, out, prior="answers", text_encoder=True)
     assert 'times = "logit-normal"' in refused(pictures, folder, out, times_mean=0.5)
+    word = {"method": "textual-inversion", "token": "<it>"}
+    assert "caption is for methods" in refused(pictures, folder, out, caption="a bird", **word)
+    assert "on is dreambooth's" in refused(pictures, folder, out, on="full")
+    assert "targets is an adapter's" in refused(pictures, folder, out, method="full", targets="all")
+    assert "leaves them as they are" in refused(pictures, folder, out, prior="answers", **word)
+    assert "words have none" in refused(pictures, folder, out, weight_decay=0.1, **word)
     assert "lies among the pictures" in refused(pictures, folder, pictures / "mine")
     assert "all pictures are held out" in refused(held_out(tmp_path / "held", 3, 3), folder, out)
     with pytest.raises(InputError, match="settings and steps"):
@@ -433,6 +445,8 @@ def test_times_are_the_starting_weights_own_and_a_subject_is_never_unnamed() -> 
         found.on == "full"
         and choose(Finetune(method="dreambooth", class_word="cat", rank=4), 8, start, 0).settings.on == "lora"
     )
+    other = choose(Finetune(), 8, Start(10**7, 64, "lognormal-sigma", -0.4, 1.0), 0).settings
+    assert (other.times, other.times_mean, other.times_std) == ("lognormal-sigma", -0.4, 1.0)
     found = choose(Finetune(times="uniform"), 8, start, 0).settings
     assert (found.times, found.times_mean, found.caption_dropout) == ("uniform", None, 0.1)
 

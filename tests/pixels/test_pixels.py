@@ -186,6 +186,15 @@ def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path,
     assert isinstance(refused.exception, InputError) and "--dtype is not for a pixel model" in str(refused.exception)
     refused = CliRunner().invoke(app, ["render", "bar", *told, "--negative", "a beam"])
     assert isinstance(refused.exception, InputError)
+    for option in (
+        ["--style", "mine"],
+        ["--word", "mine"],
+        ["--engine", "torch"],
+        ["--batch", 2],
+        ["--no-prompt-weights"],
+    ):
+        refused = CliRunner().invoke(app, ["render", "bar", *told, *map(str, option)])
+        assert isinstance(refused.exception, InputError) and f"{option[0]} is not for a pixel" in str(refused.exception)
     again = CliRunner().invoke(app, ["replay", str(tmp_path / "bar.png")])
     assert isinstance(again.exception, InputError)
     assert "latentgen render 'a bar' --seed 3" in str(again.exception)
