@@ -16,7 +16,7 @@ from latentgen.checkpoint import save_pipeline
 from latentgen.data.variants import SIDED, Augmentation
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.schedule import from_config
-from latentgen.durable import alone, write_file
+from latentgen.durable import alone, remove_leftovers, write_file
 from latentgen.foundations import Foundations, loop_of
 from latentgen.models import create
 from latentgen.models.onnx.export import write_graphs
@@ -70,6 +70,8 @@ class Run(Foundations):
             self.report(f"{self.recipe.name}: {board.ABSENT}")
         main = self.accelerator.is_main_process
         with alone(self.state) if main else nullcontext():
+            if main:
+                remove_leftovers(self.state)
             unet, figures = self.unet
             _ = self.finished_vae
             if main:

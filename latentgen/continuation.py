@@ -46,7 +46,14 @@ def train_on(
     """
     what = read_recipe(recipe)
     place = out or Path("weights") / what.name
+    refuse_itself(start, place)
     return Continuation(what, place, data or what.data.folder, report, open_folder(start), only).all()
+
+
+def refuse_itself(start: Path, out: Path) -> None:
+    """Raises InputError where a run would replace the weights that it goes on from."""
+    if out.resolve() == start.resolve():
+        raise InputError(f"{start} is what training goes on from, and would be replaced; name another place with --out")
 
 
 def _form(unet: UNet2DConditionModel) -> dict[str, Any]:

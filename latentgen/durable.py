@@ -17,6 +17,7 @@ from pathlib import Path
 from latentgen.errors import InputError
 
 MANIFEST = "manifest.json"
+_LEFT = re.compile(r"\..+\.(npy|keys|json)\.\d+|\..+\.writing")  # files that are renamed when they are whole
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -97,6 +98,15 @@ def torn(folder: Path) -> str | None:
         if sha256(path) != expected:
             return f"{name} was altered or torn"
     return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written below a folder that this process holds (`alone`)."""
+    for path in folder.rglob(".*"):
+        if path.is_dir() and path.suffix == ".writing":
+            shutil.rmtree(path, ignore_errors=True)
+        elif _LEFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

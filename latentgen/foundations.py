@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,15 +13,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
+from safetensors import safe_open
+from safetensors.torch import save
 
+from latentgen.checkpoint import check_safetensors
 from latentgen.data import Buckets, Ledger
 from latentgen.data.remote import as_told
 from latentgen.data.variants import Varied
-from latentgen.durable import write_folder
+from latentgen.durable import write_file, write_folder
 from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.recipe import Recipe, Train
-from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, normalise_latents
+from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective, folded, normalise_latents
 from latentgen.training.cache import Items, cached_items, content_of, latent_items, text_items
 from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import BucketLatents, Latents, TextStates
@@ -162,7 +166,10 @@ class Foundations:
         """Both towers, trained."""
         what, size = self.recipe.clip, self.recipe.data.size
         form = what.model_dump(exclude={"gate", "train"})
-        place = self._place("clip", form, loop_of(what.train), self.data.fingerprint, self.words.get_vocab())
+        depends = form, loop_of(what.train), self.data.fingerprint, self.words.get_vocab()
+        place, context = self._place("clip", *depends), int(self.words.model_max_length)
+        if other_context(place, context):  # of before the context was one of the things that it depends on
+            place = self._place("clip", *depends, context)
         self._seed()
         model = create.clip(self.words, size=size, **form)
         objective = ClipObjective(
@@ -196,11 +203,23 @@ class Foundations:
             vae, tower, self.data.pixels, self.data.held_pixels, self.data.weights, terms, self.accelerator
         )
         figures = self._run("vae", objective, what.train, what.gate, place)
-        self.figures["vae"] = {**figures, **self._normalised(vae)}
+        self.figures["vae"] = {**figures, **self._normalised(vae, place)}
         return vae.eval().requires_grad_(False)
 
-    def _normalised(self, vae: AutoencoderKL) -> Mapping[str, float]:
-        figures = normalise_latents(vae, self.data.pixels, self.accelerator.device)
+    def _normalised(self, vae: AutoencoderKL, place: Path) -> Mapping[str, float]:
+        """Normalise its latents by what was measured once, and is kept in its stage's `place`.
+
+        Measured anew, on another machine or on a GPU, it would differ in last bits, and the U-Net start over.
+        """
+        kept = place / "normalised.safetensors"
+        with self.accelerator.main_process_first():
+            if not kept.is_file():
+                measured = normalise_latents(vae, self.data.pixels, self.accelerator.device)
+                write_file(kept, save(folded(vae), {"figures": json.dumps(dict(measured))}))
+        with safe_open(kept, framework="pt") as file:
+            figures: dict[str, float] = json.loads(file.metadata()["figures"])
+            vae.load_state_dict({name: file.get_tensor(name) for name in folded(vae)}, strict=False)
+        vae.register_to_config(scaling_factor=figures["scaling_factor"])
         self.report("vae: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()))
         return figures
 
@@ -279,6 +298,15 @@ class Foundations:
     def _cached(self, items: Items) -> np.ndarray:
         with self.accelerator.main_process_first():
             return cached_items(self.state / "cache", items, self.report)
+
+
+def other_context(place: Path, context: int) -> bool:
+    """Whether the CLIP of a stage's place reads texts of another length than `context` tokens."""
+    for file in place.glob("checkpoints/*/model.safetensors"):
+        for name, entry in check_safetensors(file).items():
+            if name.endswith("text_model.embeddings.position_embedding.weight"):
+                return int(entry["shape"][0]) != context
+    return False
 
 
 def _told(section: BaseModel, *later: str) -> Mapping[str, Any]:

@@ -46,7 +46,7 @@ def put_in_place(x: Any, other: Any) -> None:
         return
     if tuple(other.shape) != tuple(x.shape):
         raise InputError(f"the callback returned latents of shape {tuple(other.shape)}; it must be {tuple(x.shape)}")
-    x[...] = other
+    x[...] = x.new_tensor(other) if hasattr(x, "new_tensor") and not hasattr(other, "new_tensor") else other
 
 
 def identity(checkpoint: Checkpoint, path: str | Path | None) -> dict[str, Any]:

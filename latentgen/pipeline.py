@@ -29,7 +29,7 @@ from latentgen.guiding import guided_as, snapshot_of
 from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
 from latentgen.models.finite import check_finite
-from latentgen.models.lengths import encoded_apart, of_one_length
+from latentgen.models.lengths import check_embeds, encoded_apart, of_one_length
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.memory import caching, decoded, in_groups, need_of, of_one_walk, pictures_at_a_time, tile_of
 from latentgen.models.words import TakesWords
@@ -217,6 +217,8 @@ class Pipeline(TakesLoras, TakesWords):
         Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words that are cut.
         """
         arrays = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        arrays |= {"pooled_prompt_embeds": pooled_prompt_embeds}
+        arrays |= {"negative_pooled_prompt_embeds": negative_pooled_prompt_embeds}
         check_call(output_type, callback_on_step_end, **arrays)
         if latents is not None and height is None and width is None and len(latents.shape) == 4:
             height, width = (int(side) * self.terms.factor for side in latents.shape[2:])
@@ -312,9 +314,8 @@ class Pipeline(TakesLoras, TakesWords):
             chunks = {text: len(self.text.lay(text, **how).chunks) for text in dict.fromkeys(prompts)}
             read = partial(self.text.encode, **how, skip=skip)
             told = encoded_apart(read, prompts, [chunks[text] for text in prompts])
-        elif len(states.shape) != 3 or len(request) % len(states):
-            raise InputError(f"{name} has shape {tuple(states.shape)}; it must be (prompts, tokens, width)")
         else:
+            check_embeds(name, len(request), self.terms.configs[0].get("cross_attention_dim"), states, pooled)
             each = len(request) // len(states)
             rows = [row for row in range(len(states)) for _ in range(each)]
             told = self.text.given(states[rows], None if pooled is None else pooled[rows])

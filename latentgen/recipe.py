@@ -14,6 +14,7 @@ from latentgen.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
+Below = Annotated[float, Field(ge=0, lt=1)]  # 1
 Model = TypeVar("Model", bound=BaseModel)
 Amount = Annotated[float, Field(ge=0)]
 Scale = Annotated[float, Field(ge=0.5, le=2)]
@@ -58,7 +59,7 @@ class Train(Section):
     warmup: Positive = 100
     decay: Part = 0.3
     weight_decay: Amount = 0.01
-    betas: tuple[Part, Part] = (0.9, 0.99)
+    betas: tuple[Below, Below] = (0.9, 0.99)
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     decay_shape: Literal["linear", "cosine"] = "linear"
@@ -229,7 +230,7 @@ class Unet(Section):
     dropout: Part = 0.0
     schedule: Literal["cosine", "scaled-linear", "linear", "flow"] = "cosine"
     prediction: Literal["eps", "x0", "v", "flow"] = "v"
-    weighting: str = "simple"
+    weighting: Literal["simple", "min-snr", "p2", "sigmoid", "bound", "edm"] = "simple"
     times: Literal["uniform", "logit-normal", "lognormal-sigma"] = "uniform"
     times_mean: float | None = None
     times_std: Annotated[float, Field(gt=0)] | None = None
@@ -301,6 +302,26 @@ class Recipe(Section):
     sample: Sample
     defaults: Defaults = Defaults()
     pace: Pace = Pace()
+
+    @model_validator(mode="after")
+    def _networks_can_be_made(self) -> Self:
+        factor = 2 ** (len(self.vae.channels) - 1)
+        odd = [width for width in self.unet.channels if width % 32 or width < self.unet.head_width]
+        for wrong, said in (
+            (
+                self.data.size % factor,
+                f"data.size {self.data.size} is no multiple of {factor}, as vae.channels halve it",
+            ),
+            (self.clip.width % self.clip.heads, f"clip.width {self.clip.width} is no multiple of clip.heads"),
+            (
+                any(c % self.vae.groups for c in self.vae.channels),
+                "each of vae.channels is to be a multiple of vae.groups",
+            ),
+            (odd, f"unet.channels has {odd[:1]}; each must be a multiple of 32, and unet.head_width at least"),
+        ):
+            if wrong:
+                raise ValueError(said)
+        return self
 
 
 Form = TypeVar("Form", bound=Section)

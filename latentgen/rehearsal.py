@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.build import Run
 from latentgen.checkpoint import open_folder
-from latentgen.continuation import Continuation
+from latentgen.continuation import Continuation, refuse_itself
 from latentgen.errors import InputError
 from latentgen.pixels.build import PixelRun
 from latentgen.pixels.objective import PixelObjective
@@ -88,6 +88,8 @@ def rehearse(
         else:
             what = read_recipe(recipe)
             name, more = what.name, "what preparing takes"
+            if start is not None:
+                refuse_itself(start, out or Path("weights") / name)
             given = (what, Path(scratch) / name, data or what.data.folder, report)
             run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_folder(start), only)
         run.all()
@@ -132,7 +134,7 @@ class Rehearsal(Run):
         self.figures[name] = {}
         return {}
 
-    def _normalised(self, vae: Any) -> Mapping[str, float]:
+    def _normalised(self, vae: Any, place: Path) -> Mapping[str, float]:
         return {}
 
     def _cached(self, items: Items) -> np.ndarray:

@@ -274,6 +274,8 @@ def replay_place(picture: Path, out: Path | None) -> Path:
     target = out or picture.with_name(f"{picture.stem}-replay.png")
     if target.is_dir() or not target.suffix:
         target = target / picture.name
+        if target.resolve() == picture.resolve():
+            target = picture.with_name(f"{picture.stem}-replay.png")
     if target.suffix.lower() != ".png":
         raise InputError(f"{target} is no PNG; pictures are written as .png, which holds how they were made")
     _check_writable(target.parent)
@@ -380,6 +382,8 @@ def _again(
         for lora, place in zip(settings.get("loras") or (), placed, strict=True)
     ]
     asked: dict[str, Any] = {"dtype": settings.get("dtype"), "threads": settings.get("threads"), "loras": loras_again}
+    if settings.get("device") == "cpu":
+        asked["device"] = "cpu"  # and not a GPU's other bits, where there is one now
     pipe = Pipeline.from_pretrained(folder, engine=engine, compile=bool(settings.get("compile")), **asked, **told)
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
     for known, file in zip(settings.get("words") or (), _words_again(settings, picture, words), strict=True):

@@ -105,6 +105,10 @@ def terms_of(checkpoint: Checkpoint) -> Terms:
     unet = checkpoint.config("unet")
     terms = Terms.of(checkpoint, from_config(known(checkpoint.config("scheduler"))).sampler)
     refuse_other_kinds(checkpoint.folder, unet, terms.channels)
+    if checkpoint.has_second and any(terms.configs[1].get(name) for name in ("latents_mean", "latents_std")):
+        raise InputError(
+            f"{checkpoint.folder}: its autoencoder moves each channel (latents_mean), which is not read yet"
+        )
     width = sum(int(tower.get("hidden_size", 0)) for tower in towers_of(checkpoint))
     if unet.get("cross_attention_dim") != width:
         widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
@@ -325,6 +329,8 @@ def nearest_sampler(name: str, samplers: Iterable[str]) -> str:
 
 
 def _prompts(prompt: str | Sequence[str] | None, embedded: int | None) -> tuple[str, ...]:
+    if embedded == 0:
+        raise InputError("prompt_embeds hold no prompt; give one row or more")
     if embedded is not None:
         if prompt is not None:
             raise InputError("a prompt and prompt_embeds were both given; give one of them")
@@ -354,6 +360,8 @@ def _negatives(negative: str | Sequence[str] | None, prompts: int) -> tuple[str,
 def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     if seed is None:
         seed = secrets.randbits(32)
+    if hasattr(seed, "tolist"):  # numbers of an array's or a tensor's kind
+        seed = seed.tolist()
     if not isinstance(seed, Sequence):
         first = _whole("seed", seed, 0)
         seeds = tuple(range(first, first + count))
@@ -376,9 +384,12 @@ def _side(name: str, value: int, factor: int) -> int:
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = int(value.__index__())
+    except (AttributeError, TypeError):  # of arrays it is there, and raises
+        number = None
+    if number is None or isinstance(value, bool):
         raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
-    number = int(value.__index__())
     if number < least:
         raise InputError(f"{name} is {number}; it must be {least} or more")
     return number

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline, checkpoint
 from latentgen.checkpoint import default_weights, find, open_checkpoint, open_folder, places, save_pipeline
 from latentgen.diffusion.schedule.reading import plan_for
+from latentgen.models.engine import EngineNote
 from latentgen.models.onnx.export import write_graphs
 from latentgen.request import Assumed
 
@@ -64,6 +67,10 @@ def test_the_fingerprint_follows_what_decides_a_picture_and_nothing_else(copy: P
     moved = copy.rename(copy.with_name("moved"))
     assert open_folder(moved).fingerprint == before
     assert open_folder(unlisted(moved)).fingerprint == before  # read through instead of looked up
+    for name in (".DS_Store", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"):
+        (moved / "unet" / name).write_bytes(b"not read")
+    (moved / "unet/diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
+    assert open_folder(moved).fingerprint == before
     config = moved / "scheduler/scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.013"))
     assert open_folder(moved).fingerprint != before
@@ -85,6 +92,32 @@ def test_a_folder_in_fp16_naming_opens(copy: Path) -> None:
         stem = checkpoint.STEMS[part]
         (copy / part / f"{stem}.safetensors").rename(copy / part / f"{stem}.fp16.safetensors")
     assert Pipeline.from_pretrained(copy)("a red apple", seed=1, num_inference_steps=2).seeds == (1,)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_network_in_shards_opens(copy: Path, parts: dict[str, Any], variant: str | None) -> None:
+    unlisted(copy)
+    (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
+    parts["unet"].save_pretrained(copy / "unet", variant=variant, max_shard_size="100KB")
+    opened = open_folder(copy)
+    assert len(opened.weights["unet"]) > 1 and opened.variant == variant
+    one, other = opened.fingerprint, (copy / "unet").glob("*.index*.json")
+    whole = Pipeline.from_pretrained(copy, engine="torch")("a red apple", seed=1, num_inference_steps=2)
+    assert whole.seeds == (1,)
+    (index,) = other
+    index.write_text(index.read_text() + " ")
+    assert open_folder(copy).fingerprint != one  # it is read
+
+
+def test_weights_of_eight_bits_are_left_to_torch(copy: Path) -> None:
+    unlisted(copy)
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    small = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(file).items()}
+    save_file(small, file, {"format": "pt"})
+    with pytest.warns(EngineNote, match="its weights are stored as F8_E4M3; torch runs it instead"):
+        pipe = Pipeline.from_pretrained(copy)
+    found = pipe("a red apple", seed=1, num_inference_steps=2, output_type="np")
+    assert found.settings["engine"] == "torch" and np.isfinite(found.images).all()
 
 
 def remove(name: str) -> Callable[[Path], Any]:

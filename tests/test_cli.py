@@ -353,6 +353,9 @@ def test_what_few_pictures_ask_for_is_in_the_file_and_replayed(
     assert (told["clip_skip"], told["timesteps"], told["eta"]) == (1, [900, 500.5, 20], 0.5)
     assert told["num_inference_steps"] == 3
     assert run("replay", tmp_path / "apple.png").err.endswith("latentgen: the same file, byte for byte\n")
+    before = (tmp_path / "apple.png").read_bytes()
+    assert run("replay", tmp_path / "apple.png", "--out", tmp_path).out == [str(tmp_path / "apple-replay.png")]
+    assert (tmp_path / "apple.png").read_bytes() == before
     for wrong, line in ((["--timesteps", "1200,20"], "the schedule has 0 to 999"), (["--steps", 1001], "1001 steps")):
         refused(run("render", "a", *wrong, "--weights", folder, "--out", tmp_path / "none.png"), line)
     assert not (tmp_path / "none.png").exists()

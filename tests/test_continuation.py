@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from latentgen.continuation import parts_before
+from latentgen import InputError
+from latentgen.continuation import parts_before, refuse_itself
 from latentgen.training.finish import extra_files
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,14 @@ def test_of_metrics_with_a_sum_alone_the_sum_is_a_part_and_of_none_there_is_none
     assert found == [{"steps": 6300.0}, {"steps": 1950.0, "batch": 32, "rate": 7e-4}]
     assert sum(part["steps"] for part in found) == 8250
     assert parts_before({}, {}) == []
+
+
+def test_weights_are_not_replaced_by_what_goes_on_from_them(tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(tmp_path / "mine")
+    for out in (tmp_path / "mine", tmp_path / "linked", tmp_path / "x" / ".." / "mine"):
+        with pytest.raises(InputError, match="is what training goes on from, and would be replaced"):
+            refuse_itself(tmp_path / "mine", out)
+    refuse_itself(tmp_path / "mine", tmp_path / "more")
 
 
 def test_the_card_tells_the_parts() -> None:

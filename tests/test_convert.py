@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline
 from latentgen.convert import convert
@@ -127,3 +127,19 @@ def test_a_network_the_original_layout_has_no_names_for_is_said(
     with pytest.raises(InputError, match="has no place in the original layout"):
         convert(folder, tmp_path / "one.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_autoencoder_with_the_old_names_of_its_attention_is_converted(folder: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(folder, tmp_path / "old")
+    (old / "manifest.json").unlink()
+    file = old / "vae/diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for new, once in names.items():
+        for name in [name for name in tensors if f".attentions.0.{new}." in name]:
+            tensors[name.replace(f".{new}.", f".{once}.")] = tensors.pop(name)
+    assert any("proj_attn" in name for name in tensors)
+    save_file(tensors, file, {"format": "pt"})
+    made, difference = convert(old, tmp_path / "one.safetensors")
+    assert difference <= 1e-5
+    np.testing.assert_array_equal(picture(made), picture(folder))

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentgen.data import Picture, load_pixels, read_folder
+from latentgen.data import Picture, hold_out, load_pixels, pixels, read_folder, write_ledger
+from latentgen.data.page import keep_ledger
 from latentgen.errors import InputError
+from latentgen.training.finish import notice_of
+from latentgen.training.intake import read_pictures
 
 SAMPLE = Path(__file__).parent / "data" / "icons"
 
@@ -283,3 +286,77 @@ def test_the_sample_is_whole_captioned_small_and_credited(tmp_path: Path) -> Non
         assert word in notice
     for picture in folder.pictures:
         assert picture.attributes["source"].rpartition("@")[0] in notice
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_what_is_linked_to_is_read_and_what_cannot_be_reached_is_said(tmp_path: Path) -> None:
+    root, away = tmp_path / "pictures", tmp_path / "away"
+    save(root / "a.png")
+    save(away / "deep" / "b.png", (0, 255, 0))
+    (root / "more").symlink_to(away)
+    (root / "more" / "round").symlink_to(root)
+    (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    lines = [{"file_name": "a.png", "text": "a"}, {"file_name": "more/deep/b.png", "text": "b"}]
+    folder = read_folder(describe(root, *lines))
+    assert [picture.path.relative_to(root).as_posix() for picture in folder.pictures] == ["a.png", "more/deep/b.png"]
+    said = {problem.path.relative_to(root).as_posix(): problem.reason for problem in folder.problems}
+    assert said == {
+        "gone.png": "a link to nothing that is there",
+        "more/round": "a link to a folder that is read already",
+    }
+    entries = {entry.file: entry.status for entry in write_ledger(folder, 8).entries}
+    assert entries["gone.png"] == "unreadable" and entries["more/deep/b.png"] == "used"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes")
+def test_a_name_that_is_not_utf8_is_a_name_as_others(tmp_path: Path) -> None:
+    root, odd = tmp_path / "pictures", os.fsdecode(b"caf\xe9")
+    for k, name in enumerate(("a", "b", odd)):
+        save(root / "c.png", (k, 0, 0)).rename(root / f"{name}.png")
+        (root / f"{name}.txt").write_text("a")
+    folder = hold_out(read_folder(root), "test", 0.3)
+    assert len(folder.pictures) == 3 and folder.select("test")
+    page = keep_ledger(write_ledger(folder, 8), tmp_path / "state")
+    assert "caf" in page.read_text() and "caf" in (tmp_path / "state" / "ledger.json").read_text()
+    (problem,) = (problem for problem in read_folder(root, "names").problems if problem.kind == "without caption")
+    assert problem.path.name == f"{odd}.png" and problem.reason == "its name is not UTF-8"
+
+
+def test_half_a_character_in_a_caption_is_refused_with_its_line(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    describe(tmp_path, r'{"file_name": "a.png", "text": "a cat \ud83d"}')
+    with pytest.raises(InputError, match=r"metadata\.jsonl line 1: a caption of a\.png holds half a character"):
+        read_folder(tmp_path)
+
+
+def test_what_could_not_be_read_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [Picture(save(tmp_path / f"{k}.png", (k, 0, 0)), ("a",)) for k in range(3)]
+    real = pixels._try_decode
+
+    def busy(picture: Picture, *rest: Any) -> Any:
+        return "too many open files" if picture.path.name == "1.png" else real(picture, *rest)
+
+    monkeypatch.setattr(pixels, "_try_decode", busy)
+    assert len(load_pixels(pictures, 8, tmp_path / "cache").array) == 2
+    assert len(load_pixels(pictures, 8, tmp_path / "cache").array) == 2
+    monkeypatch.undo()
+    again = load_pixels(pictures, 8, tmp_path / "cache")
+    assert len(again.array) == 3 and not again.problems
+
+
+def test_the_picture_held_out_is_one_that_can_be_read(tmp_path: Path) -> None:
+    for k in range(4):
+        save(tmp_path / "pictures" / f"{k}.png", (k, 0, 0))
+        (tmp_path / "pictures" / f"{k}.txt").write_text("a")
+    first = hold_out(read_folder(tmp_path / "pictures"), "test", 0.01).select("test")[0].path
+    first.write_bytes(b"torn")
+    how: dict[str, Any] = {"captions": "files", "background": "white", "held_out": "test", "part": 0.01}
+    _, found, remark = read_pictures(tmp_path / "pictures", 8, tmp_path / "cache", **how)
+    assert [picture.split == "test" for picture in found.pictures].count(True) == 1 and len(found.pictures) == 3
+    assert [problem.path for problem in found.problems] == [first] and remark
+
+
+def test_a_notice_in_another_code_is_kept_as_far_as_it_can_be_read(tmp_path: Path) -> None:
+    assert notice_of(tmp_path) == ""
+    (tmp_path / "NOTICE").write_bytes("by André".encode("latin-1"))
+    assert notice_of(tmp_path) == "by Andr\ufffd"

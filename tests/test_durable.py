@@ -13,7 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from latentgen import durable
-from latentgen.durable import recover, write_file, write_folder
+from latentgen.durable import recover, remove_leftovers, write_file, write_folder
 from latentgen.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -183,3 +183,18 @@ def test_a_full_disk_is_known_by_what_safetensors_says(tmp_path: Path, said: str
         write_folder(tmp_path / "w", write)
     with pytest.raises(SafetensorError, match="of its own"), durable.saying_what_failed(tmp_path):
         raise SafetensorError("of its own")
+
+
+def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    left = [
+        "cache/.latents-1.npy.123",
+        "cache/.pixels.json.9",
+        "unet/checkpoints/.step-00000002.writing/state.json",
+    ]
+    kept = [".lock", "cache/latents-1.npy", "unet/checkpoints/step-00000001/model.safetensors", "cache/.survey.json"]
+    for name in (*left, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == set(kept)

@@ -110,6 +110,16 @@ def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Chang
         (put("adversary = 0.02", "adversary = -0.1"), "vae.loss.adversary is -0.1: "),
         (put("adversary = 0.02", "matching = 0.1"), "vae.loss: matching is of an adversary's layers; set adversary"),
         (put("chance = 0.01", 'chance = "high"'), "clip.gate.chance is 'high': "),
+        (put("size = 32", "size = 36"), "data.size 36 is no multiple of 8, as vae.channels halve it"),
+        (put("heads = 2", "heads = 3"), "clip.width 32 is no multiple of clip.heads"),
+        (put("groups = 4", "groups = 3"), "each of vae.channels is to be a multiple of vae.groups"),
+        (put("channels = [32, 64]", "channels = [48, 64]"), r"unet.channels has \[48\]; each must be a multiple of 32"),
+        (put("head_width = 32", "head_width = 64"), r"unet.channels has \[32\]; each must be .* and unet.head_width"),
+        (
+            put("head_width = 32", 'weighting = "minsnr"'),
+            "unet.weighting is 'minsnr': input should be 'simple', 'min-snr'",
+        ),
+        (put("ema = 0.9", "betas = [0.9, 1.0]"), "clip.train.betas.1 is 1.0: input should be less than 1"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_its_key(tmp_path: Path, change: Change, said: str) -> None:

@@ -401,3 +401,23 @@ def test_the_command_line_opens_a_file_as_it_is_told(
     assert scheduler["prediction_type"] == "epsilon"
     run("convert", tmp_path / "made", tmp_path / "again.safetensors", "--prediction-type", "v_prediction")
     assert open_checkpoint(tmp_path / "again.safetensors").config("scheduler")["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("family", [Family.SD1, Family.SDXL])
+def test_a_projection_that_the_first_tower_has_no_use_for_is_passed_over(
+    plain: Callable[..., tuple[Path, Path]], family: Family, tmp_path: Path
+) -> None:
+    folder, file = plain(family)
+    copy = Path(shutil.copyfile(file, tmp_path / "more.safetensors"))
+    start = "conditioner.embedders.0.transformer." if family is Family.SDXL else "cond_stage_model.transformer."
+    more = {f"{start}text_projection.weight": torch.zeros(HEAD, HEAD), f"{start}logit_scale": torch.ones(())}
+    strip(copy, lambda tensors: tensors.update(more))
+    np.testing.assert_array_equal(picture(copy, tokenizer=folder), picture(file))
+
+
+def test_a_file_of_another_frame_is_refused(plain: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    _, file = plain(Family.SDXL)
+    copy = Path(shutil.copyfile(file, tmp_path / "edm.safetensors"))
+    strip(copy, lambda tensors: tensors.update({"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}))
+    with pytest.raises(InputError, match="was trained in EDM's frame"):
+        Pipeline.from_pretrained(copy)

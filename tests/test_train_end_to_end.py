@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentgen import Pipeline
+from latentgen import Pipeline, foundations
+from latentgen.build import Run
 from latentgen.checkpoint import open_folder
 from latentgen.diffusion.noise import Noise
+from latentgen.recipe import read_recipe
 from tests.forked import verb
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +115,32 @@ def test_the_same_command_again_does_nothing_again(trained: tuple[Path, object])
         assert f"{stage}: done before" in done.stderr and f"{stage}: starts" not in done.stderr
     assert "cache: computing" not in done.stderr
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_latents_are_normalised_by_what_was_measured_once(
+    trained: tuple[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured again on another machine last bits would differ, and the U-Net start over."""
+    out, _ = trained
+
+    def again(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(foundations, "normalise_latents", again)
+    run = Run(read_recipe(TINY), out, ICONS, lambda _: None)
+    vae = {name: value.half() for name, value in run.vae.state_dict().items()}
+    assert run.vae.config.scaling_factor == json.loads((out / "vae/config.json").read_text())["scaling_factor"]
+    for name, value in weights(out, "vae").items():
+        if name.startswith(("encoder.", "quant_conv.")):  # what decodes was trained on
+            torch.testing.assert_close(vae[name], value, rtol=0, atol=0)
+
+
+def test_a_clip_of_another_context_is_another_clip(trained: tuple[Path, object]) -> None:
+    out, _ = trained
+    (place,) = out.with_name("tiny.training").glob("clip-*")
+    assert foundations.other_context(place, 32) and not foundations.other_context(place, 16)
+    run = Run(read_recipe(TINY), out, ICONS, lambda _: None)
+    assert run.clip.text_model.embeddings.position_embedding.weight.shape[0] == 16
 
 
 def test_longer_steps_go_on_and_only_what_depends_on_them_is_done_again(

@@ -14,6 +14,7 @@ from latentgen.checkpoint.folder import (
     open_folder,
     read_json,
     read_manifest,
+    variant_of,
 )
 from latentgen.checkpoint.keys import CLIP, OPENCLIP
 from latentgen.checkpoint.kinds import refuse_other_kinds, unet_kind
@@ -39,6 +40,7 @@ __all__ = [
     "refuse_other_kinds",
     "save_pipeline",
     "unet_kind",
+    "variant_of",
     "write_defaults",
     "write_folder",
     "write_pipeline",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 import threading
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ STEMS = {
     "unet": "diffusion_pytorch_model",
 }
 SECOND = ("text_encoder_2", "tokenizer_2")  # what Stable Diffusion XL has besides
+_STORED = re.compile(r"\.safetensors$|\.safetensors\.index\.")
 _VERIFYING = threading.Lock()
 _VERIFIED: dict[Path, object] = {}  # by folder: the files as they were when their hashes were compared
 PARTS = (*CLASSES, "tokenizer", "tokenizer_2", "scheduler")  # the subfolders that decide a picture
@@ -92,16 +94,18 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over the names and hashes of every file that decides a picture; the same in any place and name.
 
-        ONNX graphs, which are made of the others, are left out: weights are the same weights with and without them.
-        The hashes come from the manifest; a folder without one is read through once.
+        Left out are ONNX graphs, which are made of the others, hidden files, and weights that are not read: pickles,
+        and those of another variant. The hashes come from the manifest; a folder without one is read through once.
         """
         listed = read_manifest(self.folder)["files"]
         paths = (
             path
             for part in self.parts
             for path in (self.folder / part).rglob("*")
-            if path.is_file() and path.suffix != ".onnx"
+            if path.is_file() and path.suffix not in (".onnx", *PICKLES) and not path.name.startswith(".")
         )
+        read = {path for paths in self.weights.values() for path in (*paths, _index(paths[0]))}
+        paths = (path for path in paths if path in read or not _STORED.search(path.name))
         names = sorted(path.relative_to(self.folder).as_posix() for path in paths)
         lines = (f"{name} {listed.get(name) or sha256(self.folder / name)}\n" for name in names)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -194,7 +198,18 @@ def _class_of(index: Mapping[str, Any], part: str) -> str | None:
 
 
 def _variant(weights: Mapping[str, tuple[Path, ...]]) -> str | None:
-    return "fp16" if any(".fp16." in paths[0].name for paths in weights.values()) else None
+    return next((variant for paths in weights.values() if (variant := variant_of(paths[0]))), None)
+
+
+def variant_of(file: Path) -> str | None:
+    """ "fp16" where a file of weights, or a shard of them, is named so."""
+    return "fp16" if re.search(r"\.fp16[.-]", file.name) else None
+
+
+def _index(shard: Path) -> Path:
+    """The file that names a shard beside others."""
+    stem = re.split(r"(?:\.fp16)?-\d+-of-", shard.name)[0]
+    return shard.with_name(f"{stem}.safetensors.index{'.fp16' if variant_of(shard) else ''}.json")
 
 
 def _state(folder: Path) -> object:

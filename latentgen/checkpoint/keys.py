@@ -94,7 +94,8 @@ def _from_ldm(part: str, name: str, config: Mapping[str, Any], tower: str) -> It
     if tower == OPENCLIP and (_beyond(name, config) or name in _unused(config)):
         return
     if tower == CLIP and part.startswith("text_encoder"):
-        yield Tie(name, name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}")
+        if not name.startswith(("text_projection.", "logit_scale")):  # which this tower has no use for
+            yield Tie(name, name if name.startswith("text_model.") else f"text_model.{name}")
         return
     yield _tie(part, name, _translated(part, name, modules(part, config, tower), "diffusers"), tower)
 

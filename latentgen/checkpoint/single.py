@@ -109,6 +109,8 @@ def open_checkpoint(place: Path, *, tokenizer: str | Path | None = None, verify:
     if not any(name.startswith("model.diffusion_model.") for name in shapes):
         what = "a LoRA" if any("lora" in name for name in shapes) else "no Stable Diffusion checkpoint as known"
         raise InputError(f"{place} is {what}; name a checkpoint with a U-Net, a VAE and a text encoder in it")
+    if framed := next((name for name in shapes if name.startswith("edm_")), None):
+        raise InputError(f"{place} was trained in EDM's frame ({framed} is in it), which is not read yet; name another")
     family = Family.of(shapes)
     told = json.loads((header.get("__metadata__") or {}).get(METADATA) or "{}")
     configs = told.get("configs") or configs_of(shapes, family, place)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,10 @@ from latentgen.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+# what diffusers once called the layers of an autoencoder's attention, as files of Stable Diffusion 1 and 2 still do
+ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(ATTENTION)})(?=\.)")
 
 
 def write_single(source: Checkpoint, target: Path, told: Mapping[str, Any] = MappingProxyType({})) -> list[Path]:
@@ -104,6 +109,8 @@ def _original(source: Checkpoint, part: str, form: str) -> "Iterator[tuple[str, 
 
     state = {name: value for path in source.weights[part] for name, value in load_file(path).items()}
     state = {name: value for name, value in state.items() if not name.endswith("position_ids")}
+    if part == "vae":
+        state = {OLD.sub(lambda found: ATTENTION[found[1]], name): value for name, value in state.items()}
     stacked: dict[str, dict[int, torch.Tensor]] = {}
     for tie in from_diffusers(part, list(state), source.config(part), form):
         value = state[tie.diffusers]

@@ -75,7 +75,7 @@ def doctor(
     if tokenizer is not None:
         ledger = count_with(tokenizer, ledger, words.tokenizer.context if words and weights is None else None)
     if json_file is not None:
-        write_file(json_file, ledger.as_json().encode())
+        write_file(json_file, ledger.as_json().encode(errors="backslashreplace"))
     if html_file is not None:
         write_file(html_file, write_page(ledger).encode())
     print_ledger(ledger)

@@ -8,13 +8,14 @@ description is an error; what is merely unused (a picture nothing describes) is 
 is either used or listed with the reason.
 """
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from latentgen.data.metadata import NAMES, clean_captions, read_metadata, read_text
+from latentgen.data.metadata import NAMES, clean_captions, is_torn, read_metadata, read_text
 from latentgen.data.picture import Picture, Problem
 from latentgen.errors import InputError
 
@@ -53,7 +54,8 @@ def read_files(root: Path, captions: str = "files") -> CaptionedFolder:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise InputError(f"{root} {what}; give a folder of pictures with {NAMES[0]} or .txt captions beside them")
-    files = sorted(path for path in root.rglob("*") if path.is_file() and not is_hidden(path.relative_to(root)))
+    there, beyond = walk(root)
+    files = [path for path in there if not is_hidden(path.relative_to(root))]
     found = [path for path in files if path.suffix.lower() in PICTURES]
     if not found:
         raise InputError(f"{root} holds no pictures; put {listing(PICTURES)} files there")
@@ -64,7 +66,33 @@ def read_files(root: Path, captions: str = "files") -> CaptionedFolder:
             f"{root} holds {len(found)} pictures but no captions{first}; write a {NAMES[0]} or a .txt file beside each "
             "picture, or have them named by their files (captions = names)"
         )
+    problems += [problem for problem in beyond if not is_hidden(problem.path.relative_to(root))]
     return CaptionedFolder(root, tuple(pictures), tuple(problems), tuple(descriptions))
+
+
+def walk(root: Path) -> tuple[list[Path], list[Problem]]:
+    """All files below a folder, sorted, those of linked folders too; and what there is that cannot be reached."""
+    found: list[Path] = []
+    problems: list[Problem] = []
+
+    def closed(error: OSError) -> None:
+        problems.append(Problem(Path(error.filename), f"cannot be read ({error.strerror})", "unreadable"))
+
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=closed):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above it, or twice to one
+            folders.clear()
+            problems.append(Problem(Path(folder), "a link to a folder that is read already", "unreadable"))
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort(key=lambda name: (Path(folder, name).is_symlink(), name))  # what is linked to, before links
+        for path in (Path(folder, name) for name in names):
+            if path.is_file():
+                found.append(path)
+            elif path.is_symlink():
+                problems.append(Problem(path, "a link to nothing that is there", "unreadable"))
+    return sorted(found), problems
 
 
 def is_hidden(relative: Path) -> bool:
@@ -87,9 +115,14 @@ def listing(names: Iterable[str]) -> str:
 
 def _from_names(found: Sequence[Path]) -> tuple[list[Picture], list[Problem], list[Path]]:
     said = [(path, caption_of_name(path.stem)) for path in found]
-    pictures = [Picture(path, (caption,)) for path, caption in said if caption]
-    nameless = [path for path, caption in said if not caption]
-    return pictures, [Problem(path, "its name holds no words", "without caption") for path in nameless], []
+    pictures, problems = [], []
+    for path, caption in said:
+        if caption and not is_torn(caption):
+            pictures.append(Picture(path, (caption,)))
+        else:
+            reason = "its name is not UTF-8" if caption else "its name holds no words"
+            problems.append(Problem(path, reason, "without caption"))
+    return pictures, problems, []
 
 
 def _from_files(found: Sequence[Path], files: Sequence[Path]) -> tuple[list[Picture], list[Problem], list[Path]]:

@@ -25,4 +25,4 @@ def hold_out(folder: CaptionedFolder, split: str, part: float) -> CaptionedFolde
 
 def _chance(name: str) -> float:
     """In [0, 1), uniform over names."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:6], "big") / 2**48

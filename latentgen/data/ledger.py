@@ -15,7 +15,7 @@ from typing import Any
 from latentgen.data.alike import MEANING, find_alike
 from latentgen.data.buckets import Buckets, keep_fitting
 from latentgen.data.decode import BACKGROUND, Opener
-from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden
+from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden, walk
 from latentgen.data.picture import Box, Picture, Problem, Stored
 from latentgen.data.remote import as_told
 from latentgen.data.survey import Facts, Progress, Survey
@@ -266,8 +266,9 @@ def _others(folder: CaptionedFolder) -> list[Entry]:
             reasons.setdefault(problem.path, problem)
     described, containers = set(folder.descriptions), set(folder.containers)
     others: list[Entry] = []
-    on_disk = folder.files if folder.files is not None else [p for p in folder.root.rglob("*") if p.is_file()]
+    on_disk = folder.files if folder.files is not None else walk(folder.root)[0]
     inside = {*reasons, *described} if containers else set()  # members of containers
+    inside |= {path for path, problem in reasons.items() if problem.kind == "unreadable"}  # links to nothing, say
     shown = taken | {path for path, _ in left_out}
     for path in sorted({*on_disk, *inside} - shown):
         relative = path.relative_to(folder.root)

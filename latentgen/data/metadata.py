@@ -160,7 +160,15 @@ def entry_captions(columns: dict[str, Any], name: str, where: str) -> list[str]:
     more = columns.pop("captions", None)
     if more is not None and not (isinstance(more, list) and all(isinstance(caption, str) for caption in more)):
         raise InputError(f'{where}: captions of {name} is not a list of strings; write "captions": ["a cat", "cat"]')
-    return [*said, *(more or [])]
+    said += more or []
+    if any(is_torn(text) for text in said):
+        raise InputError(f"{where}: a caption of {name} holds half a character (a lone surrogate); write it anew")
+    return said
+
+
+def is_torn(text: str) -> bool:
+    """Whether a text holds surrogates, which are no characters: of bytes that are not UTF-8, or half of a pair."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _box(value: Any, what: str) -> Box | None:

@@ -47,9 +47,9 @@ def write_page(ledger: Ledger) -> str:
 def keep_ledger(ledger: Ledger, folder: Path) -> Path:
     """Writes ledger.json and ledger.html into a folder, the page anew only when the ledger has changed; the page."""
     table, page = folder / "ledger.json", folder / "ledger.html"
-    told = ledger.as_json().encode()
+    told = ledger.as_json().encode(errors="backslashreplace")  # names of files need not be UTF-8
     if not (table.is_file() and page.is_file() and table.read_bytes() == told):
-        write_file(page, write_page(ledger).encode())
+        write_file(page, write_page(ledger).encode(errors="backslashreplace"))
         write_file(table, told)
     return page
 

@@ -64,6 +64,8 @@ def load_pixels(
         whole, keys = _keys(chosen, shape, opener, pool)
         target = cache / f"{whole}.npy"
         kept = _open(target, len(chosen), shape)
+        if kept is not None and any(not isinstance(_try_decode(chosen[k], shape, opener), str) for k in kept[1]):
+            kept = None  # what kept a picture from being read lay outside it, and is gone
         if kept is None:
             try:
                 cache.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentgen.data.folder import PICTURES, SOURCES, CaptionedFolder, is_hidden, listing, read_files
+from latentgen.data.folder import PICTURES, SOURCES, CaptionedFolder, is_hidden, listing, read_files, walk
 from latentgen.data.remote import Say, Store, address_of
 from latentgen.data.rows import is_saved, read_rows
 from latentgen.data.shards import PRESSED, TAR, expand, is_pattern, read_shards, tars_of
@@ -51,7 +51,7 @@ def read_folder(root: Path, captions: str = "files", say: Say = _to_stderr) -> C
             raise InputError(f"{root} holds rows, which have no names; leave captions at files")
         return read_rows(root)
     if root.is_dir():
-        files = sorted(path for path in root.rglob("*") if path.is_file())
+        files, _ = walk(root)
         shown = [path for path in files if not is_hidden(path.relative_to(root))]
         tars = [path for path in shown if path.name.endswith(TAR)]
         pressed = any(path.name.endswith(PRESSED) for path in shown)

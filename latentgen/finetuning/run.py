@@ -15,7 +15,7 @@ from PIL import Image
 
 from latentgen.checkpoint import read_json
 from latentgen.data.variants import Augmentation
-from latentgen.durable import alone, write_file
+from latentgen.durable import alone, remove_leftovers, write_file
 from latentgen.errors import InputError
 from latentgen.finetuning.base import Base
 from latentgen.finetuning.examples import Examples, count_pictures, read_examples
@@ -96,6 +96,7 @@ class Run:
         chosen = self._choose(base, count, marked)
         what = chosen.settings
         with alone(self.state):
+            remove_leftovers(self.state)
             examples = read_examples(folder, what, self.state / "cache", self.say)
             key = self._key(base, what, examples)
             if self._is_done(key):

@@ -5,8 +5,9 @@ An engine is opened from a checkpoint and gives what a pipeline holds: the text 
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -202,9 +203,10 @@ def _shorter(checkpoint: Checkpoint, threads: int, part: str, skip: int) -> Any:
     if not graph.is_file():
         left = f"the graph of its {part} without the last {skip} layer{'s' if skip > 1 else ''}"
         warnings.warn(f"{checkpoint.folder}: {left} is exported once into {graph.parent}", EngineNote, stacklevel=2)
-        from latentgen.models.onnx.export import export_skipping
+        with _exporting(checkpoint):
+            from latentgen.models.onnx.export import export_skipping
 
-        export_skipping(checkpoint, part, skip)
+            export_skipping(checkpoint, part, skip)
     return open_session(checkpoint, part, graph, threads)
 
 
@@ -216,10 +218,17 @@ def _exported(
     place = cache_folder(checkpoint) if place is None else place
     said = f"{checkpoint.folder} {why}: they are exported once into {place}"
     warnings.warn(said, EngineNote, stacklevel=2)
-    try:
+    with _exporting(checkpoint):
         from latentgen.models.onnx.export import export_fused, export_to_cache
 
         return export_fused(checkpoint, loras) if loras else export_to_cache(checkpoint)
+
+
+@contextmanager
+def _exporting(checkpoint: Checkpoint) -> Iterator[None]:
+    """What the exporter raises as an InputError."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # the exporter raises whatever its passes raise; torch can still run the model

@@ -119,6 +119,8 @@ class GeneratorNoise:
     def of(cls, generator: Any, batch: int) -> "GeneratorNoise":
         """From one generator, or a list with one for each picture. Raises InputError where their number is another."""
         several = isinstance(generator, Sequence)
+        if not all(isinstance(each, torch.Generator) for each in (generator if several else (generator,))):
+            raise InputError(f"generator is {generator!r}; it must be a torch.Generator, or one for each picture")
         if several and len(generator) != batch:
             raise InputError(f"{len(generator)} generators for {batch} pictures; give one for all, or one for each")
         return cls(tuple(generator) if several else (generator,), batch)

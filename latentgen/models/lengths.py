@@ -6,11 +6,13 @@ chunks, say, get padding, and with it the condition's mask (B, L), on the host, 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from latentgen.diffusion.array import Array, namespace
 from latentgen.diffusion.denoiser import Condition
+from latentgen.errors import InputError
 from latentgen.models import prompt
 
 Rows = slice | np.ndarray  # which rows of a batch
@@ -77,3 +79,16 @@ def _padded(condition: Condition, length: int) -> Condition:
         states = xp.concat((states, zeros), axis=1)
         mask = np.pad(mask, ((0, 0), (0, length - own)))
     return replace(condition, states=states, mask=mask)
+
+
+def check_embeds(name: str, count: int, width: int | None, states: Any, pooled: Any) -> None:
+    """Raises InputError for embeddings (P, L, D), or pooled (P, D) beside them, that are not for `count` pictures.
+
+    name: the argument's. width: D, where the U-Net says it.
+    """
+    whole = len(states.shape) == 3 and len(states) and not count % len(states)
+    if not whole or (width and states.shape[2] != width):
+        raise InputError(f"{name} has shape {tuple(states.shape)}; it must be (prompts, tokens, {width or 'width'})")
+    if pooled is not None and (len(pooled.shape) != 2 or len(pooled) != len(states)):
+        shape = f"{tuple(pooled.shape)}; it must be ({len(states)}, width)"
+        raise InputError(f"{name.replace('prompt', 'pooled_prompt')} has shape {shape}")

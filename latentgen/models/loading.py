@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from latentgen.checkpoint import Checkpoint, SingleFile
+from latentgen.checkpoint import Checkpoint, SingleFile, variant_of
 from latentgen.errors import InputError
 from latentgen.models.precision import type_name
 
@@ -79,7 +79,7 @@ def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.devi
         return _from_single(kind, checkpoint, part, dtype).to(device).requires_grad_(False).eval()
     folder = checkpoint.folder / part
     named = {"dtype": dtype} if part.startswith("text_encoder") else {"torch_dtype": dtype}
-    variant = "fp16" if ".fp16." in checkpoint.weights[part][0].name else None
+    variant = variant_of(checkpoint.weights[part][0])
     try:
         with quiet():
             module, report = kind.from_pretrained(

@@ -235,14 +235,20 @@ def need_of(
 def told_bytes(unet: Mapping[str, Any], tokens: int) -> int:
     """Bytes of the keys and values of all cross-attention layers for one text of so many tokens, float32."""
     widths = [int(width) for width in unet["block_out_channels"]]
-    kinds = [unet.get(f"{way}_block_types") or ["CrossAttn"] * len(widths) for way in ("down", "up")]
-    layers, depths = (
-        [int(each) for each in (told if isinstance(told, Sequence) else [told] * len(widths))]
-        for told in (unet.get("layers_per_block") or 2, unet.get("transformer_layers_per_block") or 1)
+
+    def every(one: Any) -> list[Any]:
+        return [one] * len(widths)
+
+    kinds = [unet.get(f"{way}_block_types") or every("CrossAttn") for way in ("down", "up")]
+    deep = unet.get("transformer_layers_per_block") or 1
+    back = unet.get("reverse_transformer_layers_per_block")  # the way up, from the deepest level on
+    layers, depths, climbs = (
+        [each if isinstance(each, int) else max(each) for each in (told if isinstance(told, Sequence) else every(told))]
+        for told in (unet.get("layers_per_block") or 2, deep, list(reversed(back)) if back else deep)
     )
     middle = str(unet.get("mid_block_type", "CrossAttn"))
     numbers = depths[-1] * widths[-1] if "CrossAttn" in middle else 0
     for level, width in enumerate(widths):
         down, up = ("CrossAttn" in str(types[place]) for types, place in zip(kinds, (level, -1 - level), strict=True))
-        numbers += (down * layers[level] + up * (layers[level] + 1)) * depths[level] * width
+        numbers += (down * layers[level] * depths[level] + up * (layers[level] + 1) * climbs[level]) * width
     return 2 * 4 * tokens * numbers

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from latentgen.data import Buckets, CaptionedFolder, Ledger, Pixels
 from latentgen.data.page import keep_ledger
 from latentgen.data.remote import as_told
-from latentgen.durable import alone, write_file
+from latentgen.durable import alone, remove_leftovers, write_file
 from latentgen.errors import InputError
 from latentgen.models.pixel import pixel_unet
 from latentgen.pixels.model import BINS, Family, PixelModel, sampler_of
@@ -26,6 +26,7 @@ from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.pixels.weights import class_sheet, save_pixels
 from latentgen.training import board
 from latentgen.training.cache import cached
+from latentgen.training.finish import notice_of
 from latentgen.training.intake import divide, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.precision import accelerator_for
@@ -87,13 +88,14 @@ class PixelRun:
             self.report(f"{what.name}: {board.ABSENT}")
         with alone(self.state) if main else nullcontext():
             if main:
+                remove_leftovers(self.state)
+            if main:
                 self.report(f"data: {self.ledger.line()}; see {keep_ledger(self.ledger, self.state)}")
             model, trained = self.trained()
             if main:
                 figures = {"pixels": dict(trained), "likelihood": self.likelihoods(model)}
                 told = what.model_dump(mode="json")
-                notice = self.folder / "NOTICE"
-                licences = notice.read_text(encoding="utf-8") if notice.is_file() else ""
+                licences = notice_of(self.folder)
                 sheet = self.sheet(model)
                 save_pixels(self.out, model, self.classes, told, figures, sheet=sheet, licences=licences)
                 self.report(f"{what.name}: wrote {self.out}")

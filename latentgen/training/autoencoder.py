@@ -250,6 +250,12 @@ def normalise_latents(vae: AutoencoderKL, pixels: np.ndarray, device: torch.devi
     }
 
 
+def folded(vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The weights that `normalise_latents` changes, by name, on the host."""
+    held = vae.state_dict()
+    return {name: value.cpu().contiguous() for name, value in held.items() if "quant_conv." in name}
+
+
 def _moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std of sampled latents by channel, (C,) each; up to 2048 pictures, sampling noise fixed."""
     chosen = pixels[:: max(1, len(pixels) // 2048)]

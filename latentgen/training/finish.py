@@ -43,9 +43,8 @@ def extra_files(
     data: Path,
     sheet: Image.Image,
 ) -> dict[str, bytes | str]:
-    """Relative path -> content. The data's NOTICE, where it has one, is kept word for word."""
-    notice = data / "NOTICE"
-    licences = notice.read_text(encoding="utf-8") if notice.is_file() else ""
+    """Relative path -> content. The data's NOTICE, where it has one, is kept word for word where it is UTF-8."""
+    licences = notice_of(data)
     drawn = io.BytesIO()
     sheet.save(drawn, "PNG", optimize=True)
     return {
@@ -55,6 +54,15 @@ def extra_files(
         "README.md": _card(name, size, figures, licences),
         "sheet.png": drawn.getvalue(),
     }
+
+
+def notice_of(data: Path) -> str:
+    """The NOTICE of a data folder; "" where there is none. What in it is not UTF-8 does not end a run."""
+    notice = data / "NOTICE"
+    try:
+        return notice.read_bytes().decode("utf-8-sig", errors="replace") if notice.is_file() else ""
+    except OSError:
+        return ""
 
 
 def _card(name: str, size: int, figures: Mapping[str, Any], licences: str) -> str:

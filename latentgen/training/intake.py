@@ -113,6 +113,14 @@ def read_pictures(
         remark = f"data: no picture is marked {held_out!r}, so {count} are held out by their names"
     taught_first = sorted(folder.pictures, key=lambda picture: picture.split == held_out)
     pixels = load_pixels(taught_first, size, cache, background)
+    if folder is not marked and len({picture.split == held_out for picture in pixels.pictures}) == 1:
+        torn = {problem.path for problem in pixels.problems}  # all that were held out, or all the others
+        readable = replace(marked, pictures=tuple(p for p in marked.pictures if p.path not in torn))
+        divided = hold_out(readable, held_out, part)
+        rest = tuple(picture for picture in marked.pictures if picture.path in torn)
+        folder = replace(divided, pictures=(*divided.pictures, *rest))
+        taught_first = sorted(folder.pictures, key=lambda picture: picture.split == held_out)
+        pixels = load_pixels(taught_first, size, cache, background)
     return folder, pixels, remark
 
 

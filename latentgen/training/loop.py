@@ -185,12 +185,19 @@ class TrainState:
             for name, averaged in average.items():
                 put(averaged, tensors[file][name])
         named = dict(self.module.named_parameters())
+        beside = {  # weights whose optimiser wants its counts on their device, too
+            weight
+            for group in self.optimizer.param_groups
+            if group.get("fused") or group.get("capturable")
+            for weight in group["params"]
+        }
         self.optimizer.state.clear()
         for key, value in tensors["optimizer"].items():
             kind, name = key.split("/", 1)
             weight = named[name]
             like = weight if value.shape == weight.shape else value  # in the weight's own memory format
-            kept = torch.empty_like(like, dtype=value.dtype, device=weight.device if value.ndim else None)
+            there = weight.device if value.ndim or weight in beside else None
+            kept = torch.empty_like(like, dtype=value.dtype, device=there)
             put(kept, value)
             self.optimizer.state[weight][kind] = kept.detach()
         for key, value in tensors.get("numbers", {}).items():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_folder
@@ -105,3 +105,35 @@ def test_an_xl_adapter_in_kohyas_form_is_fused_into_the_graphs(xl: Path, tmp_pat
     write_kohya(made, file, xl)
     graphs = Pipeline.from_pretrained(xl, engine="onnx", loras=[{"path": str(file)}])
     np.testing.assert_allclose(graphs("a red apple", seed=3, **CALL).images, picture(xl, file), atol=1e-3)
+
+
+def test_what_is_in_kohyas_form_already_keeps_its_names(folder: Path, xl: Path, tmp_path: Path) -> None:
+    for place, base in ((folder, None), (xl, xl)):
+        made = adapter(place, "lora", tmp_path / place.name, text=True)
+        file, again = tmp_path / f"{place.name}.safetensors", tmp_path / f"{place.name}-again.safetensors"
+        write_kohya(made, file, base)
+        write_kohya(file, again, base)
+        one, other = load_file(file), load_file(again)
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(picture(place, again), picture(place, file), atol=1e-4)
+
+
+def test_a_text_encoders_own_names_and_the_original_layouts_are_known(folder: Path, xl: Path, tmp_path: Path) -> None:
+    made = adapter(folder, "lora", tmp_path / "mine", text=True) / "pytorch_lora_weights.safetensors"
+    start = "text_encoder."
+    text = {name.removeprefix(start): value for name, value in load_file(made).items() if name.startswith(start)}
+    assert text and all(name.startswith("text_model.") for name in text)
+    save_file({f"base_model.model.{name}": value for name, value in text.items()}, tmp_path / "text.safetensors")
+    write_kohya(tmp_path / "text.safetensors", tmp_path / "kohya.safetensors")
+    assert all(name.startswith("lora_te_text_model_") for name in load_file(tmp_path / "kohya.safetensors"))
+    np.testing.assert_allclose(
+        picture(folder, tmp_path / "kohya.safetensors"), picture(folder, tmp_path / "text.safetensors"), atol=1e-4
+    )
+    write_kohya(adapter(xl, "lora", tmp_path / "xl"), tmp_path / "xl.safetensors", xl)
+    layer = "lora_unet_middle_block_1_proj_in"
+    held = {name: value for name, value in load_file(tmp_path / "xl.safetensors").items() if name.startswith(layer)}
+    ldm = {name.replace(layer, "diffusion_model.middle_block.1.proj_in"): value for name, value in held.items()}
+    assert ldm
+    save_file(ldm, tmp_path / "ldm.safetensors")
+    write_kohya(tmp_path / "ldm.safetensors", tmp_path / "back.safetensors", xl)
+    assert load_file(tmp_path / "back.safetensors").keys() == held.keys()

@@ -201,3 +201,13 @@ def test_an_order_takes_a_batch_by_memory(folder: Path, tmp_path: Path) -> None:
     assert read_settings(first)["batch"]["prompt"] == PROMPTS[:3]
     with pytest.raises(InputError, match="batch is 'most'"):
         list(render(Order(["a"], batch="most"), tmp_path, str(folder)))
+
+
+def test_a_unet_with_other_depths_on_the_way_up_is_counted_by_its_deepest_layers() -> None:
+    plain = {"block_out_channels": [32, 64], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}
+    plain |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2, "mid_block_type": None}
+    nested = plain | {"transformer_layers_per_block": [1, [2, 4]]}
+    back = {"reverse_transformer_layers_per_block": [[4, 4, 10], 1]}
+    # a text's keys and values, float32: two layers of 4 down, three of 4 or 10 up, 64 wide
+    assert memory.told_bytes(nested, 1) == 8 * 64 * (2 * 4 + 3 * 4)
+    assert memory.told_bytes(nested | back, 1) == 8 * 64 * (2 * 4 + 3 * 10)

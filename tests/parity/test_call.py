@@ -115,8 +115,32 @@ def test_noise_that_ddim_puts_back_is_that_of_diffusers(folder: Path, eta: float
         ({"latents": "noise"}, "latents: 'noise' \\(str\\); it must be an array"),
         ({"callback_on_step_end": 3}, "it must be a function"),
         ({"weaker": "weights/old"}, "it must be a Pipeline"),
+        ({"generator": 42}, "it must be a torch.Generator"),
+        ({"seed": np.arange(3)}, "3 seeds for 1 pictures"),
+        ({"seed": np.array(1.5)}, "must be a whole number"),
+        ({"prompt": None, "prompt_embeds": np.zeros((0, 11, 32), "f")}, "hold no prompt"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 11, 7), "f")}, "must be \\(prompts, tokens, 16\\)"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 11), "f")}, "must be \\(prompts, tokens, 16\\)"),
     ],
 )
 def test_what_cannot_be_is_refused(folder: Path, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Pipeline.from_pretrained(folder)("a red apple", num_inference_steps=3, **wrong)
+        Pipeline.from_pretrained(folder)(**{"prompt": "a red apple", "num_inference_steps": 3, **wrong})
+
+
+def test_pooled_embeddings_are_looked_at(xl: Path) -> None:
+    pipe, states = Pipeline.from_pretrained(xl), np.zeros((1, 11, 36), "f")
+    for pooled, said in (([[0.0] * 12], "it must be an array"), (np.zeros((2, 12), "f"), "must be \\(1, width\\)")):
+        with pytest.raises(InputError, match=f"pooled_prompt_embeds.*{said}"):
+            pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, num_inference_steps=2)
+
+
+def test_seeds_may_be_an_array_and_a_callbacks_latents_of_another_kind(folder: Path) -> None:
+    for engine in ("onnx", "torch"):
+        pipe = Pipeline.from_pretrained(folder, engine=engine)
+        call = {"num_inference_steps": 2, "output_type": "np"}
+        one, other = (pipe(["a red apple"] * 2, seed=seed, **call) for seed in ([3, 4], torch.tensor([3, 4])))
+        np.testing.assert_array_equal(one.images, other.images)
+        given = {"onnx": torch.zeros(1, 4, 8, 8), "torch": np.zeros((1, 4, 8, 8))}[engine]
+        steered = pipe("a red apple", seed=3, callback_on_step_end=lambda *_: {"latents": given}, **call)  # noqa: B023
+        assert np.abs(steered.images - one.images[:1]).max() > 1e-2

@@ -432,3 +432,25 @@ def test_killed_in_the_middle_of_a_stage_a_run_ends_in_the_same_weights_to_the_b
         expected, found = load_file(file), load_file(tmp_path / "cut" / file.relative_to(tmp_path / "whole"))
         assert expected.keys() == found.keys()
         assert all(torch.equal(value, found[name]) for name, value in expected.items()), file.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's optimiser wants its counts there")
+def test_on_a_gpu_a_run_goes_on_as_if_it_had_not_stopped() -> None:
+    settings = LoopSettings(steps=4, batch=4, rate=1e-2, optimizer="adamw")
+    states = []
+    for stop in (4, 2):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(4, 4, device="cuda")
+        state = TrainState.start(module, settings)
+        for step in range(4):
+            if step == stop:
+                fresh = TrainState.start(torch.nn.Linear(4, 4, device="cuda"), settings)
+                fresh.load(
+                    {file: {n: v.cpu() for n, v in part.items()} for file, part in state.tensors().items()}, step
+                )
+                state, module = fresh, fresh.module  # type: ignore[assignment]
+            module(torch.ones(4, 4, device="cuda") * step).square().mean().backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+        states.append(module.weight.detach().cpu())
+    torch.testing.assert_close(*states, rtol=0, atol=0)

@@ -10,7 +10,7 @@ from latentgen.checkpoint import find, open_checkpoint
 from latentgen.checkpoint.keys import ldm_layers
 from latentgen.errors import InputError
 from latentgen.models.lora.file import Lora, read_lora
-from latentgen.models.lora.names import KOHYA, TOWER
+from latentgen.models.lora.names import KOHYA, LDM, TOWER
 from latentgen.models.lora.update import Update
 
 _NAMES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "diff": "diff"}
@@ -54,9 +54,13 @@ def write_kohya(source: str | Path, target: Path, base: str | Path | None = None
 def _name(lora: Lora, layer: str, config: Mapping[str, Any] | None) -> str:
     """ "unet.down_blocks.0.….to_q" -> "lora_unet_down_blocks_0_…_to_q"; config: of Stable Diffusion XL's U-Net."""
     bare = layer.removeprefix("base_model.model.")
+    if bare.startswith(tuple(f"{start}_" for starts in KOHYA.values() for start in starts)):
+        return bare  # it is in this form already
+    if bare.startswith(LDM):
+        return f"{KOHYA['unet'][0]}_{bare.removeprefix(LDM).replace('.', '_')}"
     part, _, rest = bare.partition(".")
     if part not in KOHYA:
-        part, rest = "unet", bare
+        part, rest = "text_encoder" if bare.startswith(TOWER) else "unet", bare
     if config is None and (part == "text_encoder_2" or ".transformer_blocks.1." in rest):
         raise InputError(f"{lora.path} is for Stable Diffusion XL; say which weights it is for, as --base weights/xl")
     if part != "unet" and not rest.startswith(TOWER):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 KOHYA = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+LDM = "diffusion_model."  # before a U-Net layer's name in the LDM layout
 TOWER = "text_model."  # transformers 5 leaves it out of CLIP's names; files have it
 
 
@@ -23,7 +24,7 @@ def aliases(part: str, layer: str, original: Iterable[str] = ()) -> Iterator[str
         for start in KOHYA.get(part, ()):
             yield f"{start}_{form.replace('.', '_')}"
     for form in original:
-        yield f"diffusion_model.{form}"
+        yield f"{LDM}{form}"
 
 
 def index(layers: Mapping[str, Mapping[str, Iterable[str]]]) -> dict[str, tuple[str, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentgen.checkpoint import Checkpoint, SingleFile
+from latentgen.checkpoint import Checkpoint, SingleFile, check_safetensors
 from latentgen.durable import user_cache
 
 GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.onnx"}  # each beside its weights
@@ -81,6 +81,10 @@ def why_not(checkpoint: Checkpoint) -> str | None:
     missing = [name for name in ("onnxruntime", "tokenizers") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{missing[0]} is not installed"
+    files = {file for files in checkpoint.weights.values() for file in files}
+    entries = (entry for file in files for entry in check_safetensors(file).values() if "dtype" in entry)
+    if small := next((entry["dtype"] for entry in entries if entry["dtype"].startswith("F8")), None):
+        return f"its weights are stored as {small}"
     if checkpoint.config("text_encoder").get("use_attention_mask"):
         return "its text encoder is told of padding"
     return None
