@@ -54,7 +54,7 @@ def small(recipe: Path, name: str, steps: int, seed: int) -> Recipe:
     table = read_table(recipe)
     for stage, length in (("clip", 150), ("vae", 500), ("unet", steps)):
         table[stage]["train"] |= {"steps": length, "warmup": 100 if stage == "unet" else 50}
-    for key in ("times", "times_mean", "times_std"):
+    for key in ("times", "times_mean", "times_std", "align"):
         table["unet"].pop(key, None)
     for key in ("kind", "decoder"):
         table.pop(key, None)
