@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -211,7 +212,7 @@ class Foundations:
 
         Measured anew, on another machine or on a GPU, it would differ in last bits, and the U-Net start over.
         """
-        kept = place / "normalised.safetensors"
+        kept = place / f"normalised-{content_of(vae)}.safetensors"  # of these weights: a longer run has others
         with self.accelerator.main_process_first():
             if not kept.is_file():
                 measured = normalise_latents(vae, self.data.pixels, self.accelerator.device)
@@ -303,9 +304,10 @@ class Foundations:
 def other_context(place: Path, context: int) -> bool:
     """Whether the CLIP of a stage's place reads texts of another length than `context` tokens."""
     for file in place.glob("checkpoints/*/model.safetensors"):
-        for name, entry in check_safetensors(file).items():
-            if name.endswith("text_model.embeddings.position_embedding.weight"):
-                return int(entry["shape"][0]) != context
+        with suppress(InputError):  # torn ones say nothing
+            for name, entry in check_safetensors(file).items():
+                if name.endswith("text_model.embeddings.position_embedding.weight"):
+                    return int(entry["shape"][0]) != context
     return False
 
 

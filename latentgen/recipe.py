@@ -14,7 +14,7 @@ from latentgen.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
-Below = Annotated[float, Field(ge=0, lt=1)]  # 1
+Below = Annotated[float, Field(ge=0, lt=1)]  # a part, but not all
 Model = TypeVar("Model", bound=BaseModel)
 Amount = Annotated[float, Field(ge=0)]
 Scale = Annotated[float, Field(ge=0.5, le=2)]

@@ -135,10 +135,14 @@ def test_latents_are_normalised_by_what_was_measured_once(
             torch.testing.assert_close(vae[name], value, rtol=0, atol=0)
 
 
-def test_a_clip_of_another_context_is_another_clip(trained: tuple[Path, object]) -> None:
+def test_a_clip_of_another_context_is_another_clip(trained: tuple[Path, object], tmp_path: Path) -> None:
     out, _ = trained
     (place,) = out.with_name("tiny.training").glob("clip-*")
     assert foundations.other_context(place, 32) and not foundations.other_context(place, 16)
+    torn = shutil.copytree(place, tmp_path / "torn")
+    for file in torn.rglob("model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    assert not foundations.other_context(torn, 32)
     run = Run(read_recipe(TINY), out, ICONS, lambda _: None)
     assert run.clip.text_model.embeddings.position_embedding.weight.shape[0] == 16
 
@@ -155,6 +159,15 @@ def test_longer_steps_go_on_and_only_what_depends_on_them_is_done_again(
     done = train(out, recipe=recipe)
     assert done.returncode == 0, done.stderr
     assert "vae: done before" in done.stderr and "unet: goes on from step 16 of 18" in done.stderr
+    (old,) = (tmp_path / "tiny.training").glob("vae-*/normalised-*.safetensors")
+    vae = "steps = {}\nbatch = 8\nrate = 2e-3"
+    recipe.write_text(recipe.read_text().replace(vae.format(16), vae.format(18)))
+    done = train(out, recipe=recipe)
+    assert "vae: goes on from step 16 of 18" in done.stderr, done.stderr
+    both = set((tmp_path / "tiny.training").glob("vae-*/normalised-*.safetensors"))
+    (new,) = both - {old}  # the longer one's latents are measured anew
+    one, other = load_file(old), load_file(new)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_broken_picture_costs_a_line(tmp_path: Path) -> None:
