@@ -81,7 +81,7 @@ def why_not(checkpoint: Checkpoint) -> str | None:
     missing = [name for name in ("onnxruntime", "tokenizers") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{missing[0]} is not installed"
-    files = {file for files in checkpoint.weights.values() for file in files}
+    files = {file for files in checkpoint.weights.values() for file in files if file.is_file()}
     entries = (entry for file in files for entry in check_safetensors(file).values() if "dtype" in entry)
     if small := next((entry["dtype"] for entry in entries if entry["dtype"].startswith("F8")), None):
         return f"its weights are stored as {small}"
