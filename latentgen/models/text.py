@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -26,6 +26,7 @@ class TextEncoder(ReadsPrompts):
     the model is in training mode.
     """
 
+    skips: ClassVar[bool] = True  # whether layers can be left away
     tokenizer: Any
     model: Any
     raw: bool = False
@@ -62,11 +63,6 @@ class TextEncoder(ReadsPrompts):
     def towers(self) -> tuple["TextEncoder", ...]:
         """This one."""
         return (self,)
-
-    @property
-    def skips(self) -> bool:
-        """Whether layers can be left away."""
-        return True
 
     @property
     def window(self) -> Window:  # type: ignore[override]
@@ -120,6 +116,7 @@ class TwoTextEncoders:
     zeros: no negative prompt is all zeros, as the base model was trained; an empty one that was given is encoded.
     """
 
+    skips: ClassVar[bool] = True
     first: TextEncoder
     second: TextEncoder
     zeros: bool = True
@@ -134,11 +131,6 @@ class TwoTextEncoders:
     def towers(self) -> tuple[TextEncoder, ...]:
         """Both."""
         return (self.first, self.second)
-
-    @property
-    def skips(self) -> bool:
-        """Whether layers can be left away."""
-        return True
 
     @property
     def length(self) -> int:

@@ -142,5 +142,5 @@ def test_seeds_may_be_an_array_and_a_callbacks_latents_of_another_kind(folder: P
         one, other = (pipe(["a red apple"] * 2, seed=seed, **call) for seed in ([3, 4], torch.tensor([3, 4])))
         np.testing.assert_array_equal(one.images, other.images)
         given = {"onnx": torch.zeros(1, 4, 8, 8), "torch": np.zeros((1, 4, 8, 8))}[engine]
-        steered = pipe("a red apple", seed=3, callback_on_step_end=lambda *_: {"latents": given}, **call)  # noqa: B023
+        steered = pipe("a red apple", seed=3, callback_on_step_end=lambda *_, given=given: {"latents": given}, **call)
         assert np.abs(steered.images - one.images[:1]).max() > 1e-2
