@@ -292,6 +292,7 @@ class Foundations:
             gate=gate,
             pace=Pace(**self.recipe.pace.model_dump()),
             report=self.report,
+            held_out="" if name == "vae" else self.data.held_fingerprint,  # the autoencoder reads no captions
         )
         self.figures[name] = dict(figures)
         return figures

@@ -238,7 +238,13 @@ class PixelRun:
             gate=what.gate,
             pace=Pace(**what.pace.model_dump()),
             report=self.report,
+            held_out=self._held_labels,
         )
+
+    @property
+    def _held_labels(self) -> str:
+        """Changes with the class of any held-out picture."""
+        return fingerprint(self._pictures[1].labels.tolist())
 
     def sheet(self, model: PixelModel) -> Any:
         """A column for each class, from fixed noise."""
@@ -263,7 +269,7 @@ class PixelRun:
         """
         what = self.recipe.likelihood
         steps = self.recipe.train.steps
-        kept = self.place / f"likelihood-{fingerprint(what.model_dump(), steps)}.json"
+        kept = self.place / f"likelihood-{fingerprint(what.model_dump(), steps, self._held_labels)}.json"
         if kept.is_file():
             figures: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
             return figures

@@ -87,6 +87,11 @@ class TrainingData:
             _add(digest, array)
         return digest.hexdigest()
 
+    @cached_property
+    def held_fingerprint(self) -> str:
+        """Changes with any held-out picture's main caption."""
+        return hashlib.sha256("\n".join(self.held_captions).encode()).hexdigest()[:12]
+
 
 def read_pictures(
     root: Path,

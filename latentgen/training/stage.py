@@ -80,10 +80,12 @@ def run_stage(
     gate: Mapping[str, float],
     pace: Pace,
     report: Report,
+    held_out: str = "",
 ) -> Mapping[str, float]:
     """Train the objective to its end and leave the averaged weights in `objective.module`; returns its figures.
 
-    `gate` names figures and the least each must reach (a name that starts with "max_" names the most).
+    `gate` names figures and the least each must reach (a name that starts with "max_" names the most). `held_out` names
+    what the figures are of beside what the folder is named for: of others they are taken anew, without a step.
     Raises InputError where a gate does not hold; the checkpoints stay.
     """
     snapshots = Snapshots(folder / "checkpoints")
@@ -95,15 +97,20 @@ def run_stage(
     main = accelerator.is_main_process
     done = folder / "done.json"
     enough = state.step == settings.steps or _stalled(snapshots, state.step, pace)
-    kept: Mapping[str, float] = json.loads(done.read_text())["figures"] if done.is_file() else {}
-    if enough and kept.get("steps") == state.step:  # figures of fewer steps stay where a longer run missed its gate
+    told: Mapping[str, Any] = json.loads(done.read_text()) if done.is_file() else {"figures": {}}
+    kept: Mapping[str, float] = told["figures"]
+    whole_run = enough and kept.get("steps") == state.step  # figures of fewer stay where a longer run missed its gate
+    if whole_run and told.get("held_out", held_out) == held_out:
         state.swap_average()
         report(f"{name}: done before ({state.step} steps), {_line(kept)}")
         _hold(name, gate, kept, settings)
         return kept
     if state.step > settings.steps:
         raise InputError(f"{name} has already trained {state.step} steps; give steps = {state.step} or more")
-    report(f"{name}: {'goes on from' if state.step else 'starts at'} step {state.step} of {settings.steps}")
+    if whole_run:
+        report(f"{name}: done before ({state.step} steps); other captions are held out now, so it is judged anew")
+    else:
+        report(f"{name}: {'goes on from' if state.step else 'starts at'} step {state.step} of {settings.steps}")
     if not enough:
         _train(name, objective, state, settings, folder, accelerator, snapshots, seed, pace, report)
     state.swap_average()
@@ -111,7 +118,8 @@ def run_stage(
     report(f"{name}: {_line(figures)}")
     _hold(name, gate, figures, settings)
     if main:
-        write_file(done, (json.dumps({"figures": figures}, indent=2) + "\n").encode())
+        told = {"figures": figures, "held_out": held_out} if held_out else {"figures": figures}
+        write_file(done, (json.dumps(told, indent=2) + "\n").encode())
     return figures
 
 

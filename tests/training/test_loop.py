@@ -316,6 +316,37 @@ def test_a_stage_that_is_done_is_not_done_again_and_goes_on_when_made_longer(tmp
         stage(tmp_path, SETTINGS, {}, lines)
 
 
+def test_where_other_captions_are_held_out_a_stage_that_is_done_is_judged_anew_without_a_step(tmp_path: Path) -> None:
+    class Judged(Regression):
+        truth, trained = 1.0, False
+
+        def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+            self.trained = True
+            return super().loss(items, draw)
+
+        def validate(self) -> Mapping[str, float]:
+            return {"weight": self.truth}
+
+    def figures(truth: float, held_out: str) -> tuple[float, str]:
+        objective, lines = Judged(), list[str]()
+        objective.truth = truth
+        pace = Pace(log_seconds=1e9, save_seconds=1e9, validate_steps=1000)
+        given: dict[str, Any] = {"seed": 1, "gate": {}, "pace": pace, "report": lines.append, "held_out": held_out}
+        found = run_stage("toy", objective, SETTINGS, tmp_path, Accelerator(), **given)["weight"]
+        assert objective.trained == lines[0].startswith("toy: starts")
+        return found, lines[0]
+
+    assert figures(1.0, "")[0] == 1.0  # of a run that did not say yet what it held out
+    found, line = figures(2.0, "these")
+    assert found == 1.0 and "done before" in line
+    (tmp_path / "done.json").unlink()
+    assert figures(1.0, "these")[0] == 1.0
+    assert figures(2.0, "these")[0] == 1.0
+    found, line = figures(2.0, "others")
+    assert found == 2.0 and "judged anew" in line
+    assert figures(3.0, "others")[0] == 2.0
+
+
 def test_a_gate_that_does_not_hold_stops_the_run_and_keeps_the_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not pass its gate: weight is .* below 1e\+09.*raise steps"):
         stage(tmp_path, SETTINGS, {"weight": 1e9}, [])
