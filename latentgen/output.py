@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from latentgen.checkpoint import Checkpoint
-from latentgen.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,6 @@ def as_tensor(groups: Iterable[Any]) -> Any:
 def on_host(pixels: Any) -> np.ndarray:
     """Pixels (B, 3, H, W) of either engine as a NumPy array (B, H, W, 3)."""
     return np.asarray(pixels.cpu() if hasattr(pixels, "cpu") else pixels).transpose(0, 2, 3, 1)
-
-
-def put_in_place(x: Any, other: Any) -> None:
-    """Make `x` hold what a callback returned: the sampler goes on from the array it yielded."""
-    if other is x:
-        return
-    if tuple(other.shape) != tuple(x.shape):
-        raise InputError(f"the callback returned latents of shape {tuple(other.shape)}; it must be {tuple(x.shape)}")
-    x[...] = x.new_tensor(other) if hasattr(x, "new_tensor") and not hasattr(other, "new_tensor") else other
 
 
 def identity(checkpoint: Checkpoint, path: str | Path | None) -> dict[str, Any]:

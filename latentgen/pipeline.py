@@ -18,14 +18,14 @@ import PIL
 from latentgen import __version__
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.array import Array
-from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network, told_scale
+from latentgen.diffusion.denoiser import Condition, Denoiser, Network, told_scale
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
-from latentgen.diffusion.schedule.plan import Plan, from_config
-from latentgen.diffusion.schedule.reading import known
+from latentgen.diffusion.schedule.plan import from_config
+from latentgen.diffusion.schedule.reading import as_pipelines_take, known
 from latentgen.errors import InputError
-from latentgen.guiding import guided_as, snapshot_of
+from latentgen.guiding import engine_of, guided_as, snapshot_of, steered
 from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
 from latentgen.models.finite import check_finite
@@ -33,7 +33,7 @@ from latentgen.models.lengths import check_embeds, encoded_apart, of_one_length
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.memory import caching, decoded, in_groups, need_of, of_one_walk, pictures_at_a_time, tile_of
 from latentgen.models.words import TakesWords
-from latentgen.output import Output, as_tensor, identity, on_host, picture_settings, put_in_place
+from latentgen.output import Output, as_tensor, identity, on_host, picture_settings
 from latentgen.request import Assumed, Projected, Request, Terms, assumed, check_call, read_request, way_of
 from latentgen.request import terms_of as terms_of
 
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 
 Given = tuple[Any, Any]  # states and pooled states that somebody brought, or None
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Array]], dict[str, Array] | None]
-
-# Samplers whose state is their own between steps: what a callback returns cannot reach it.
-UNSTEERED = frozenset({"probability-flow"})
 
 
 class PromptCut(UserWarning):
@@ -115,7 +112,7 @@ class Pipeline(TakesLoras, TakesWords):
         opened = open_engine(checkpoint, engine, device=device, compile=compile, **where)
         pipe = cls(
             **vars(opened),
-            scheduler=checkpoint.config("scheduler")
+            scheduler=as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second)
             | ({"prediction_type": prediction_type} if prediction_type else {}),
             terms=terms,
             weights=identity(checkpoint, path),
@@ -251,6 +248,9 @@ class Pipeline(TakesLoras, TakesWords):
         lacking = (request.pag and self.perturbed is None) or (cached and self.cached is None)
         if lacking or (request.clip_skip and not self.text.skips):
             self._use_torch()
+        if isinstance(weaker, Pipeline) and engine_of(weaker) != engine_of(self):
+            self._use_torch()
+            weaker._use_torch()
         at_a_time = self.at_a_time(request, batch)
         plan, knots = way_of(self.scheduler, request)
         noise = self._noise(request, generator, seed)
@@ -263,9 +263,8 @@ class Pipeline(TakesLoras, TakesWords):
         network = caching(self.cached, request.feature_cache) if cached else of_one_walk(self.network)
         denoiser = Denoiser(in_groups(network, rows), plan.schedule, plan.prediction)
         snapshot = None if weaker is None else snapshot_of(weaker, self, rows), weaker_scale
-        conditions = condition, negative
-        denoise = guided_as(request, plan, knots, denoiser, conditions, rows, noise, self.perturbed, snapshot)
-        x = self._denoise(plan, denoise, x, knots, noise, callback_on_step_end)
+        told = (condition, negative), rows, noise, self.perturbed, snapshot
+        x = steered(self, plan, guided_as(request, plan, knots, denoiser, *told), x, knots, noise, callback_on_step_end)
         check_finite(x, "latents", (self.machine or {}).get("dtype"))
         brought = {"generator": generator, "weaker": weaker, "callback_on_step_end": self._steered or None} | arrays
         settings = self._settings(request, sorted(key for key, value in brought.items() if value is not None))
@@ -304,21 +303,24 @@ class Pipeline(TakesLoras, TakesWords):
             raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
         negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
         if given_negative[0] is None and not request.said and hasattr(self.text, "empty"):
-            negative = replace(self.text.empty(negative), sizes=negative.sizes)
+            empty = self.text.empty(negative)
+            brought = empty.pooled if given_negative[1] is None else negative.pooled
+            negative = replace(negative, states=empty.states, pooled=brought)
         return of_one_length(condition, negative)
 
     def _states(self, request: Request, prompts: Sequence[str], given: Given, name: str, skip: int = 0) -> Condition:
         states, pooled = given
+        width, count = self.terms.configs[0].get("cross_attention_dim"), len(request)
+        check_embeds(name, count // request.each, width, states, pooled)
+        states, pooled = (None if e is None else e[[k * len(e) // count for k in range(count)]] for e in given)
         if states is None:
             how: dict[str, Any] = {"weights": request.prompt_weights, "limit": request.max_embeddings_multiples}
             chunks = {text: len(self.text.lay(text, **how).chunks) for text in dict.fromkeys(prompts)}
             read = partial(self.text.encode, **how, skip=skip)
             told = encoded_apart(read, prompts, [chunks[text] for text in prompts])
+            told = told if pooled is None else self.text.given(told.states, pooled)
         else:
-            check_embeds(name, len(request), self.terms.configs[0].get("cross_attention_dim"), states, pooled)
-            each = len(request) // len(states)
-            rows = [row for row in range(len(states)) for _ in range(each)]
-            told = self.text.given(states[rows], None if pooled is None else pooled[rows])
+            told = self.text.given(states, pooled)
         if told.pooled is None:
             return told
         size = (request.height, request.width)
@@ -334,25 +336,6 @@ class Pipeline(TakesLoras, TakesWords):
         if tuple(latents.shape) != (len(request), *shape):
             raise InputError(f"latents have shape {tuple(latents.shape)}; it must be {(len(request), *shape)}")
         return self.latent.array(latents)
-
-    def _denoise(
-        self, plan: Plan, denoise: Denoise, x: Array, knots: np.ndarray, noise: Any, callback: OnStepEnd | None
-    ) -> Array:
-        """From noise to clean latents, (B, C, h, w) both; the callback is told of each step, and may steer."""
-        steps = SAMPLERS[plan.sampler](denoise, x, knots, plan.schedule.marginal, noise, **plan.options)
-        logsnr = float(knots[0])
-        for step in steps:
-            if callback is not None:
-                time = float(plan.schedule.time(logsnr))  # the one the step was walked from
-                told = (callback(self, step.index, time, {"latents": step.x}) or {}).get("latents", step.x)
-                self._steered |= self.interrupt or told is not step.x
-                if told is not step.x and plan.sampler in UNSTEERED:
-                    raise InputError(f"sampler {plan.sampler!r} cannot go on from other latents; use ddim or heun")
-                put_in_place(step.x, told)
-            x, logsnr = step.x, step.logsnr
-            if self.interrupt:
-                break
-        return x
 
     def _decode(self, x: Array, request: Request, output_type: str, settings: dict[str, Any], at_a_time: int) -> Output:
         """Latents as the kind of picture that was asked for, with the settings that make it again."""

@@ -8,6 +8,7 @@ the same machine gives the same file, byte for byte.
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,18 +310,24 @@ def _check_writable(folder: Path) -> None:
 
 def _loras_again(recorded: Sequence[Mapping[str, Any]], picture: Path, places: Sequence[str]) -> list[str]:
     """Where the LoRAs of a picture are now; an InputError where one is not there, or is another."""
-    here = {read_lora(place).sha256: place for place in places}
+    here = {known: place for place in places for known in _known(place)}
     found = []
     for lora in recorded:
         named = f"{picture} was made with LoRA {lora['name']} ({lora['sha256'][:12]})"
         place = here.get(lora["sha256"], lora["path"])
         if not Path(place).expanduser().exists():
             raise InputError(f"{named}, not found at {place}; name its file with --lora")
-        other = read_lora(place).sha256
-        if other != lora["sha256"]:
-            raise InputError(f"{named}, and {place} is another ({other[:12]}); name the right file with --lora")
+        known = _known(place)
+        if lora["sha256"] not in known:
+            raise InputError(f"{named}, and {place} is another ({known[0][:12]}); name the right file with --lora")
         found.append(place)
     return found
+
+
+def _known(place: str) -> tuple[str, str]:
+    """By what a picture knows a LoRA: its hash, and as older ones had it, its weights' alone."""
+    lora = read_lora(place)
+    return lora.sha256, sha256(lora.path)
 
 
 def _words_again(settings: Mapping[str, Any], picture: Path, places: Sequence[str]) -> list[Path]:
@@ -346,10 +353,10 @@ def _again(
 ) -> tuple[bytes, list[str]]:
     """The bytes of a picture made again from its settings, and what of the machine has changed since."""
     if settings.get("kind") == "pixels":
-        raise InputError(
-            f"{picture} is a pixel model's, which replay does not make again; do: latentgen render "
-            f"{settings['prompt']!r} --seed {settings['seed']} --weights {settings['folder']}"
-        )
+        options = {"seed": "--seed", "steps": "--steps", "guidance": "--guidance", "sampler": "--sampler"}
+        words = [word for key, option in options.items() if key in settings for word in (option, str(settings[key]))]
+        command = shlex.join(("latentgen", "render", settings["prompt"], *words, "--weights", settings["folder"]))
+        raise InputError(f"{picture} is a pixel model's, which replay does not make again; do: {command}")
     if settings.get("brought"):
         brought = ", ".join(settings["brought"])
         raise InputError(

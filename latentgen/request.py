@@ -72,12 +72,6 @@ class Terms:
         """In how many numbers a guidance-distilled U-Net is told the guidance scale; 0 for others."""
         return int(self.configs[0].get("time_cond_proj_dim") or 0)
 
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, sampler: str) -> "Terms":
-        """The terms of a weights folder, from its small files alone."""
-        unet, vae, towers = checkpoint.config("unet"), checkpoint.config("vae"), towers_of(checkpoint)
-        return cls.read(unet, vae, towers, sampler, checkpoint.extras)
-
 
 class Assumed(UserWarning):
     """What a checkpoint does not say, or says in words that are not known, and what is taken instead."""
@@ -101,15 +95,21 @@ def assumed(checkpoint: Checkpoint, prediction_type: str | None = None) -> list[
 
 
 def terms_of(checkpoint: Checkpoint) -> Terms:
-    """What a checkpoint allows, from its small files; an InputError where its parts do not fit one another."""
-    unet = checkpoint.config("unet")
-    terms = Terms.of(checkpoint, from_config(known(checkpoint.config("scheduler"))).sampler)
-    refuse_other_kinds(checkpoint.folder, unet, terms.channels)
+    """What a checkpoint allows, from its small files; an InputError where they are not whole or do not fit one another."""
+    unet, vae, towers = checkpoint.config("unet"), checkpoint.config("vae"), towers_of(checkpoint)
+    try:
+        sampler = from_config(known(checkpoint.config("scheduler"))).sampler
+        terms = Terms.read(unet, vae, towers, sampler, checkpoint.extras)
+        refuse_other_kinds(checkpoint.folder, unet, terms.channels)
+        width = sum(int(tower.get("hidden_size", 0)) for tower in towers)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{checkpoint.folder}: a config cannot be used ({error!r}); put the published one") from error
     if checkpoint.has_second and any(terms.configs[1].get(name) for name in ("latents_mean", "latents_std")):
         raise InputError(
             f"{checkpoint.folder}: its autoencoder moves each channel (latents_mean), which is not read yet"
         )
-    width = sum(int(tower.get("hidden_size", 0)) for tower in towers_of(checkpoint))
     if unet.get("cross_attention_dim") != width:
         widths = f"{unet.get('cross_attention_dim')} where the text encoder gives {width}"
         raise InputError(f"{checkpoint.folder}: the U-Net attends to a width of {widths}; they are of different models")
@@ -127,7 +127,7 @@ class Request:
     """A whole, checked order: `prompts`, `negatives` and `seeds` have one entry for each picture.
 
     said: whether a negative prompt was given at all, be it the empty text. told: as the terms'. timesteps: one for each
-    step, instead of the sampler's own spacing.
+    step, instead of the sampler's own spacing. each: pictures of a prompt, side by side.
     """
 
     prompts: tuple[str, ...]
@@ -151,6 +151,7 @@ class Request:
     clip_skip: int = 0
     timesteps: tuple[float, ...] | None = None
     eta: float = 0.0
+    each: int = 1
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -233,6 +234,7 @@ def read_request(
         clip_skip=_skip(clip_skip, terms.skippable),
         timesteps=walked,
         eta=_eta(eta, named),
+        each=pictures,
     )
 
 
@@ -336,7 +338,7 @@ def _prompts(prompt: str | Sequence[str] | None, embedded: int | None) -> tuple[
             raise InputError("a prompt and prompt_embeds were both given; give one of them")
         return ("",) * embedded
     if isinstance(prompt, str):
-        return (prompt,)
+        return _readable((prompt,))
     if prompt is None or not isinstance(prompt, Sequence):
         raise InputError(f"the prompt is {_kind(prompt)}; it must be a string or a list of strings")
     if not prompt:
@@ -344,17 +346,25 @@ def _prompts(prompt: str | Sequence[str] | None, embedded: int | None) -> tuple[
     for position, text in enumerate(prompt):
         if not isinstance(text, str):
             raise InputError(f"prompt {position + 1} is {_kind(text)}; every prompt must be a string")
-    return tuple(prompt)
+    return _readable(prompt)
 
 
 def _negatives(negative: str | Sequence[str] | None, prompts: int) -> tuple[str, ...]:
     if negative is None or isinstance(negative, str):
-        return (negative or "",) * prompts
+        return _readable((negative or "",)) * prompts
     if not isinstance(negative, Sequence) or not all(isinstance(text, str) for text in negative):
         raise InputError(f"the negative prompt is {_kind(negative)}; it must be a string or a list of strings")
     if len(negative) != prompts:
         raise InputError(f"{len(negative)} negative prompts for {prompts} prompts; give one for all, or one for each")
-    return tuple(negative)
+    return _readable(negative)
+
+
+def _readable(texts: Sequence[str]) -> tuple[str, ...]:
+    """The texts, if all are Unicode: what a shell hands on of other codes is not."""
+    torn = next((text for text in texts if text.encode(errors="ignore").decode() != text), None)
+    if torn is not None:
+        raise InputError(f"the prompt {torn!r} is not valid Unicode; write it in UTF-8")
+    return tuple(texts)
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from PIL import Image
 
 from latentgen import InputError, Output, Pipeline, __version__
 from latentgen.checkpoint import save_pipeline
-from latentgen.diffusion.sampling import SAMPLERS
+from latentgen.diffusion.sampling import OWN_STEPS, SAMPLERS
 from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.image import read_settings
-from latentgen.pipeline import UNSTEERED, PromptCut
+from latentgen.pipeline import PromptCut
 
 STEPS = {"num_inference_steps": 3}
 
@@ -104,7 +104,7 @@ def test_a_sampler_that_cannot_be_steered_says_so(pipe: Pipeline) -> None:
         pipe("a red apple", callback_on_step_end=lambda *_: {"latents": _[3]["latents"] * 0.5}, **common)
 
 
-@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - UNSTEERED))
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - OWN_STEPS))
 def test_every_sampler_renders_from_a_latent_checkpoint_and_a_callback_can_steer_it(
     pipe: Pipeline, sampler: str
 ) -> None:
@@ -119,6 +119,34 @@ def test_every_sampler_renders_from_a_latent_checkpoint_and_a_callback_can_steer
     assert np.isfinite(plain).all() and plain.std() > 0.01
     np.testing.assert_array_equal(pipe("a red apple", callback_on_step_end=keep, **common).images, plain)
     assert np.abs(pipe("a red apple", callback_on_step_end=halve, **common).images - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_a_callback_that_writes_into_the_latents_steers_and_is_named_in_the_settings(folder: Path, engine: str) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine=engine, device="cpu")
+
+    def halve(_: Pipeline, __: int, ___: float, values: dict[str, Any]) -> dict[str, Any]:
+        values["latents"] *= 0.5
+        return values
+
+    common = {"seed": 1, "output_type": "np", **STEPS}
+    plain, steered = pipe("a red apple", **common), pipe("a red apple", callback_on_step_end=halve, **common)
+    assert np.abs(steered.images - plain.images).max() > 1e-3
+    assert steered.settings["brought"] == ["callback_on_step_end"]
+    kept = pipe("a red apple", callback_on_step_end=lambda *told: told[3], **common)
+    np.testing.assert_array_equal(kept.images, plain.images)
+    assert "brought" not in kept.settings
+
+
+def test_the_sampler_that_chooses_its_own_steps_walks_each_picture_alone(pipe: Pipeline) -> None:
+    common: dict[str, Any] = {"sampler": "probability-flow", "output_type": "np", "guidance_scale": 2.0}
+    common |= {"condition_annealing": (0.3, 0.8, 0.2), "negative_prompt": "blue"}
+    prompts, times = ["a red apple", "a blue fish"], []
+    both = pipe(prompts, seed=7, callback_on_step_end=lambda *told: times.append(told[2]), **common).images
+    for k, text in enumerate(prompts):
+        np.testing.assert_allclose(both[k], pipe(text, seed=7 + k, **common).images[0], atol=1e-5)
+    rises = [k for k in range(1, len(times)) if times[k] > times[k - 1]]
+    assert len(rises) == 1 and times[rises[0]] == times[0]  # from noise to clean, and once more
 
 
 def test_a_callback_can_stop_the_run_and_is_then_named_in_the_settings(pipe: Pipeline) -> None:
@@ -216,6 +244,9 @@ BAD = [
     ({"prompt": "a", "output_type": "jpg"}, "output_type 'jpg' is not known"),
     ({"prompt": "a", "prompt_embeds": np.zeros((1, 16, 16))}, "a prompt and prompt_embeds"),
     ({"prompt_embeds": np.zeros((16, 16))}, r"prompt_embeds has shape \(16, 16\)"),
+    ({"prompt": ["a", "b"], "num_images_per_prompt": 3, "negative_prompt_embeds": np.zeros((3, 16, 16))}, "1 or 2"),
+    ({"prompt": "caf\udce9"}, r"the prompt 'caf\\udce9' is not valid Unicode"),
+    ({"prompt": "a", "negative_prompt": ["\ud800"]}, "is not valid Unicode"),
 ]
 
 

@@ -81,14 +81,17 @@ def _padded(condition: Condition, length: int) -> Condition:
     return replace(condition, states=states, mask=mask)
 
 
-def check_embeds(name: str, count: int, width: int | None, states: Any, pooled: Any) -> None:
-    """Raises InputError for embeddings (P, L, D), or pooled (P, D) beside them, that are not for `count` pictures.
+def check_embeds(name: str, prompts: int, width: int | None, states: Any, pooled: Any) -> None:
+    """Raises InputError for embeddings (P, L, D), or pooled (P, D), that are not of P = `prompts`, or one for all.
 
-    name: the argument's. width: D, where the U-Net says it.
+    name: the argument's. width: D, where the U-Net says it. states, pooled: None is what was not brought.
     """
-    whole = len(states.shape) == 3 and len(states) and not count % len(states)
-    if not whole or (width and states.shape[2] != width):
-        raise InputError(f"{name} has shape {tuple(states.shape)}; it must be (prompts, tokens, {width or 'width'})")
-    if pooled is not None and (len(pooled.shape) != 2 or len(pooled) != len(states)):
-        shape = f"{tuple(pooled.shape)}; it must be ({len(states)}, width)"
+    counts = " or ".join(str(count) for count in sorted({1, prompts}))
+    if states is not None and (
+        len(states.shape) != 3 or len(states) not in (1, prompts) or (width and states.shape[2] != width)
+    ):
+        shape = f"{tuple(states.shape)}; it must be (prompts, tokens, {width or 'width'}), prompts being {counts}"
+        raise InputError(f"{name} has shape {shape}")
+    if pooled is not None and (len(pooled.shape) != 2 or len(pooled) not in (1, prompts)):
+        shape = f"{tuple(pooled.shape)}; it must be ({counts}, width)"
         raise InputError(f"{name.replace('prompt', 'pooled_prompt')} has shape {shape}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from latentgen.diffusion import likelihood
 from latentgen.diffusion.array import column
-from latentgen.diffusion.denoiser import Condition, Denoiser
+from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser
 from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.likelihood import Bound, FlowLikelihood
 from latentgen.diffusion.loss import (
@@ -31,7 +31,7 @@ from latentgen.diffusion.loss import (
 )
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.prediction import Prediction
-from latentgen.diffusion.sampling import SAMPLERS
+from latentgen.diffusion.sampling import SAMPLERS, walked
 from latentgen.diffusion.schedule import VE, Discrete, Learned, RectifiedFlow, Schedule, knots
 from latentgen.errors import InputError
 from latentgen.models.pixel import label_network
@@ -195,18 +195,17 @@ class PixelModel(nn.Module):
         device = next(self.parameters()).device
         told = torch.as_tensor(list(labels), device=device)
         variance = self.family.learns_variance and name == "ddpm"
-        denoise = guided(
-            denoiser,
-            Condition(labels=told),
-            Condition(labels=torch.full_like(told, self.classes)) if guidance != 1.0 else None,
-            scale=guidance,
-            clip=1.0,
-            variance=variance,
-        )
+        nothing = torch.full_like(told, self.classes)
+        how: dict[str, Any] = {"scale": guidance, "clip": 1.0, "variance": variance}
+
+        def denoise(part: slice) -> Denoise:
+            uncond = Condition(labels=nothing[part]) if guidance != 1.0 else None
+            return guided(denoiser, Condition(labels=told[part]), uncond, **how)
+
         alpha, sigma = denoiser.schedule.marginal(float(levels[0]))
         x = torch.from_numpy(noise.initial(self.shape)).to(device) * math.hypot(alpha, sigma)
         options = {"variance": "learned-range"} if variance else {}
-        for step in SAMPLERS[name](denoise, x, levels, denoiser.schedule.marginal, noise, **options):
+        for step in walked(name, denoise, x, levels, denoiser.schedule.marginal, noise, **options):
             x = step.x
         return x.clamp(-1, 1)
 

@@ -135,6 +135,22 @@ def test_pooled_embeddings_are_looked_at(xl: Path) -> None:
             pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, num_inference_steps=2)
 
 
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_pooled_embeddings_beside_a_prompt_are_used(xl: Path, engine: str) -> None:
+    pipe = Pipeline.from_pretrained(xl, engine=engine, device="cpu")
+    common = {"num_inference_steps": 2, "seed": 1, "output_type": "np", "guidance_scale": 3.0}
+    pooled = np.random.default_rng(0).standard_normal((1, 12)).astype("f")
+    plain = pipe("a red apple", **common).images
+    for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+        found = pipe("a red apple", **{name: pooled}, **common)
+        assert np.abs(found.images - plain).max() > 1e-4 and found.settings["brought"] == [name]
+
+
+def test_weights_that_read_no_pooled_embeddings_refuse_them(folder: Path) -> None:
+    with pytest.raises(InputError, match="pooled_prompt_embeds are for Stable Diffusion XL"):
+        Pipeline.from_pretrained(folder)("a", pooled_prompt_embeds=np.zeros((1, 16), "f"), num_inference_steps=2)
+
+
 def test_seeds_may_be_an_array_and_a_callbacks_latents_of_another_kind(folder: Path) -> None:
     for engine in ("onnx", "torch"):
         pipe = Pipeline.from_pretrained(folder, engine=engine)

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, StableDiffusionPAGPipeline, StableDiffusion
 
 from latentgen import InputError, Pipeline
 from latentgen.diffusion.noise import Noise
+from latentgen.guiding import engine_of
 from latentgen.render import replay
 
 TOLERANCE = 2e-4
@@ -110,6 +111,9 @@ def test_outside_its_interval_guidance_costs_and_does_nothing(folder: Path) -> N
     batches.clear()
     ours("a red apple", guidance_interval=(0.34, 1.0), **COMMON, seed=1)
     assert batches == [1, 1, 2, 2, 2, 2]
+    batches.clear()
+    ours("a red apple", guidance_interval=(0.95, 1.0), **COMMON, seed=1)
+    assert batches == [1, 1, 1, 1, 1, 2]  # however thin, the part is of one step or more
     whole = ours("a red apple", guidance_interval=(0.0, 1.0), **COMMON, seed=1).images
     np.testing.assert_array_equal(whole, ours("a red apple", **COMMON, seed=1).images)
 
@@ -157,6 +161,17 @@ def test_a_picture_of_an_annealed_condition_is_replayed_to_the_byte(folder: Path
     assert again.read_bytes() == picture.read_bytes()
 
 
+def test_pipelines_whose_engine_was_left_to_be_chosen_guide_one_another(folder: Path) -> None:
+    given: dict[str, Any] = {"seed": 3, "num_inference_steps": 3, "output_type": "np", "weaker_scale": 2.0}
+    ours, weaker = (Pipeline.from_pretrained(folder) for _ in range(2))
+    plain = ours("a red apple", weaker=weaker, pag_scale=1.0, **given).images  # which only torch can
+    assert engine_of(weaker) == engine_of(ours) == "torch"
+    others = [Pipeline.from_pretrained(folder, engine="torch") for _ in range(2)]
+    np.testing.assert_allclose(others[0]("a red apple", weaker=others[1], pag_scale=1.0, **given).images, plain)
+    onnx = Pipeline.from_pretrained(folder)
+    np.testing.assert_allclose(onnx("a red apple", weaker=weaker, pag_scale=1.0, **given).images, plain)
+
+
 def test_autoguidance_is_away_from_the_weaker_snapshot_in_one_line(folder: Path) -> None:
     ours, weaker = (Pipeline.from_pretrained(folder, engine="torch") for _ in range(2))
     given: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent", "seed": 1}
@@ -177,6 +192,13 @@ def test_a_model_of_other_latents_is_no_weaker_snapshot(folder: Path) -> None:
     ours, other = (Pipeline.from_pretrained(folder, engine="torch") for _ in range(2))
     other.terms = replace(other.terms, channels=7)
     with pytest.raises(InputError, match="latent channels is 7, here 4"):
+        ours("a red apple", weaker=other)
+
+
+def test_a_flow_is_no_weaker_snapshot_of_a_model_that_is_none(folder: Path) -> None:
+    ours, other = (Pipeline.from_pretrained(folder, engine="torch") for _ in range(2))
+    other.scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    with pytest.raises(InputError, match="way to noise is a straight line, here variance preserving"):
         ours("a red apple", weaker=other)
 
 

@@ -2,7 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
+
+from latentgen.diffusion.array import Array, namespace
+from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling.adaptive import probability_flow
 from latentgen.diffusion.sampling.ancestral import ddim, ddim_inversion, ddpm, euler, euler_ancestral, lcm
 from latentgen.diffusion.sampling.langevin import annealed_langevin, predictor_corrector
@@ -35,7 +40,38 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     }
 )
 
+# They choose their steps by what they see, and between two of them the state is their own: a callback cannot reach it.
+OWN_STEPS = frozenset({"probability-flow"})
+
+
+def walked(
+    sampler: str,
+    denoise: Callable[[slice], Denoise],
+    x: Array,
+    knots: np.ndarray,
+    marginal: Marginal,
+    noise: Noise,
+    **options: Any,
+) -> Iterator[Step]:
+    """The steps of a sampler by name, x (B, …) being of the whole batch in each; `denoise` is told which rows it is of.
+
+    One of OWN_STEPS walks the rows one after the other, so that no picture depends on its neighbours.
+    """
+    walk, whole = SAMPLERS[sampler], slice(0, len(x))
+    if sampler not in OWN_STEPS or len(x) == 1:
+        yield from walk(denoise(whole), x, knots, marginal, noise, **options)
+        return
+    index, xp = 0, namespace(x)
+    for row in range(len(x)):
+        part = slice(row, row + 1)
+        for step in walk(denoise(part), x[part], knots, marginal, noise, **options):
+            x = xp.concat((x[:row], step.x, x[row + 1 :]), axis=0)
+            yield Step(index, x, xp.concat((x[:row], step.x0, x[row + 1 :]), axis=0), step.logsnr)
+            index += 1
+
+
 __all__ = [
+    "OWN_STEPS",
     "SAMPLERS",
     "TABLE",
     "Denoise",
@@ -63,4 +99,5 @@ __all__ = [
     "predictor_corrector",
     "probability_flow",
     "unipc",
+    "walked",
 ]
