@@ -24,9 +24,16 @@ class Picture(Image.Image):
         """From uint8 pixels (H, W, 3)."""
         picture = cls()
         height, width, _ = pixels.shape
-        picture.__setstate__([{}, "RGB", (width, height), None, np.ascontiguousarray(pixels).tobytes()])
-        picture.settings = settings
+        picture.__setstate__([{}, "RGB", (width, height), None, np.ascontiguousarray(pixels).tobytes(), settings])
         return picture
+
+    def __getstate__(self) -> list[Any]:
+        """PIL's, and the settings: they travel with a pickle and a deep copy."""
+        return [*super().__getstate__(), self.settings]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        super().__setstate__(state)
+        self.settings = state[-1]
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """As PIL's, with the settings added to a PNG that is not given a `pnginfo` of its own."""

@@ -1,5 +1,7 @@
 """A picture's PNG holds its settings, encodes to the same bytes, and is refused in one line when it says nothing."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,11 @@ def test_its_png_is_the_same_every_time_and_holds_the_settings(picture: Picture,
     picture.save(str(tmp_path / "b.PNG"))
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.PNG").read_bytes() == picture.png()
     assert read_settings(tmp_path / "a.png") == SETTINGS
+
+
+def test_a_pickle_and_a_deep_copy_hold_the_settings_too(picture: Picture) -> None:
+    for other in (pickle.loads(pickle.dumps(picture)), copy.deepcopy(picture)):
+        assert other.settings == SETTINGS and other.png() == picture.png()
 
 
 def test_other_formats_and_a_pnginfo_of_ones_own_are_left_alone(picture: Picture, tmp_path: Path) -> None:

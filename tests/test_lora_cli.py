@@ -1,5 +1,6 @@
 """LoRAs on the command line: used, written into the PNG, found again by a replay, and refused where they are others."""
 
+import json
 import shutil
 import sys
 import warnings
@@ -68,6 +69,21 @@ def test_loras_are_used_recorded_replayed_and_refused_where_they_are_others(
     lora(one, 3)
     code, line = run("replay", tmp_path / "a.png", "--out", tmp_path / "d.png")
     assert code == 2 and "is another (" in line and not (tmp_path / "d.png").exists()
+
+
+def test_a_peft_folder_is_found_again_by_a_replay_until_its_settings_are_others(
+    run: Callable[..., tuple[int, str]], folder: Path, tmp_path: Path
+) -> None:
+    lora(tmp_path / "adapter_model.safetensors", 1)
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+    call = ["render", "a red apple", "--steps", 2, "--seed", 1, "--weights", folder, "--lora", tmp_path]
+    assert run(*call, "--out", tmp_path / "a.png") == (0, "")
+    same = (0, "latentgen: the same file, byte for byte\n")
+    assert run("replay", tmp_path / "a.png", "--out", tmp_path / "b.png") == same
+    settings.write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    code, line = run("replay", tmp_path / "a.png", "--out", tmp_path / "c.png")
+    assert code == 2 and "is another (" in line and not (tmp_path / "c.png").exists()
 
 
 def test_what_cannot_be_a_lora_gets_one_line(run: Callable[..., tuple[int, str]], folder: Path, tmp_path: Path) -> None:

@@ -339,6 +339,25 @@ def test_a_replay_opens_with_the_tokenizer_and_the_prediction_of_the_picture(
     assert remarks == ["the same file, byte for byte"] and target.read_bytes() == made.png()
 
 
+def test_merges_are_part_of_a_fingerprint_where_they_are_read(
+    plain: Callable[..., tuple[Path, Path]], parts: dict[str, Any], tmp_path: Path
+) -> None:
+    file = shutil.copy(plain(Family.SD1)[1], tmp_path / "model.safetensors")
+    words = tmp_path / "tokenizer"
+    parts["tokenizer"].save_pretrained(words)
+    shutil.copy(Path(parts["tokenizer"].vocab_file), words)
+    prints = []
+    for text in ("#version: 0.2\n", "#version: 0.2\na p\n"):
+        (words / "merges.txt").write_text(text)
+        prints.append(open_checkpoint(file).fingerprint)
+    assert prints[0] == prints[1]  # tokenizer.json holds its own
+    (words / "tokenizer.json").unlink()
+    for text in ("#version: 0.2\n", "#version: 0.2\na p\n"):
+        (words / "merges.txt").write_text(text)
+        prints.append(open_checkpoint(file).fingerprint)
+    assert len(set(prints)) == 3
+
+
 def test_that_v_is_assumed_of_stable_diffusion_2_is_said_where_nothing_else_is_told(
     plain: Callable[..., tuple[Path, Path]],
 ) -> None:

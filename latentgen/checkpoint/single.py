@@ -22,14 +22,14 @@ from latentgen.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-METADATA = "latentgen"  # of the header: {"configs": {part: config}, "scheduler": config, "force_zeros": bool}
+METADATA = "latentgen"  # of the header: {"configs": {part: config}, "force_zeros": bool, "extras": its extras}
 
 
 @dataclass(frozen=True)
 class SingleFile(Checkpoint):
     """A pipeline in one file. header: name -> its entry in the safetensors header. tokenizers: part -> folder.
 
-    told: whether the header says the configs; else they are read from the shapes.
+    told: whether the header says the configs; else they are read from the shapes. noted: what latentgen.json would say.
     """
 
     family: Family = Family.SD1
@@ -37,6 +37,7 @@ class SingleFile(Checkpoint):
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
     told: bool = False
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def assumes_v(self) -> bool:
@@ -52,11 +53,17 @@ class SingleFile(Checkpoint):
         return self.tokenizers[part]
 
     @cached_property
+    def extras(self) -> dict[str, Any]:
+        """What latentgen.json said of the folder that the file was made of, as its header says."""
+        return dict(self.noted)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the file's hash and of the tokenizers' files."""
         lines = [sha256(self.folder)]
         for part, place in sorted(self.tokenizers.items()):
-            lines += [f"{part} {sha256(path)}" for path in sorted(place.glob("*.json"))]
+            merges = [] if (place / "tokenizer.json").is_file() else place.glob("merges.txt")
+            lines += [f"{part} {sha256(path)}" for path in (*sorted(place.glob("*.json")), *merges)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def ties(self, part: str) -> list[Tie]:
@@ -119,7 +126,8 @@ def open_checkpoint(place: Path, *, tokenizer: str | Path | None = None, verify:
     index = {"_class_name": family.pipeline, "force_zeros_for_empty_prompt": told.get("force_zeros", True)}
     tokens = _tokenizers(place, tokenizer, family)
     weights = dict.fromkeys(parts, (place,))
-    return SingleFile(place, index, weights, None, family, entries, configs, tokens, bool(told.get("configs")))
+    known, noted = bool(told.get("configs")), told.get("extras") or {}
+    return SingleFile(place, index, weights, None, family, entries, configs, tokens, known, noted)
 
 
 def _tokenizers(place: Path, given: str | Path | None, family: Family) -> dict[str, Path]:

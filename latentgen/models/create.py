@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from latentgen.checkpoint import read_json
 from latentgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ def tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> CLIPTok
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer that `save_pretrained` left in a folder."""
+    """The tokenizer that `save_pretrained` left in a folder; its context is one that the tower beside it can read."""
     from transformers import CLIPTokenizer
 
     words: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    tower = folder.with_name("text_encoder") / "config.json"
+    if tower.is_file():
+        words.model_max_length = min(words.model_max_length, int(read_json(tower).get("max_position_embeddings", 77)))
     return words
 
 

@@ -20,7 +20,8 @@ class FeatureCache:
     """One walk's network: whole at every `every`-th time it is told, its first level alone at the times between.
 
     A step may evaluate several groups of rows at one time; each has its own features. Of other rows than those they
-    were made of (guidance that starts inside its interval, say) nothing is reused.
+    were made of (guidance that starts inside its interval, say) nothing is reused: rows are the same where their text
+    states are the same object. Annealed states are others at every step; there the groups must be laid out alike.
     """
 
     unet: Any
@@ -30,18 +31,25 @@ class FeatureCache:
     place: int = 0
     time: float | None = None
     features: dict[int, torch.Tensor] = field(default_factory=dict)
+    told: dict[int, tuple[Any, tuple[int, ...], bool]] = field(default_factory=dict)  # states, layout, seen twice
 
     def __call__(self, x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
         """(B, C, h, w) -> (B, C', h, w)."""
         self._count(float(time[0]))
-        kept = self.features.get(self.place)
-        if self.step % self.every == 0 or kept is None or len(kept) != len(x):
+        if not self._same_rows(condition.states, time) or self.step % self.every == 0:
             with _remembering(self.unet) as features:
                 out: torch.Tensor = self.network(x, time, condition)
             self.features[self.place] = features[0]
             return out
-        with _shallow(self.unet, kept):
+        with _shallow(self.unet, self.features[self.place]):
             return self.network(x, time, condition)
+
+    def _same_rows(self, states: Any, time: torch.Tensor) -> bool:
+        """Whether states (B, L, D) are of the rows that were told at this place before."""
+        layout = (*states.shape, time.untyped_storage().nbytes())  # the last of all rows, of whose times these are some
+        before, laid, steady = self.told.get(self.place, (None, (), True))
+        self.told[self.place] = states, layout, before is states
+        return before is states or (not steady and laid == layout)
 
     def _count(self, time: float) -> None:
         if time == self.time:

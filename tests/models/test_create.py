@@ -1,5 +1,6 @@
 """New networks: a tokenizer in CLIP's form that can write any text, towers that agree, sizes that are asked for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def test_read_back_from_a_folder_it_says_the_same(words: Any, tmp_path: Path, te
     assert again(text).input_ids == words(text).input_ids
     padded = {"padding": "max_length", "truncation": True, "max_length": CONTEXT}
     assert again(text, **padded).input_ids == words(text, **padded).input_ids
+
+
+def test_its_context_is_one_that_the_tower_beside_it_can_read(words: Any, tmp_path: Path) -> None:
+    words.save_pretrained(tmp_path / "tokenizer")
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({"max_position_embeddings": 20}))
+    for said, context in ((None, 20), (int(1e30), 20), (77, 20), (CONTEXT, CONTEXT)):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": said}))
+        assert create.read_tokenizer(tmp_path / "tokenizer").model_max_length == context
 
 
 def test_one_set_of_captions_gives_one_tokenizer(words: Any) -> None:

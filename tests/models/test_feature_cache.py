@@ -75,6 +75,41 @@ def test_a_step_in_groups_keeps_the_features_of_each_and_other_rows_get_their_ow
     torch.testing.assert_close(out, plain(x[:1], torch.full((1,), 600.0), Condition(states=states[:1])), rtol=0, atol=0)
 
 
+def test_other_rows_at_the_same_place_get_their_own_however_alike_they_are_laid_out(unet: Any) -> None:
+    cached, plain = FeatureCache(unet, unet_network(unet), 3), unet_network(unet)
+    x, condition, other = torch.randn(2, 4, 8, 8), *(Condition(states=torch.randn(2, 5, 16)) for _ in range(2))
+    for time in (900.0, 800.0):
+        cached(x, torch.full((2,), time), condition)
+    time = torch.full((2,), 700.0)
+    torch.testing.assert_close(cached(x, time, other), plain(x, time, other), rtol=0, atol=0)
+
+
+def test_states_that_are_new_at_every_step_take_features_over_until_the_groups_are_others(unet: Any) -> None:
+    cached, plain = FeatureCache(unet, unet_network(unet), 9), unet_network(unet)
+    x = torch.randn(4, 4, 8, 8)
+
+    def step(time: float, count: int) -> bool:
+        """Whether the first two of `count` rows are computed whole."""
+        times, condition = torch.full((count,), time)[:2], Condition(states=torch.randn(2, 5, 16))
+        return torch.equal(cached(x[:2], times, condition), plain(x[:2], times, condition))
+
+    assert [step(900.0, 2), step(800.0, 2), step(700.0, 2)] == [True, False, False]
+    assert [step(600.0, 4), step(500.0, 4)] == [True, False]
+
+
+@pytest.mark.parametrize("annealing", [None, (0.2, 0.9, 0.3)])
+@pytest.mark.parametrize("interval", [(0.25, 1.0), (0.5, 1.0), (0.0, 0.5)])
+def test_pictures_in_groups_are_those_made_alone_where_guidance_is_not_everywhere(
+    interval: tuple[float, float], annealing: tuple[float, float, float] | None, folder: Path
+) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine="torch")
+    how: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 6.0, "feature_cache": 2, "output_type": "np"}
+    how |= {"guidance_interval": interval, "condition_annealing": annealing}
+    prompts = ["a red apple", "a blue bird"]
+    alone = [pipe(prompt, seed=5 + row, **how).images[0] for row, prompt in enumerate(prompts)]
+    np.testing.assert_allclose(pipe(prompts, seed=5, batch=1, **how).images, alone, atol=1e-4)
+
+
 def test_it_is_off_unless_asked_for_and_said_in_the_settings(folder: Path) -> None:
     pipe = Pipeline.from_pretrained(folder, device="cpu")
     plain = pipe("a red apple", **CALL)

@@ -14,7 +14,7 @@ from latentgen.checkpoint import open_folder
 from latentgen.checkpoint.write import TEXT
 from latentgen.models.adapters import add_adapter, layers_of, text_layers, write_adapter
 from latentgen.models.loading import load_part
-from latentgen.models.lora import write_kohya
+from latentgen.models.lora import kohya, write_kohya
 from latentgen.models.lora.file import is_adapter
 
 CALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -54,6 +54,40 @@ def test_the_same_picture_in_both_forms(kind: str, text: bool, folder: Path, tmp
     expected = picture(folder, made)
     assert np.abs(expected - picture(folder, None)).max() > 2e-3
     np.testing.assert_allclose(picture(folder, file), expected, atol=1e-4)
+
+
+def test_magnitudes_of_a_layers_inputs_stay_what_they_are(folder: Path, tmp_path: Path) -> None:
+    """DoRA as LyCORIS writes it where the norms are of the inputs: (1, in), of a convolution (1, in, 1, 1)."""
+    unet = load_part(open_folder(folder), "unet")
+    block, tensors = "down_blocks.0.attentions.0.transformer_blocks.0", {}
+    for name in (f"{block}.ff.net.2", f"{block}.attn2.to_q", "down_blocks.0.resnets.0.conv1"):
+        out, wide, *kernel = unet.get_submodule(name).weight.shape
+        start, ones = f"unet.{name}", [1] * len(kernel)
+        tensors[f"{start}.lora_down.weight"] = 0.2 * torch.randn(2, wide, *kernel)
+        tensors[f"{start}.lora_up.weight"] = 0.2 * torch.randn(out, 2, *ones)
+        tensors[f"{start}.dora_scale"] = 0.5 + torch.rand(1, wide, *ones)
+    save_file(tensors, tmp_path / "mine.safetensors")
+    file = tmp_path / "kohya.safetensors"
+    assert write_kohya(tmp_path / "mine.safetensors", file) <= 1e-6
+    expected = picture(folder, tmp_path / "mine.safetensors")
+    assert np.abs(expected - picture(folder, None)).max() > 2e-3
+    np.testing.assert_allclose(picture(folder, file), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [InputError, ValueError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_file_that_could_not_be_read_back(
+    kind: type[BaseException], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, file = adapter(folder, "lora", tmp_path / "mine"), tmp_path / "mine.safetensors"
+
+    def failing(*_: Any) -> float:
+        assert file.is_file()
+        raise kind
+
+    monkeypatch.setattr(kohya, "_apart", failing)
+    with pytest.raises(kind):
+        write_kohya(made, file)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("text", [False, True])

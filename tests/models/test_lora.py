@@ -11,15 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline
+from latentgen.checkpoint import open_checkpoint
+from latentgen.durable import sha256
 from latentgen.models.lora import Lora, Loras, Update, read_lora
 from latentgen.models.lora.layers import ModuleLayers, module_loras
 from latentgen.models.lora.names import index
 from latentgen.models.lora.stack import Loaded
+from latentgen.models.onnx.places import fused_folder
 
 TOLERANCE = 2e-4  # in [0, 1]; what is promised is 2e-3
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "proj_in", "conv_shortcut", "time_emb_proj"]
 CALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+BARE = f"^{LAYER.removeprefix('unet.')}"  # as diffusers writes the keys of patterns
+ANCHORED: dict[str, Any] = {"r": 3, "lora_alpha": 4, "alpha_pattern": {BARE: 32}, "rank_pattern": {BARE: 2}}
 
 
 def state(pipe: Pipeline) -> dict[str, torch.Tensor]:
@@ -169,6 +175,25 @@ def test_a_lora_of_kohyas_form_makes_the_picture_that_diffusers_makes_of_it(
     assert np.abs(got - plain).max() > 0.02
 
 
+def test_a_pattern_that_is_anchored_at_the_networks_own_names_is_heard(
+    pipe: Pipeline, trained: Callable[..., Path], diffusers_pipe: Callable[[], Any]
+) -> None:
+    made = trained(20, text=False, **ANCHORED)
+    there = diffusers_pipe()
+    there.load_lora_weights(made)
+    pipe.load_lora(made)
+    np.testing.assert_allclose(ours(pipe), theirs(there), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("tower", ["", "text_model."])
+def test_a_text_encoders_pattern_is_heard_with_and_without_the_towers_name(tower: str, tmp_path: Path) -> None:
+    layer = "encoder.layers.0.self_attn.q_proj"
+    settings = {"text_encoder.lora_alpha": 1, "text_encoder.alpha_pattern": {f"^{tower}{layer}": 8}}
+    for form in (f"text_encoder.{layer}", f"text_encoder.text_model.{layer}"):
+        save_file(pair(form), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+        assert read_lora(tmp_path / "a.safetensors").updates[form].scale == 8 / 2
+
+
 def test_two_at_once_and_fused_are_the_pictures_of_diffusers(
     pipe: Pipeline, first: Path, second: Path, diffusers_pipe: Callable[[], Any]
 ) -> None:
@@ -215,6 +240,7 @@ def test_what_is_taken_out_leaves_what_is_loaded_as_if_alone(pipe: Pipeline, fir
 
 KINDS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"r": 3, "lora_alpha": 4, "alpha_pattern": {"to_q": 9}, "rank_pattern": {"to_k": 2}},
+    "LoRA, anchored": ANCHORED,
     "rsLoRA": {"r": 4, "lora_alpha": 3, "use_rslora": True},
     "DoRA": {"r": 3, "lora_alpha": 4, "use_dora": True},
     "LoHaConfig": {"r": 3, "alpha": 2},
@@ -233,11 +259,8 @@ def test_every_kind_of_adapter_that_peft_saves_does_what_it_does_there(
 
     import peft
 
-    name = (
-        kind
-        if kind.endswith("Config")
-        else {"rsLoRA": "LoraConfig", "DoRA": "LoraConfig"}.get(kind, kind[:4] + "Config")
-    )
+    others = dict.fromkeys(("rsLoRA", "DoRA", "LoRA, anchored"), "LoraConfig")
+    name = kind if kind.endswith("Config") else others.get(kind, kind[:4] + "Config")
     config = getattr(peft, name)(target_modules=[*ATTENTION, *CONVOLUTIONS], **KINDS[kind])
     unet = copy.deepcopy(parts["unet"])
     made = peft.get_peft_model(copy.deepcopy(unet), config)
@@ -325,12 +348,20 @@ def test_the_settings_name_what_is_loaded(pipe: Pipeline, first: Path) -> None:
     assert pipe.load_lora(first) == first.name and pipe.load_lora(first) == f"{first.name}-2"
 
 
+def test_a_peft_folder_is_known_by_its_settings_too_and_a_single_file_by_itself(folder: Path, tmp_path: Path) -> None:
+    file = written(tmp_path, pair(), "adapter_model.safetensors")
+    assert read_lora(tmp_path).sha256 == sha256(file)
+    places = set()
+    for alpha in (4, 16):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": alpha}))
+        assert read_lora(tmp_path).sha256 == read_lora(file).sha256 != sha256(file)
+        places.add(fused_folder(open_checkpoint(folder), [{"path": tmp_path}]))
+    assert len(places) == 2
+
+
 def written(folder: Path, tensors: dict[str, torch.Tensor], name: str = "a.safetensors") -> Path:
     save_file(tensors, folder / name)
     return folder / name
-
-
-LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def pair(layer: str = LAYER, wide: int = 16, high: int = 16, size: float = 1.0) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import CLIPTokenizer
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import default_weights
 from latentgen.models.onnx.tokenizer import read_tokenizer
+from latentgen.models.text import TextEncoder
 
 TEXTS = [
     "",
@@ -98,6 +100,19 @@ def test_a_padding_mark_that_is_given_is_read_as_transformers_reads_it(form: str
         assert window.pad == theirs.pad_token_id == 0
         for text in TEXTS:
             same(ours, theirs, text)
+
+
+@pytest.mark.parametrize("said", [None, 20, 77, int(1e30)])
+@pytest.mark.parametrize("positions", [16, 120])
+def test_the_context_is_what_is_said_and_else_all_the_tower_has(
+    positions: int, said: int | None, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "words", "vocabulary alone")
+    (folder / "tokenizer_config.json").write_text(json.dumps({} if said is None else {"model_max_length": said}))
+    _, window = read_tokenizer(folder, {"max_position_embeddings": positions})
+    assert window.length == min(said or positions, positions)
+    tower = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+    assert TextEncoder(CLIPTokenizer.from_pretrained(folder), tower).window == window
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

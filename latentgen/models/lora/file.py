@@ -3,6 +3,7 @@
 Every key of a file is read, or the file is refused with the first key that is not known.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from latentgen.checkpoint import check_safetensors, read_json
 from latentgen.durable import sha256
 from latentgen.errors import InputError
+from latentgen.models.lora.names import TOWER
 from latentgen.models.lora.update import Update
 
 IN_FOLDERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
@@ -42,7 +44,10 @@ _OLD = {
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A file, read: what it does to each layer, by the layer's name in the file."""
+    """A file, read: what it does to each layer, by the layer's name in the file.
+
+    sha256: the file's; where settings were read beside it, of both files' hashes.
+    """
 
     path: Path
     sha256: str
@@ -63,8 +68,11 @@ def read_lora(path: str | Path) -> Lora:
     file = _file(Path(path).expanduser())
     check_safetensors(file)
     tensors, metadata = _tensors(file)
-    beside = file.with_name("adapter_config.json")
-    said = {"": read_json(beside)} if file.name == IN_FOLDERS[1] and beside.is_file() else _said(metadata)
+    beside, identity = file.with_name("adapter_config.json"), sha256(file)
+    said = _said(metadata)
+    if file.name == IN_FOLDERS[1] and beside.is_file():
+        said = {"": read_json(beside)}
+        identity = hashlib.sha256(f"{identity} {sha256(beside)}".encode()).hexdigest()
     layers: dict[str, dict[str, np.ndarray]] = {}
     first: dict[str, str] = {}
     for key, tensor in tensors.items():
@@ -91,7 +99,7 @@ def read_lora(path: str | Path) -> Lora:
             updates[layer] = Update.of(first.get(layer, f"{layer}.alpha"), held, **scale)
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
-    return Lora(file, sha256(file), updates)
+    return Lora(file, identity, updates)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -159,11 +167,15 @@ def _scale(layer: str, alpha: np.ndarray | None, said: Mapping[str, Mapping[str,
     """alpha, rooted and told of a layer: by the file's own tensor, else by PEFT's settings."""
     if alpha is not None:
         return {"alpha": float(alpha.reshape(-1)[0])}
-    config = next((config for part, config in said.items() if layer.startswith(part)), {})
+    part, config = next(((part, config) for part, config in said.items() if layer.startswith(part)), ("", {}))
+    bare = layer.removeprefix(part).removeprefix("base_model.model.").removeprefix(TOWER)
+    forms = (bare, TOWER + bare)
 
     def here(name: str, pattern: str) -> Any:
         special = (
-            value for key, value in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer)
+            value
+            for key, value in (config.get(pattern) or {}).items()
+            if any(re.match(rf"(.*\.)?({key})$", form) for form in forms)  # as PEFT's get_pattern_key, `^` and all
         )
         return next(special, config.get(name))
 

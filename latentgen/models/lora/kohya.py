@@ -42,12 +42,15 @@ def write_kohya(source: str | Path, target: Path, base: str | Path | None = None
         for name, tensor in _tensors(update).items():
             tensors[f"{names[layer]}.{name}"] = np.ascontiguousarray(tensor.astype(np.float32))
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target, {"ss_network_module": "networks.lora"})
-    again = read_lora(target).updates
-    apart = max(_apart(update, again[names[layer]]) for layer, update in lora.updates.items())
-    if not apart <= LARGEST:
-        target.unlink()
-        raise InputError(f"{target} did not read back as {source} (by {apart:.2g}) and was removed; report this")
+    try:
+        save_file(tensors, target, {"ss_network_module": "networks.lora"})
+        again = read_lora(target).updates
+        apart = max(_apart(update, again[names[layer]]) for layer, update in lora.updates.items())
+        if not apart <= LARGEST:
+            raise InputError(f"{target} did not read back as {source} (by {apart:.2g}) and was removed; report this")
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
     return apart
 
 
@@ -85,8 +88,8 @@ def _tensors(update: Update) -> dict[str, np.ndarray]:
     if {"k1", "k2"} <= set(update.tensors):  # alpha is not heard there
         found["lokr_w1"] = found["lokr_w1"] * np.float32(update.scale)
     if update.magnitude is not None:
-        ranks = max(tensor.ndim for tensor in update.tensors.values())
-        found["dora_scale"] = update.magnitude.reshape(-1, *(1,) * (ranks - 1))
+        ranks, shape = max(tensor.ndim for tensor in update.tensors.values()), update.magnitude.shape
+        found["dora_scale"] = update.magnitude.reshape(shape if len(shape) > 1 else (-1, *(1,) * (ranks - 1)))
     return found
 
 
@@ -94,4 +97,6 @@ def _apart(one: Update, other: Update) -> float:
     """The largest difference of two changes, on a weight that is nought but for DoRA, whose norm it decides."""
     change = one._change() * one.scale
     random = np.random.default_rng(0).standard_normal(change.shape).astype(np.float32)
+    if one.magnitude is not None and one.magnitude.ndim > 1:
+        random = random.reshape(len(random), one.magnitude.shape[1], -1)  # (out, in, kh·kw), or (out, 1, in·kh·kw)
     return float(np.abs(one.delta(random) - other.delta(random)).max())

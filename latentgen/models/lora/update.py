@@ -32,7 +32,7 @@ class Update:
     """An adapter's tensors for one layer. key: the first of them in the file, by which it is named to people.
 
     alpha: the change is scaled by alpha / rank (alpha / sqrt(rank) where `rooted`: rank-stabilised LoRA, Kalajdzievski
-    2023); None is the rank itself, no scale. told: the rank where the file says it, else it is read from the tensors.
+    2023); None is the rank itself, no scale. told: the rank where the file says it, for tensors that do not show it.
     magnitude: DoRA's (Liu et al. 2024, eq. 5), the norm that each row of the changed weight is given; each column,
     where it is (1, in).
     """
@@ -78,12 +78,10 @@ class Update:
     @property
     def rank(self) -> int:
         """The inner dimension; 1 where there is none to scale by."""
-        if self.told is not None:
-            return self.told
         for name, axis in {"down": 0, "w1_b": 0, "k2_b": 0, "k1_b": 0}.items():
             if name in self.tensors:
                 return int(self.tensors[name].shape[axis])
-        return 1
+        return 1 if self.told is None else self.told
 
     @property
     def scale(self) -> float:

@@ -42,7 +42,8 @@ def read_tokenizer(folder: Path, tower: Mapping[str, Any], pad: str | None = Non
     if not (folder / "tokenizer.json").is_file():
         end, start = ((named[mark], ids[mark]) for mark in ("eos_token", "bos_token"))
         tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
-    length = min(int(settings.get("model_max_length") or 77), int(tower.get("max_position_embeddings", 77)))
+    positions = int(tower.get("max_position_embeddings", 77))
+    length = min(int(settings.get("model_max_length") or positions), positions)
     return tokenizer, Window(length, ids["bos_token"], ids["eos_token"], ids["pad_token"])
 
 
