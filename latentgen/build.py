@@ -65,6 +65,7 @@ class Run(Foundations):
 
     def all(self) -> Path:
         """Tokenizer, CLIP, VAE, U-Net, layout and decoder where they are asked for, weights folder."""
+        finish.check_places(self.out, self.folder, self.recipe.data.captions)
         self.report(f"{self.recipe.name}: on {self.accelerator.device}, {self.accelerator.num_processes} process(es)")
         if not board.is_there():
             self.report(f"{self.recipe.name}: {board.ABSENT}")
@@ -78,8 +79,7 @@ class Run(Foundations):
                 self.save(unet, {**self.figures, "unet": dict(figures)})
                 self.report(f"{self.recipe.name}: wrote {self.out}")
                 page = self.state / "report.html"
-                recipe = self.recipe.model_dump(mode="json")
-                write_file(page, write_page(self.recipe.name, self.state, self.figures, recipe).encode())
+                write_file(page, write_page(self.recipe.name, self.state, self.figures, self._resolved).encode())
                 self.report(f"{self.recipe.name}: curves and sheets are in {page}")
         return self.out
 
@@ -218,16 +218,27 @@ class Run(Foundations):
 
     # --- the result
 
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """The recipe as it is kept with the weights."""
+        return self.recipe.model_dump(mode="json")
+
+    @property
+    def _credits_before(self) -> str:
+        """Whose pictures its first weights learned from, as their card says it."""
+        return ""
+
     def save(self, unet: UNet2DConditionModel, figures: Mapping[str, Any]) -> None:
         """Write the weights folder, whole or not at all."""
         extras = finish.extra_files(
             name=self.recipe.name,
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=self._resolved,
             figures=figures,
             defaults=self.recipe.defaults.model_dump(),
             size=self.recipe.data.size,
             data=self.folder,
             sheet=self.sheet(unet, self.finished_vae),
+            credits_before=self._credits_before,
         )
         save_pipeline(
             self.out,

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentgen.build import Run, scheduler_config
-from latentgen.checkpoint import Checkpoint, open_folder, read_json
+from latentgen.checkpoint import Checkpoint, open_folder
 from latentgen.diffusion.schedule import from_config
 from latentgen.errors import InputError
 from latentgen.models import create
 from latentgen.models.loading import load_part
 from latentgen.recipe import read_recipe
+from latentgen.training.finish import Before
 from latentgen.training.stage import Report
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from latentgen.training.intake import TrainingData
 
 ALIKE = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "num_train_timesteps")
 
@@ -62,19 +65,6 @@ def _form(unet: UNet2DConditionModel) -> dict[str, Any]:
     return {key: value for key, value in form.items() if not key.startswith("_") and key != "sample_size"}
 
 
-def parts_before(figures: Mapping[str, Any], trained: Mapping[str, Any]) -> list[dict[str, float]]:
-    """What a U-Net was trained in so far, the first part first: steps, batch and rate of each.
-
-    figures: its metrics; trained: its recipe's [unet.train]. Where the metrics are of before parts were listed, their
-    sum of steps is one part, of which nothing else is known.
-    """
-    listed: list[dict[str, float]] = list(figures.get("parts_before") or [])
-    if not listed and figures.get("steps_before"):
-        listed = [{"steps": figures["steps_before"]}]
-    last = {"steps": figures.get("steps", 0.0), **{key: trained[key] for key in ("batch", "rate") if key in trained}}
-    return [*listed, last] if last["steps"] else listed
-
-
 @dataclass
 class Continuation(Run):
     """A run of a recipe's last stages. The recipe's U-Net has to be of the form of the one it goes on from.
@@ -94,6 +84,18 @@ class Continuation(Run):
             raise InputError(f"{self.start.folder} has two text encoders; training goes on from one with a single one")
 
     @cached_property
+    def data(self) -> TrainingData:
+        """The pictures of the run; that some held out now may have been trained on before is said."""
+        told, now = self._before.recipe.get("data") or {}, self.recipe.data
+        split, part = (told.get(key, getattr(now, key)) for key in ("held_out", "hold_out"))
+        if split != now.held_out or now.hold_out > part:
+            self.report(
+                f"data: pictures are held out that {self.start.folder.name} may have been trained on: its recipe says "
+                f"hold_out = {part:g}, held_out = {split!r}; write the same"
+            )
+        return super().data
+
+    @cached_property
     def words(self) -> CLIPTokenizer:
         """The tokenizer it started with."""
         return self._reported(create.read_tokenizer(self.start.folder / "tokenizer"))
@@ -102,14 +104,16 @@ class Continuation(Run):
     def text_encoder(self) -> CLIPTextModel:
         """The text encoder it started with; where the recipe asks for a layout that was not learned yet, with that."""
         encoder: CLIPTextModel = load_part(self.start, "text_encoder")
-        return encoder if "layout" in self._before else self._laid_out(encoder)
+        return encoder if self._before.has_layout else self._laid_out(encoder)
 
     @cached_property
-    def _before(self) -> Mapping[str, Any]:
-        """The figures of the training before."""
-        path = self.start.folder / "metrics.json"
-        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
+    def _before(self) -> Before:
+        """What the folder tells of the training before."""
+        return Before.of(self.start.folder)
+
+    @property
+    def _credits_before(self) -> str:
+        return self._before.credits
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -123,7 +127,7 @@ class Continuation(Run):
         if self.only is None:
             return super().unet
         unet = self._first_unet(self._unet_form).requires_grad_(False).eval()
-        return unet.to(self.accelerator.device), self._before.get("unet", {})
+        return unet.to(self.accelerator.device), self._before.figures.get("unet", {})
 
     def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
         asked, trained = scheduler_config(self.recipe), self.start.config("scheduler")
@@ -153,14 +157,15 @@ class Continuation(Run):
     def _started(self) -> tuple[str, ...]:
         return (self.start.fingerprint,)
 
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """The recipe; where the U-Net is taken as it is, with what it was made by."""
+        told, first = super()._resolved, self._before.recipe.get("unet")
+        return {**told, "unet": first} if self.only is not None and first else told
+
     def save(self, unet: UNet2DConditionModel, figures: Mapping[str, Any]) -> None:
         """Write the weights folder; the figures of what was taken as it is, and the parts before, stand there too."""
-        before, recipe = self._before, self.start.folder / "recipe.json"
-        told = read_json(recipe) if recipe.is_file() else {}
-        taken = {name: before[name] for name in ("clip", "layout", "vae", "decoder") if name in before}
-        kept = {**taken, **figures}
+        kept = {**self._before.kept, **figures}
         if self.only is None:
-            parts = parts_before(before.get("unet", {}), (told.get("unet") or {}).get("train") or {})
-            steps = {"steps_before": sum(part["steps"] for part in parts), "parts_before": parts}
-            kept["unet"] = {**figures["unet"], **steps}
+            kept["unet"] = {**figures["unet"], **self._before.history()}
         super().save(unet, kept)

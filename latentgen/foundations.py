@@ -29,7 +29,17 @@ from latentgen.training.autoencoder import AutoencoderLoss, AutoencoderObjective
 from latentgen.training.cache import Items, cached_items, content_of, latent_items, text_items
 from latentgen.training.clip import ClipObjective
 from latentgen.training.denoise import BucketLatents, Latents, TextStates
-from latentgen.training.intake import Shaped, TrainingData, divide, in_shapes, keep_ledger, look_over, read_pictures
+from latentgen.training.finish import state_of
+from latentgen.training.intake import (
+    Shaped,
+    TrainingData,
+    divide,
+    in_shapes,
+    keep_ledger,
+    look_over,
+    read_pictures,
+    unknown_weights,
+)
 from latentgen.training.layout import LayoutObjective
 from latentgen.training.loop import LoopSettings
 from latentgen.training.precision import accelerator_for
@@ -70,7 +80,7 @@ class Foundations:
     @cached_property
     def state(self) -> Path:
         """Where the run keeps its own things."""
-        return self.out.with_name(f"{self.out.name}.training")
+        return state_of(self.out)
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -116,6 +126,8 @@ class Foundations:
             self.report(f"data: buckets {data.shaped_line}")
         if remark:
             self.report(remark)
+        for line in unknown_weights(data.pictures, what.weights):
+            self.report(line)
         self.report(
             f"data: {len(data.pictures)} pictures to train on, {len(data.held)} held out, from {as_told(self.folder)}"
         )

@@ -245,9 +245,11 @@ class Unet(Section):
     train: Train
 
     @model_validator(mode="after")
-    def _flow_is_both(self) -> Self:
+    def _belong_together(self) -> Self:
         if (self.schedule == "flow") != (self.prediction == "flow"):
             raise ValueError('schedule = "flow" and prediction = "flow" belong together; write both or neither')
+        if self.times == "uniform" and (self.times_mean, self.times_std) != (None, None):
+            raise ValueError('times_mean and times_std are of times = "logit-normal", say; write that too')
         return self
 
     @model_validator(mode="after")

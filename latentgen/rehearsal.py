@@ -7,7 +7,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.build import Run
@@ -28,7 +30,9 @@ from latentgen.recipe import Train, read_kind, read_recipe
 from latentgen.training.cache import Items
 from latentgen.training.contention import Contention
 from latentgen.training.draw import Draw
-from latentgen.training.loop import LoopSettings, TrainState, fit, order_of
+from latentgen.training.finish import check_places
+from latentgen.training.loop import LoopSettings, NotFinite, TrainState, fit, order_of, recompute_where_asked
+from latentgen.training.sharding import any_of
 from latentgen.training.stage import Report, duration
 
 WARM, SECONDS, MOST = 2, 6.0, 20  # steps before the clock starts; how long, and how many steps, it runs at most
@@ -80,27 +84,40 @@ def rehearse(
     of it. Nothing is written but to a temporary folder. Raises InputError as `build.train` would.
     """
     run: Rehearsal | PixelRehearsal
-    with tempfile.TemporaryDirectory(prefix="latentgen-") as scratch:
-        if read_kind(recipe) == "pixels":
-            pixels = read_pixel_recipe(recipe)
-            name, more = pixels.name, "what the likelihoods take"
-            run = PixelRehearsal(pixels, Path(scratch) / name, data or pixels.data.folder, report)
-        else:
-            what = read_recipe(recipe)
-            name, more = what.name, "what preparing takes"
-            if start is not None:
-                refuse_itself(start, out or Path("weights") / name)
-            given = (what, Path(scratch) / name, data or what.data.folder, report)
-            run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_folder(start), only)
+    if read_kind(recipe) == "pixels":
+        pixels = read_pixel_recipe(recipe)
+        name, more = pixels.name, "what the likelihoods take"
+        final = out or Path("weights") / name
+        run = PixelRehearsal(pixels, final, data or pixels.data.folder, report)
+    else:
+        what = read_recipe(recipe)
+        name, more = what.name, "what preparing takes"
+        final = out or Path("weights") / name
+        if start is not None:
+            refuse_itself(start, final)
+        given = (what, final, data or what.data.folder, report)
+        run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_folder(start), only)
+    check_places(final, run.folder, run.recipe.data.captions)
+    with _scratch(run.accelerator) as run.state:
         run.all()
         caches = run.caches + _size_mib(run.state / "cache")
-    final = (out or Path("weights") / name).absolute()
+    final = final.absolute()
     run.report(f"{name}: {duration(sum(stage.seconds for stage in run.measured))} in all, and {more}")
     needed = caches + disk_of(run.measured)
     free = shutil.disk_usage(_existing(final)).free / 2**20
     short = f"; ONLY {free:.0f} MiB are free there" if free < needed else ""
     run.report(f"{name}: would write {final} and, beside it, about {needed:.0f} MiB of checkpoints and caches{short}")
     return run.measured
+
+
+@contextmanager
+def _scratch(accelerator: Accelerator) -> Iterator[Path]:
+    """A temporary folder that all processes share; the first removes it when all are done."""
+    first = accelerator.is_main_process
+    with tempfile.TemporaryDirectory(prefix="latentgen-") if first else nullcontext("") as made:
+        (place,) = broadcast_object_list([made])
+        yield Path(place)
+        accelerator.wait_for_everyone()
 
 
 def disk_of(stages: Sequence[Measured]) -> float:
@@ -177,17 +194,15 @@ class PixelRehearsal(PixelRun):
 def measure(name: str, objective: Any, what: Train, gate: Mapping[str, float], accelerator: Accelerator) -> Measured:
     """A stage's first steps by the clock, then one look at it: figures that its gate may name, and a sheet."""
     settings = LoopSettings(**what.model_dump())
+    recompute_where_asked(name, objective.module, settings)
     alone = _restart_peak()
     state = TrainState.start(objective.module, settings)
     gflop = gflop_of(objective, settings, accelerator)
-    steps, began, contention = 0, time.monotonic(), Contention.on(accelerator.device, WATCHED)
-    for progress in fit(objective, state, replace(settings, steps=WARM + MOST), accelerator, seed=0):
-        if progress.step == WARM:
-            began = time.monotonic()
-        steps = progress.step - WARM
-        if steps > 0 and time.monotonic() - began > SECONDS:
-            break
-    rate = settings.batch * steps / (time.monotonic() - began)
+    contention = Contention.on(accelerator.device, WATCHED)
+    try:
+        rate = samples_per_second(objective, state, settings, accelerator)
+    except NotFinite as broken:
+        raise InputError(f"{name}: {broken}; lower the rate") from None
     contended = contention.line()
     check_gate(name, gate, {**objective.validate(), "steps": 0.0, "skipped": 0.0})
     objective.sheet()
@@ -208,6 +223,19 @@ def measure(name: str, objective: Any, what: Train, gate: Mapping[str, float], a
     )
 
 
+def samples_per_second(objective: Any, state: TrainState, settings: LoopSettings, accelerator: Accelerator) -> float:
+    """Of all processes together, in some steps that are taken. Raises NotFinite as `fit` does."""
+    steps, began = 0, time.monotonic()
+    for progress in fit(objective, state, replace(settings, steps=WARM + MOST), accelerator, seed=0):
+        if progress.step == WARM:
+            began = time.monotonic()
+        steps = progress.step - WARM
+        (enough,) = any_of((steps > 0 and time.monotonic() - began > SECONDS,), accelerator)  # all leave at one step
+        if enough:
+            break
+    return settings.batch * steps / (time.monotonic() - began)
+
+
 def check_gate(name: str, gate: Mapping[str, float], figures: Mapping[str, float]) -> None:
     """Raises InputError where a gate names a figure that a stage has not: before the hours, not after them."""
     for key in gate:
@@ -225,6 +253,7 @@ def gflop_of(objective: Any, settings: LoopSettings, accelerator: Accelerator) -
     """
     count = min(settings.batch, 8)
     items = order_of(objective, count, 0).items(0)
+    objective.module.train()  # as it is taught: what blocks compute is computed again there alone
     with FlopCounterMode(display=False) as counter:
         with accelerator.autocast():
             loss = objective.loss(items, Draw(0, 0, count))["loss"]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentgen.durable import write_file
 from latentgen.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,8 +90,13 @@ def show(
     for name, figures in rows.items():
         table.add_row(name, *(f"{figures[engine]:.4g}" if engine in figures else "" for engine in engines))
     Console(width=None if sys.stdout.isatty() else 110).print(table)
+    keep(result, path)
+
+
+def keep(result: Mapping[str, Any], path: Path | None) -> None:
+    """The whole result as JSON in `path`, where one is given."""
     if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_file(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def guarded(main: Callable[[], None]) -> None:

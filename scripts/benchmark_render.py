@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from benchmark_forms import NAMES, form_folder, matrix_peak, picture_flops
-from benchmark_process import ENGINES, guarded, in_turn, machine, paired_ratio, peak_mib, run, show
+from benchmark_process import ENGINES, guarded, in_turn, keep, machine, paired_ratio, peak_mib, run, show
 
 from latentgen.checkpoint import find, open_folder
 from latentgen.diffusion.schedule import from_config
@@ -268,7 +268,7 @@ def price_of_type(asked: argparse.Namespace, folder: Path, given: Sequence[str])
 
 
 def price_of_cache(asked: argparse.Namespace, folder: Path) -> None:
-    """The torch engine with its deep features kept over `--feature-cache` steps, and without: gain and PSNR."""
+    """The torch engine with its deep features kept over `--feature-cache` steps, and without: gain, PSNR and JSON."""
     from latentgen.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(folder, engine="torch")
@@ -280,18 +280,30 @@ def price_of_cache(asked: argparse.Namespace, folder: Path) -> None:
     for turn in range(asked.rounds + 1):
         pictures = {}
         for every, taken in seconds.items():
-            start = time.perf_counter()
-            pictures[every] = pipe(prompts, seed=turn * asked.batch, feature_cache=every, **call).images
-            if turn:  # the first is to warm up
-                taken.append(time.perf_counter() - start)
+            for _ in range(asked.repeats if turn else 1):
+                start = time.perf_counter()
+                pictures[every] = pipe(prompts, seed=turn * asked.batch, feature_cache=every, **call).images
+                if turn:  # the first is to warm up
+                    taken.append(time.perf_counter() - start)
         errors += [float(np.mean((a - b) ** 2)) for a, b in zip(*pictures.values(), strict=True)]
     ratio = statistics.median(whole / kept for whole, kept in zip(*seconds.values(), strict=True))
-    psnr = [-10 * np.log10(max(error, 1e-12)) for error in errors]
+    psnr = [-10 * float(np.log10(max(error, 1e-12))) for error in errors]
+    result = {
+        "steps": asked.steps,
+        "batch": asked.batch,
+        "guidance_scale": asked.guidance,
+        "feature_cache": asked.feature_cache,
+        "machine": machine(),
+        "seconds": {"without": seconds[1], "with": seconds[asked.feature_cache]},
+        "ratio": ratio,
+        "psnr": psnr,
+    }
     print(
         f"feature cache, deep layers every {asked.feature_cache} of {asked.steps} steps: {ratio:.2f} times as fast; "
         f"PSNR to the pictures without it {np.mean(psnr):.1f} dB on average, {min(psnr):.1f} dB at worst "
         f"({len(psnr)} pictures)"
     )
+    keep(result, asked.json)
 
 
 def main() -> None:
@@ -319,6 +331,10 @@ def main() -> None:
         return
     if asked.feature_cache is not None and asked.feature_cache < 2:
         raise InputError("--feature-cache must be 2 or more; 1 is off")
+    instead = [name for name in ("feature_cache", "dtype", "compile") if getattr(asked, name)]
+    if len(instead) > 1:
+        said = " and ".join(f"--{name.replace('_', '-')}" for name in instead)
+        raise InputError(f"{said} are not measured together; give one of them")
     with tempfile.TemporaryDirectory() as scratch:
         asked.scratch = Path(scratch)
         folder = find(form_folder(asked.form, asked.weights, asked.scratch, graphs=True)).resolve()

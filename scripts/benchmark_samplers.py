@@ -18,12 +18,14 @@ from typing import Any
 
 import diffusers
 import torch
+from benchmark_process import guarded
 
 from latentgen.diffusion.denoiser import Condition, Denoiser
 from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule import from_config
+from latentgen.errors import InputError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,6 +85,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=1)
     asked = parser.parse_args()
+    if min(asked.steps, asked.runs, asked.batch) < 1:
+        raise InputError("--steps, --runs and --batch must be 1 or more")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     eps = torch.randn(asked.batch, 4, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -111,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

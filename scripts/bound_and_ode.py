@@ -11,7 +11,6 @@ uniform   the ODE's usual value: from uniformly dequantised pictures, at the sch
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,20 +18,26 @@ from pathlib import Path
 
 import torch
 
+from latentgen.checkpoint import read_json
 from latentgen.diffusion.likelihood import Bits, bits
 from latentgen.errors import InputError
 from latentgen.pixels.build import PixelRun
 from latentgen.pixels.recipe import PixelRecipe
 from latentgen.pixels.weights import load_pixels
+from latentgen.recipe import explained
 
 COLUMNS = ("bound, between", "ODE, between", "reconstruction", "bound, whole", "ODE, whole", "ODE, uniform")
 
 
 def compared(folder: Path, data: Path, cache: Path) -> list[Bits]:
-    """The columns of one weights folder."""
-    model, _, _ = load_pixels(folder)
-    recipe = PixelRecipe(**json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
-    held, items = PixelRun(recipe, folder, data, lambda line: None, cache).judged()
+    """The columns of one weights folder. Raises InputError where the data has other classes."""
+    model, classes, _ = load_pixels(folder)
+    recipe = explained(PixelRecipe, read_json(folder / "recipe.json"), str(folder / "recipe.json"))
+    run = PixelRun(recipe, folder, data, lambda line: None, cache)
+    if run.classes != classes:
+        odd = min({*run.classes} ^ {*classes})
+        raise InputError(f"{odd!r} is a class of {data} or of {folder} alone; give the pictures it was trained on")
+    held, items = run.judged()
     what, parts = recipe.likelihood, []
     for number, start in enumerate(range(0, len(items), what.batch)):
         x0, labels = held.rows(items[start : start + what.batch], torch.device("cpu"))

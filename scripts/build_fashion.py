@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def fetch(cache: Path) -> Path:
 def _run(command: Sequence[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
         raise InputError(
-            f"{command[0]} is not here; on a Debian system it is, or put the files of {PACKAGE} into {folder}"
+            f"{command[0]} is not here; on a Debian system it is, or put the files of {PACKAGE} into "
+            f"{folder / PACKAGE / PLACE}"
         )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
@@ -83,12 +85,19 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """A gzipped IDX file of unsigned bytes: magic 0x0000 08 rank, the sides as big-endian 32-bit numbers, the data."""
-    data = gzip.decompress(path.read_bytes())
-    zero, kind, rank = struct.unpack(">HBB", data[:4])
-    sides = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
+    """A gzipped IDX file of unsigned bytes: magic 0x0000 08 rank, the sides as big-endian 32-bit numbers, the data.
+
+    Raises InputError where it is not whole.
+    """
+    torn = InputError(f"{path} is no whole IDX file of bytes; remove it and run again")
+    try:
+        data = gzip.decompress(path.read_bytes())
+        zero, kind, rank = struct.unpack(">HBB", data[:4])
+        sides = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
+    except (gzip.BadGzipFile, EOFError, zlib.error, struct.error):
+        raise torn from None
     if zero or kind != 8 or len(data) != 4 + 4 * rank + math.prod(sides):
-        raise InputError(f"{path} is no whole IDX file of bytes; remove it and run again")
+        raise torn
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(sides)
 
 

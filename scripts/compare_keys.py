@@ -4,8 +4,9 @@ usage: python scripts/compare_keys.py [--recipe pipelines/icons-64.toml] [--data
            [--only 'plain;layout;…'] [--steps 600] [--pictures 100] [--seed 0]
 
 The recipe is made small (a U-Net of 64 and 128 channels) and short, then trained once for each variant into OUT/NAME;
-stages that a variant does not touch are trained once for all. What is done is not done again. Each is evaluated on the
-held-out pictures; in brackets 95 % bootstrap intervals. One seed: a difference inside the intervals is none.
+stages that a variant does not touch are trained once for all. What is done is not done again; what another recipe, seed
+or length made, or other data, stays, and OUT is refused. Each is evaluated on the held-out pictures; in brackets 95 %
+bootstrap intervals. One seed: a difference inside the intervals is none.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from types import MappingProxyType
 from typing import Any
 
 from latentgen.build import Run
+from latentgen.checkpoint import read_json
 from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.evaluation.metrics import Figure
 from latentgen.evaluation.run import Order, evaluate
-from latentgen.recipe import Recipe, explained, read_table
+from latentgen.recipe import Recipe, explained, read_recipe
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -49,15 +51,16 @@ SHOWN = {
 }
 
 
-def small(recipe: Path, name: str, steps: int, seed: int) -> Recipe:
-    """The recipe with a small U-Net and short stages, and the variant's keys."""
-    table = read_table(recipe)
+def small(recipe: Path, name: str, steps: int, seed: int, data: Path | None = None) -> Recipe:
+    """The recipe with a small U-Net and short stages, and the variant's keys. data: instead of its own."""
+    table = read_recipe(recipe).model_dump(mode="json", exclude_unset=True)
+    if data is not None:
+        table["data"]["folder"] = str(data)
     for stage, length in (("clip", 150), ("vae", 500), ("unet", steps)):
         table[stage]["train"] |= {"steps": length, "warmup": 100 if stage == "unet" else 50}
     for key in ("times", "times_mean", "times_std", "align"):
         table["unet"].pop(key, None)
-    for key in ("kind", "decoder"):
-        table.pop(key, None)
+    table.pop("decoder", None)
     layout = table.pop("layout", {"train": {"batch": 256, "rate": 1.5e-3, "warmup": 50}})
     if "layout" in VARIANTS[name]:
         table["layout"] = layout
@@ -71,6 +74,16 @@ def small(recipe: Path, name: str, steps: int, seed: int) -> Recipe:
         for key, value in keys.items():
             table[section][key] = {**table[section].get(key, {}), **value} if isinstance(value, dict) else value
     return explained(Recipe, {**table, "seed": seed}, f"recipe {recipe}")
+
+
+def is_done(folder: Path, recipe: Recipe) -> bool:
+    """Whether the variant is there already. Raises InputError where it is another recipe's or of other data."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    where = folder / "recipe.json"
+    if explained(Recipe, read_json(where), str(where)) != recipe:
+        raise InputError(f"{folder} was trained by another recipe or on other data; give another --out")
+    return True
 
 
 def told(figure: Figure | None) -> str:
@@ -109,15 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     found: dict[str, Mapping[str, Figure]] = {}
     try:
-        for name in chosen:
+        recipes = {name: small(given.recipe, name, given.steps, given.seed, given.data) for name in chosen}
+        missing = [name for name, recipe in recipes.items() if not is_done(given.out / name, recipe)]
+        for name, recipe in recipes.items():
             report(f"--- {name}")
-            recipe = small(given.recipe, name, given.steps, given.seed)
-            data = given.data or recipe.data.folder
             folder = given.out / name
-            run = Run(recipe, given.out / "model", data, report)
-            if not (folder / "manifest.json").is_file():
-                run.all().rename(folder)
-            order = Order(data, pictures=given.pictures)
+            if name in missing:
+                Run(recipe, given.out / "model", recipe.data.folder, report).all().rename(folder)
+            order = Order(recipe.data.folder, pictures=given.pictures)
             found[name] = evaluate(folder, order, given.out / "cache", report).figures
             write_file(given.out / "table.md", (table(found) + "\n").encode())
     except InputError as error:

@@ -73,17 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     figures, sheets = {}, {}
     try:
+        given.sheet.parent.mkdir(parents=True, exist_ok=True)  # before the hours
         for name in chosen:
             cache = given.out / "cache"
             folder = train(given.recipe, given.out / name, given.data, report, cache=cache, objective=name)
             figures[name] = json.loads((folder / "metrics.json").read_text())["likelihood"]
             with Image.open(folder / "sheet.png") as sheet:
                 sheets[name] = sheet.convert("RGB")
-    except InputError as error:
+        print(table(figures))
+        side_by_side(sheets).save(given.sheet, optimize=True)
+    except (InputError, OSError) as error:
         print(f"fashion_families: {error}", file=sys.stderr)
         return 2
-    side_by_side(sheets).save(given.sheet, optimize=True)
-    print(table(figures))
     return 0
 
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from latentgen.durable import write_folder
 from latentgen.errors import InputError
+from latentgen.training.finish import notice_of
 
 ROOT = Path(__file__).parents[1]
 TAUGHT = 150  # pictures of the new style
@@ -82,8 +83,8 @@ def taught_and_kept(icons: Sequence[dict[str, Any]], openmoji: Sequence[dict[str
     return known[:TAUGHT], known[TAUGHT:]
 
 
-def write(folder: Path, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> None:
-    """Pictures and their captions as a folder that reads itself."""
+def write(folder: Path, rows: Sequence[tuple[Image.Image, Sequence[str]]], notice: str = "") -> None:
+    """Pictures and their captions as a folder that reads itself; whose the pictures are in its NOTICE."""
 
     def fill(aside: Path) -> None:
         lines = []
@@ -92,9 +93,16 @@ def write(folder: Path, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> No
             picture.save(aside / name)
             lines.append(json.dumps({"file_name": name, "text": captions[0], "captions": list(captions)}))
         (aside / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if notice:
+            (aside / "NOTICE").write_text(notice, encoding="utf-8")
 
     write_folder(folder, fill)
     print(f"{folder}: {len(rows)} pictures")
+
+
+def taken(source: Path, changed: str) -> str:
+    """The NOTICE of pictures of another set: what was changed, and the other's, word for word."""
+    return f"{changed}\n\n{notice_of(source)}"
 
 
 def character(pose: Pose) -> Image.Image:
@@ -149,14 +157,18 @@ def main() -> int:
         return 2
     taught, _ = taught_and_kept(icons, openmoji)
     opened = [(Image.open(given.openmoji / row["file_name"]).convert("RGB"), row["captions"]) for row in taught]
-    write(given.out / "style", opened)
+    notice = taken(given.openmoji, "A part of the pictures of OpenMoji, their captions as there. What is said of all:")
+    write(given.out / "style", opened, notice)
     write(given.out / "subject", [(character(pose), [f"a {CHARACTER}"]) for pose in POSES])
     called = [row for row in icons if SWAPPED.search(row["label"]) and row["split"] == "train"]
     swapped = [
         (Image.open(given.icons / row["file_name"]).convert("RGB"), [swap(text) for text in row["captions"]])
         for row in called
     ]
-    write(given.out / "swapped", swapped)
+    notice = taken(
+        given.icons, "Some of these pictures; in their captions red and blue are swapped. What is said of all:"
+    )
+    write(given.out / "swapped", swapped, notice)
     return 0
 
 

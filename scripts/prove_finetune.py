@@ -245,6 +245,8 @@ def main() -> int:
     cases: dict[str, Case] = {**CASES, "style": partial(style, concepts=given.concepts, dials=given.dials)}
     began = time.monotonic()
     try:
+        if given.concepts < 2:
+            raise InputError(f"--concepts is {given.concepts}; give 2 or more")
         figures = cases[given.case](given.weights, given.out / given.case, open_judge())
     except InputError as error:
         print(f"prove_finetune: {error}", file=sys.stderr)

@@ -79,10 +79,32 @@ def test_a_folder_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_feature_cache_is_said_with_its_price(folder: Path) -> None:
-    done = ran("benchmark_render.py", "--weights", folder, "--steps", 3, "--rounds", 1, "--feature-cache", 2)
+def test_the_feature_cache_is_said_with_its_price(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "result.json"
+    asked = ("--weights", folder, "--steps", 3, "--rounds", 1, "--repeats", 2, "--json", out)
+    done = ran("benchmark_render.py", *asked, "--feature-cache", 2)
     assert done.returncode == 0, done.stderr
     assert "times as fast; PSNR to the pictures without it" in done.stdout and "(2 pictures)" in done.stdout
+    result = json.loads(out.read_text())
+    assert {name: len(each) for name, each in result["seconds"].items()} == {"without": 2, "with": 2}
+    assert f"{result['ratio']:.2f} times as fast" in done.stdout and len(result["psnr"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "said"),
+    [
+        ("render", "--dtype bfloat16 --compile", "--dtype and --compile are not measured together; give one of them"),
+        ("render", "--feature-cache 2 --compile", "--feature-cache and --compile are not measured together"),
+        ("render", "--feature-cache 2 --dtype float16", "--feature-cache and --dtype are not measured together"),
+        ("samplers", "--runs 0", "--steps, --runs and --batch must be 1 or more"),
+        ("samplers", "--steps 0", "--steps, --runs and --batch must be 1 or more"),
+        ("samplers", "--batch 0", "--steps, --runs and --batch must be 1 or more"),
+    ],
+)
+def test_what_is_not_measured_is_said_in_one_line(script: str, options: str, said: str) -> None:
+    done = ran(f"benchmark_{script}.py", *options.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"latentgen: {said}") and done.stderr.count("\n") == 1
 
 
 def test_a_half_type_is_said_with_its_gain_and_its_price(folder: Path, tmp_path: Path) -> None:

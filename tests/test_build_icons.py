@@ -240,6 +240,35 @@ def test_two_runs_with_a_limit_give_the_same_bytes_and_a_third_has_nothing_to_do
     assert len(read_folder(outs[0]).pictures) == 5
 
 
+def test_what_others_put_into_the_folder_stays_when_it_is_built_anew(tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "icons"
+    assert run(out, cache) == 0
+    kept = {out / "notes.txt": b"notes", out / "images/mine/one.webp": b"a picture", out / "images/noto/.mark": b""}
+    for path, content in kept.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    assert run(out, cache, "--limit", "1") == 0
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert len([*out.glob("images/*/*.webp")]) == 5 + 1  # those of the larger set are gone
+
+
+def test_a_build_that_would_replace_what_others_put_there_is_refused(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "icons"
+    assert run(out, cache, "--limit", "1") == 0
+    (out / "images/noto/1f431.webp").write_text("my own")
+    assert run(out, cache) == 2
+    assert "1f431.webp was not built here and would be replaced; move it" in capsys.readouterr().err
+    assert (out / "images/noto/1f431.webp").read_text() == "my own"
+    (out / "images/noto/1f431.webp").unlink()
+    with (out / "metadata.jsonl").open("a") as table:
+        table.write('{"file_name": "mine.webp", "text": "mine"}\n')
+    assert run(out, cache) == 2
+    assert "metadata.jsonl is not as it was built; name another --out or remove" in capsys.readouterr().err
+    assert "mine.webp" in (out / "metadata.jsonl").read_text()
+
+
 def test_a_build_that_fails_leaves_what_was_there(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,8 +337,11 @@ def test_share_alike_styles_come_only_when_asked_for(tmp_path: Path) -> None:
     assert len(build_icons.choose_styles(options)) == 9
     everything = build_icons.Options(tmp_path, tmp_path, share_alike=True)
     assert [style.name for style in build_icons.choose_styles(everything)][9:] == ["openmoji", "emojione-v1"]
-    with pytest.raises(InputError, match="share-alike"):
-        build_icons.choose_styles(build_icons.Options(tmp_path, tmp_path, styles=("openmoji",)))
+    for styles in (("openmoji",), ("noto", "openmoji")):
+        with pytest.raises(InputError, match=r"^openmoji: licensed share-alike, so left out; ask with --share-alike"):
+            build_icons.choose_styles(build_icons.Options(tmp_path, tmp_path, styles=styles))
+    named = build_icons.Options(tmp_path, tmp_path, styles=("noto", "openmoji"), share_alike=True)
+    assert [style.name for style in build_icons.choose_styles(named)] == ["noto", "openmoji"]
 
 
 def test_the_sample_is_what_the_captions_of_today_say() -> None:

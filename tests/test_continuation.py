@@ -1,16 +1,41 @@
 """What a run that goes on says of the training before it."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from latentgen import InputError
-from latentgen.continuation import parts_before, refuse_itself
-from latentgen.training.finish import extra_files
+from latentgen import InputError, build
+from latentgen.checkpoint import open_folder
+from latentgen.continuation import Continuation, refuse_itself
+from latentgen.durable import write_folder
+from latentgen.recipe import read_recipe
+from latentgen.training.finish import Before, check_place, extra_files, parts_before
 
 ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "data" / "tiny.toml"
+ICONS = ROOT / "tests" / "data" / "icons"
+TRAIN = {"steps": 9999, "batch": 64, "rate": 1e-3}
+
+
+def told(place: Path, figures: dict[str, Any], recipe: dict[str, Any], card: str = "") -> Path:
+    """What a weights folder tells of its training, written to it."""
+    for name, value in (("metrics.json", figures), ("recipe.json", recipe)):
+        (place / name).write_text(json.dumps(value))
+    (place / "README.md").write_text(card, encoding="utf-8")
+    return place
+
+
+def going_on(recipe: Path, out: Path, start: Path, data: Path, only: str | None = None) -> Continuation:
+    return Continuation(read_recipe(recipe), out, data, lambda _: None, open_folder(start), only)
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "start")
 
 
 def test_every_part_is_listed_with_its_batch_and_rate() -> None:
@@ -47,3 +72,109 @@ def test_the_card_tells_the_parts() -> None:
     assert "| unet | parts before | 6,300 steps, 1,950 steps of batch 32 at rate 0.0007 |" in card
     assert "| unet | steps before | 8,250 |" in card and "| vae | psnr | 25.21 |" in card
     assert json.loads(str(files["metrics.json"]))["unet"]["parts_before"] == parts
+
+
+def test_a_layout_that_only_the_recipe_tells_of_is_not_learned_again(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[object] = []
+    monkeypatch.setattr(Continuation, "_laid_out", lambda _, encoder: learned.append(encoder) or encoder)
+    for figures, recipe, again in (
+        ({"finetune": {}}, {"layout": {"grid": 4}}, 0),
+        ({"layout": {}}, {}, 0),
+        ({}, {"layout": None}, 1),
+        ({}, {}, 1),
+    ):
+        learned.clear()
+        _ = going_on(TINY, tmp_path / "out", told(start, figures, recipe), ICONS).text_encoder
+        assert len(learned) == again, (figures, recipe)
+
+
+def saved(run: Continuation, monkeypatch: pytest.MonkeyPatch, **unet: float) -> dict[str, Any]:
+    """The files beside the networks that a run would write. unet: the U-Net's figures."""
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(build, "save_pipeline", lambda _, *, extra_files, **rest: written.update(extra_files))
+    monkeypatch.setattr(run, "sheet", lambda *_: Image.new("RGB", (4, 4)))
+    networks: dict[str, Any] = dict.fromkeys(("unet", "finished_vae", "text_encoder", "words"))
+    vars(run).update(networks)
+    run.save(networks["unet"], {"unet": unet})
+    return written
+
+
+def test_a_decoder_trained_alone_leaves_what_the_u_net_was_made_by(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = {"channels": [8], "train": TRAIN}
+    told(start, {"unet": {"steps": 800.0}}, {"unet": unet})
+    alone = saved(going_on(TINY, tmp_path / "out", start, ICONS, "decoder"), monkeypatch, steps=800.0)
+    on = saved(going_on(TINY, tmp_path / "out", start, ICONS), monkeypatch, steps=16.0)
+    part = {"steps": 800.0, "batch": 64, "rate": 1e-3}
+    for files in (alone, on):
+        again = Before.of(told(start, *(json.loads(files[name]) for name in ("metrics.json", "recipe.json"))))
+        assert again.history()["parts_before"][0] == part
+    assert json.loads(alone["recipe.json"])["unet"] == unet
+    assert json.loads(on["recipe.json"])["unet"]["train"]["batch"] == 8
+
+
+def test_whose_pictures_the_first_weights_saw_is_said_before_whose_the_new_ones_are(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    first = "By Ann, MIT.\n\n## A heading of hers\n\n- and more"
+    told(start, {}, {}, f"# icons\n\n| a |\n\n## What it was trained on\n\n{first}\n")
+    run = going_on(TINY, tmp_path / "out", start, mine)
+    assert saved(run, monkeypatch)["README.md"].endswith(f"## What it was trained on\n\n{first}\n")
+    (mine / "NOTICE").write_text("By Bob, CC0.\n")
+    card = saved(run, monkeypatch)["README.md"]
+    assert card.endswith(f"## What it was trained on\n\n{first}\n\nBy Bob, CC0.\n")
+    told(start, {}, {}, card)
+    assert saved(going_on(TINY, tmp_path / "out", start, mine), monkeypatch)["README.md"] == card  # once is enough
+
+
+def test_pictures_held_out_now_that_were_trained_on_before_are_told(start: Path, tmp_path: Path) -> None:
+    now = read_recipe(TINY).data.hold_out
+    for data, said in (
+        ({"held_out": "test", "hold_out": now}, False),
+        ({"held_out": "val", "hold_out": now}, True),
+        ({"held_out": "test", "hold_out": now + 0.1}, False),
+        ({"held_out": "test", "hold_out": now - 0.01}, True),
+        (None, False),
+    ):
+        told(start, {}, {"data": data} if data else {})
+        run, lines = going_on(TINY, tmp_path / "out", start, ICONS), list[str]()
+        run.say = lines.append
+        assert len(run.data.held) == 9
+        assert any("start may have been trained on" in line for line in lines) == said
+
+
+def test_a_place_where_others_things_stand_is_refused_before_the_training(folder: Path, tmp_path: Path) -> None:
+    letter, theirs, notes = (tmp_path / name for name in ("letter", "theirs", "notes"))
+    letter.write_text("a letter of mine")
+    theirs.mkdir()
+    (theirs / "README.md").write_text("of theirs")
+    notes.mkdir()
+    (notes / "notes.txt").write_text("which are carried over")
+    for free in (tmp_path / "none", notes, folder):
+        check_place(free)
+    data = tmp_path / "data"
+    for out in (letter, theirs):
+        with pytest.raises(InputError, match="exists and is no result of this command; name another place"):
+            check_place(out)
+        with pytest.raises(InputError, match=f"{out} exists"):
+            build.train(TINY, out, data, lambda _: None)  # before the data, which are not there
+        with pytest.raises(InputError):  # what it foresees
+            write_folder(out, lambda aside: (aside / "README.md").write_text("ours") and None)
+    assert not list(tmp_path.glob("*.training"))
+
+
+def test_what_fine_tuning_adds_is_a_part_of_the_history(tmp_path: Path) -> None:
+    figures = {"clip": {"steps": 5.0}, "unet": {"steps": 4200.0, "caption_gain": 0.1}, "tokenizer": {"vocabulary": 9}}
+    base = Before.of(told(tmp_path, figures, {"unet": {"train": TRAIN}}))
+    part = {"steps": 300.0, "batch": 8, "rate": 1e-4}
+    tuned = base.then(part)
+    assert tuned["clip"] == figures["clip"] and tuned["unet"]["caption_gain"] == 0.1
+    parts = [{"steps": 4200.0, "batch": 64, "rate": 1e-3}, part]
+    again = Before.of(told(tmp_path, {**tuned, "finetune": {"steps": 300.0}}, {"unet": {"train": TRAIN}}))
+    assert again.history() == {"steps_before": 4500.0, "parts_before": parts}
+    assert again.history(part)["parts_before"] == [*parts, part]

@@ -15,7 +15,7 @@ from latentgen.data import Picture, hold_out, load_pixels, pixels, read_folder, 
 from latentgen.data.page import keep_ledger
 from latentgen.errors import InputError
 from latentgen.training.finish import notice_of
-from latentgen.training.intake import read_pictures
+from latentgen.training.intake import divide, read_pictures, unknown_weights
 
 SAMPLE = Path(__file__).parent / "data" / "icons"
 
@@ -360,3 +360,16 @@ def test_a_notice_in_another_code_is_kept_as_far_as_it_can_be_read(tmp_path: Pat
     assert notice_of(tmp_path) == ""
     (tmp_path / "NOTICE").write_bytes("by André".encode("latin-1"))
     assert notice_of(tmp_path) == "by Andr\ufffd"
+
+
+def test_weights_that_fit_no_picture_are_named_and_weights_of_nothing_refused() -> None:
+    pictures = tuple(Picture(Path(f"{n}.png"), ("a",), "train" if n else "test", {"group": "flags"}) for n in range(3))
+    weights = {"group": {"flags": 0.5, "flgas": 2.0}, "style": {"noto": 3.0}}
+    assert unknown_weights(pictures, weights) == [
+        "data: [data.weights.group] weighs flgas, which no picture to train on has",
+        "data: [data.weights.style] weighs noto, which no picture to train on has",
+    ]
+    decoded = pixels.Pixels(np.zeros((3, 8, 8, 3), np.uint8), pictures, ())
+    np.testing.assert_array_equal(divide(Path("x"), decoded, "test", weights).weights, [0.5, 0.5])
+    with pytest.raises(InputError, match="all weigh 0"):
+        divide(Path("x"), decoded, "test", {"group": {"flags": 0.0}})

@@ -1,5 +1,6 @@
 """Recipes: the ones we ship hold; whatever is wrong in one costs one line that says what would be right."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_the_samplers_of_a_recipe_are_those_there_are() -> None:
     assert set(get_args(SamplerName)) == set(SAMPLERS)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*/recipe.json")), ids=lambda path: path.parent.name)
+def test_the_recipes_of_our_weights_hold_too(path: Path) -> None:
+    told = json.loads(path.read_text())
+    form = PixelRecipe if told.get("kind") == "pixels" else Recipe
+    assert form.model_validate(told).name == path.parent.name
+
+
 def test_there_are_recipes() -> None:
     assert SHIPPED
 
@@ -103,6 +111,8 @@ def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Chang
         ),
         (put("head_width = 32", 'schedule = "flow"'), '^[^{]*: unet: schedule = "flow" and prediction = "flow" belong'),
         (put("head_width = 32", 'prediction = "flow"'), "write both or neither"),
+        (put("head_width = 32", "times_mean = 0.5"), "unet: times_mean and times_std are of times = .logit-normal."),
+        (put("head_width = 32", "times_std = 1.2"), "unet: times_mean and times_std are of times = .logit-normal."),
         (put("head_width = 32", "caption_dropout = 1.5"), "unet.caption_dropout is 1.5: "),
         (put("smileys-emotion = 0.5", "smileys-emotion = -1"), "data.weights.group.smileys-emotion is -1: "),
         (put('name = "tiny"', 'name = "../tiny"'), "name is '../tiny': "),

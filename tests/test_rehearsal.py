@@ -9,10 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentgen.errors import InputError
+from latentgen.models.pixel import pixel_unet
 from latentgen.recipe import Train
-from latentgen.rehearsal import check_gate, disk_of, gflop_of, measure
+from latentgen.rehearsal import check_gate, disk_of, gflop_of, measure, rehearse
 from latentgen.training.draw import Draw
 from latentgen.training.loop import LoopSettings
 
@@ -28,7 +30,7 @@ class HalfFrozen:
     weights = np.ones(16)
 
     def __init__(self) -> None:
-        self.module = nn.Linear(WIDTH, WIDTH)
+        self.module: nn.Module = nn.Linear(WIDTH, WIDTH)
         self._frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
@@ -53,6 +55,56 @@ def test_what_is_frozen_has_no_backward_pass() -> None:
 
     assert found == pytest.approx(3 * PRODUCT)  # two forward, and the gradient of the trained weights
     assert all(weight.grad is None for weight in objective.module.parameters())
+
+
+class Recomputing(nn.Linear):
+    """A matrix whose product is computed again in the backward pass, where that is asked for and it is taught."""
+
+    again = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.again = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.again and self.training:
+            recomputed: Tensor = checkpoint(self._squared, x, use_reentrant=False)
+            return recomputed
+        return self._squared(x)
+
+    def _squared(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+def test_what_is_computed_again_is_measured_so() -> None:
+    plain = Train(steps=10, batch=4, rate=1e-3, warmup=1)
+    asked = plain.model_copy(update={"activation_checkpointing": True})
+    for what, products in ((plain, 3), (asked, 4)):
+        objective = HalfFrozen()
+        objective.module = Recomputing(WIDTH, WIDTH).eval()
+        found = measure("half", objective, what, {}, Accelerator(cpu=True))
+        assert found.gflop == pytest.approx(products * PRODUCT)
+    with pytest.raises(InputError, match="half has nothing to recompute; set activation_checkpointing = false"):
+        measure("half", HalfFrozen(), asked, {}, Accelerator(cpu=True))
+
+
+def test_blocks_that_cannot_be_computed_again_are_refused_in_one_line() -> None:
+    objective = HalfFrozen()
+    objective.module = pixel_unet("convnext", channels=(8,), layers=1, side=8, picture_channels=1, classes=2, patch=2)
+    asked = Train(steps=10, batch=4, rate=1e-3, warmup=1, activation_checkpointing=True)
+    with pytest.raises(InputError, match="half has nothing to recompute"):
+        measure("half", objective, asked, {}, Accelerator(cpu=True))
+
+
+def test_a_rate_that_blows_up_is_a_line() -> None:
+    what = Train(steps=10, batch=4, rate=1e38, warmup=1)
+    with pytest.raises(InputError, match=r"half: the loss or its gradient was not finite 20 steps .*; lower the rate$"):
+        measure("half", HalfFrozen(), what, {}, Accelerator(cpu=True))
+
+
+def test_a_place_that_is_taken_is_refused_in_a_dry_run(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("of mine")
+    with pytest.raises(InputError, match="letter exists and is no result of this command; name another place"):
+        rehearse(Path(__file__).parent / "data" / "tiny.toml", tmp_path / "letter", None, lambda _: None)
 
 
 def test_a_gate_that_names_no_figure_is_refused_before_the_hours() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentgen.data import hold_out, load_pixels, read_folder, write_ledger, write_page
+from latentgen.data import Picture, hold_out, load_pixels, read_folder, write_ledger, write_page
 from latentgen.errors import InputError
 from tests.forked import verb
 from tests.shards import Served, png, tar, webshards
@@ -165,6 +165,8 @@ def test_rows_of_a_saved_data_set_are_pictures(tmp_path: Path) -> None:
     assert folder.pictures[0].attributes == {"style": "noto"}
     (problem,) = folder.problems
     assert problem.path.name == "row 1" and problem.kind == "without caption"
+    named = Picture(problem.path, ("a shade",), problem.split, stored=problem.stored)  # as fine-tuning names it
+    assert named.split == "train" and load_pixels([named], 8, tmp_path / "named").array[0, 0, 0, 0] == 80
     pixels = load_pixels(folder, 8, tmp_path / "cache")
     assert pixels.array[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 100]
     ledger = write_ledger(folder, 8)

@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from latentgen import Pipeline, cli
 from latentgen.checkpoint import open_checkpoint, write_defaults
 from latentgen.errors import InputError
+from latentgen.evaluation.encoders import Encoder
 from latentgen.evaluation.metrics import kid_figure
+from latentgen.evaluation.run import Artist
+from latentgen.pipeline import terms_of
 from latentgen.training import averages as kept
 from latentgen.tuning import averages
-from latentgen.tuning.grid import TRIED, evaluations, grid
-from latentgen.tuning.run import rounds_of
+from latentgen.tuning.grid import TRIED, Candidate, evaluations, grid
+from latentgen.tuning.report import lines
+from latentgen.tuning.run import Bench, Order, rounds_of, tune
 from latentgen.tuning.search import KernelDistance, Unlikeness, halve, rate
 
 ICONS = Path(__file__).parent / "data" / "icons"
@@ -154,11 +158,21 @@ def test_diffusers_opens_the_folder_as_before(own: Path) -> None:
     assert np.array_equal(rendered(), before)
 
 
+def ended(own: Path, stage: str, steps: int) -> Path:
+    """The place for averages of a run that ended in these weights."""
+    figures = {"validation_loss": 0.5 / steps, "steps": float(steps)}
+    place = own.with_name("own.training") / stage / "averages"
+    place.mkdir(parents=True)
+    place.with_name("done.json").write_text(json.dumps({"figures": figures}))
+    (own / "metrics.json").write_text(json.dumps({"unet": {**figures, "parts_before": [{"steps": 3.0}]}}))
+    return place
+
+
 def test_another_average_is_written_with_graphs_that_say_the_same(own: Path, tmp_path: Path) -> None:
     """Kept averages of two widths whose weights are known; the folder renders the synthesised ones on both engines."""
     checkpoint = open_checkpoint(own)
     state = {name: value.float() for name, value in load_file(checkpoint.weights["unet"][0]).items()}
-    place = own.with_name("own.training") / "unet-1" / "averages"
+    place = ended(own, "unet-1", 100)
     for step in (50, 100):
         kept.store(place, step, {width: {k: v * (1 + width) for k, v in state.items()} for width in (0.05, 0.1)})
     found = averages.find_averages(open_checkpoint(own))
@@ -179,11 +193,56 @@ def test_another_average_is_written_with_graphs_that_say_the_same(own: Path, tmp
 
 
 def test_averages_of_another_network_are_refused(own: Path) -> None:
-    place = own.with_name("own.training") / "unet-1" / "averages"
-    kept.store(place, 10, {0.1: {"x": torch.ones(2)}})
+    kept.store(ended(own, "unet-1", 10), 10, {0.1: {"x": torch.ones(2)}})
     checkpoint = open_checkpoint(own)
     with pytest.raises(InputError, match="of another network"):
         averages.weights_of(checkpoint, averages.find_averages(checkpoint), 0.1)
+
+
+def test_averages_are_those_of_the_run_that_ended_in_these_weights(own: Path) -> None:
+    said: list[str] = []
+    mine = ended(own, "unet-2", 16)
+    kept.store(own.with_name("own.training") / "unet-1" / "averages", 8, {0.1: {"x": torch.ones(2)}})
+    assert averages.find_averages(open_checkpoint(own), said.append) == []
+    assert len(said) == 1 and "did not end in these weights" in said[0]
+    for step in (8, 16, 32):  # a longer run that missed its gate left the last
+        kept.store(mine, step, {0.1: {"x": torch.ones(2)}})
+    kept.store(own.with_name("own.training") / "unet-3" / "averages", 2, {0.1: {"x": torch.ones(2)}})
+    found = averages.find_averages(open_checkpoint(own), said.append)
+    assert [(each.step, each.path.parent.parent) for each in found] == [(8, mine), (16, mine)] and len(said) == 1
+    (own / "metrics.json").unlink()
+    assert averages.find_averages(open_checkpoint(own)) == []
+
+
+@pytest.mark.parametrize("affordable", [True, False])
+def test_defaults_that_are_the_best_over_all_pictures_stay_where_they_can_be_paid_for(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, affordable: bool
+) -> None:
+    """Of the first eight pictures they are the worst."""
+    checkpoint = open_checkpoint(own)
+    terms = terms_of(checkpoint)
+    told = (terms.sampler, terms.steps, terms.guidance)
+    price = evaluations(checkpoint.config("scheduler"), *told, terms.interval)
+
+    def look(_: Bench, candidate: Candidate, count: int) -> np.ndarray:
+        mine = (candidate.sampler, candidate.steps, candidate.guidance) == told
+        return np.where(np.arange(48) < 8, 2.0, 0.0)[:count, None] if mine else np.ones((count, 1))
+
+    def mean(features: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        return np.asarray(draws @ features[:, 0] / draws.sum(1))
+
+    captions, judge = [str(number) for number in range(48)], Encoder("none", "", np.asarray)
+    artist = Artist(Pipeline.from_pretrained(own), checkpoint.fingerprint, {}, 0, tmp_path, print)
+    bench = Bench(checkpoint, artist, judge, captions, "a figure", mean, tmp_path, print, [], {})
+    monkeypatch.setattr(Bench, "of", lambda *_: bench)
+    monkeypatch.setattr(Bench, "look", look)
+    found = tune(own, Order(ICONS, price if affordable else price - 1), tmp_path, print)
+    settings = Pipeline.from_pretrained(own)("a cat", seed=1).settings
+    kept_to = (settings["sampler"], settings["num_inference_steps"], settings["guidance_scale"]) == told
+    assert found.rated[0].value == 1 and found.before.value == pytest.approx(1 / 3)
+    assert kept_to == affordable == any("nothing is better" in line for line in lines(found))
+    noted = json.loads((own / "latentgen.json").read_text())["tuned"]
+    assert noted["value"] == (found.before.value if affordable else 1)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def known_rows(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> 
         try:
             keys = path.with_suffix(".keys").read_bytes()
             array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             continue
         if array.shape[1:] == shape and array.dtype == dtype and len(keys) == KEY * len(array):
             for row in range(len(array)):

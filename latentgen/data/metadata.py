@@ -38,7 +38,7 @@ def read_metadata(metadata: Path, found: Sequence[Path]) -> tuple[list[Picture],
             missing.append((where, str(picture.path.relative_to(metadata.parent))))
         elif not picture.captions:
             reason = f'{metadata.name} {where}: {picture.path.name} has no caption; write "text": "what it shows"'
-            problems.append(Problem(picture.path, reason, "without caption", picture.box))
+            problems.append(Problem(picture.path, reason, "without caption", picture.box, split=picture.split))
         else:
             pictures[picture.path, picture.box] = picture
     if missing:

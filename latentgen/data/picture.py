@@ -75,7 +75,7 @@ class Picture:
 class Problem:
     """A file (or one mention of it) that is not used, and why, in words for people and as one of a few kinds.
 
-    box, stored: as the picture has them, where it is one.
+    box, stored, split: as the picture has them, where it is one.
     """
 
     path: Path
@@ -83,3 +83,4 @@ class Problem:
     kind: Kind = "unreadable"
     box: Box | None = None
     stored: Stored | None = field(default=None, compare=False)
+    split: str = "train"

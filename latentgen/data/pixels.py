@@ -114,7 +114,7 @@ def _open(target: Path, count: int, shape: Shape) -> tuple[np.ndarray, dict[int,
     try:
         unreadable = {int(index): str(reason) for index, reason in json.loads(_reasons(target).read_text()).items()}
         array: np.ndarray = np.load(target, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, EOFError, AttributeError):
         return None
     whole = array.shape == (count - len(unreadable), *shape[::-1], 3) and array.dtype == np.uint8
     return (array, unreadable) if whole else None

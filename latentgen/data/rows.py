@@ -79,13 +79,11 @@ def read_rows(root: Path) -> CaptionedFolder:
             told = {name: value for name, value in columns.items() if value is not None}
             said = clean_captions(entry_captions(told, path.name, str(path.parent)))
             own = told.pop("split", None)
+            place, part_of = Row(container, column, number, table), split or (own if isinstance(own, str) else "train")
             if said:
-                place = Row(container, column, number, table)
-                pictures.append(
-                    Picture(path, said, split or (own if isinstance(own, str) else "train"), told, None, place)
-                )
+                pictures.append(Picture(path, said, part_of, told, None, place))
             else:
-                problems.append(Problem(path, "its caption is empty", "without caption"))
+                problems.append(Problem(path, "its caption is empty", "without caption", None, place, part_of))
     if not pictures:
         raise InputError(f"{root} holds no row with a caption; fill the column text")
     files = sorted(path for path in root.rglob("*") if path.is_file())

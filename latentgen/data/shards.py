@@ -80,8 +80,8 @@ class _Read:
     problems: list[Problem] = field(default_factory=list)
     descriptions: list[Path] = field(default_factory=list)
 
-    def refuse(self, path: Path, reason: str, kind: Any) -> None:
-        self.problems.append(Problem(path, reason, kind))
+    def refuse(self, path: Path, reason: str, kind: Any, **picture: Any) -> None:
+        self.problems.append(Problem(path, reason, kind, **picture))
 
 
 def is_pattern(name: str) -> bool:
@@ -227,13 +227,13 @@ def _judge(key: str, sample: _Sample, captions: str, read: _Read) -> None:
         read.refuse(other, f"a second picture of {key}; {path.name} is used", "not a picture")
     lines, columns, why = _described(sample, read)
     said = clean_captions([caption_of_name(Path(key).name)] if captions == "names" else lines)
+    split = columns.pop("split", None) or "train"
     if said:
-        split = columns.pop("split", None)
-        read.pictures.append(Picture(path, said, split or "train", columns, stored=member))
-    elif captions == "names":
-        read.refuse(path, "its name holds no words", "without caption")
+        read.pictures.append(Picture(path, said, split, columns, stored=member))
     else:
-        read.refuse(path, why or f"no caption has its key {key}; add {Path(key).name}.txt", "without caption")
+        missing = why or f"no caption has its key {key}; add {Path(key).name}.txt"
+        reason = "its name holds no words" if captions == "names" else missing
+        read.refuse(path, reason, "without caption", stored=member, split=split)
 
 
 def _described(sample: _Sample, read: _Read) -> tuple[list[str], dict[str, Any], str]:

@@ -36,30 +36,31 @@ class Asked:
     background: str | None = None
 
 
-def trained_with(weights: Path) -> Division | None:
-    """The division that a weights folder was trained with, last if more than once; None where it does not say."""
-    told: dict[str, Any] = {}
-    for name, section in (("recipe.json", "data"), ("finetune.json", "settings")):
-        if (weights / name).is_file():
-            told = read_json(weights / name).get(section) or told
+def trained_with(weights: Path) -> list[Division]:
+    """The divisions that a weights folder was trained with, a fine-tuning run's last; [] where it does not say."""
+    files = ((weights / "recipe.json", "data"), (weights / "finetune.json", "settings"))
+    told: list[dict[str, Any] | None] = [read_json(file).get(section) for file, section in files if file.is_file()]
     names = {"held_out": "split", "hold_out": "part", "captions": "captions", "background": "background"}
-    return Division(**{names[key]: value for key, value in told.items() if key in names}) if told else None
+    return [Division(**{names[key]: value for key, value in run.items() if key in names}) for run in told if run]
 
 
 def division_of(weights: Path, asked: Asked) -> tuple[Division, str]:
     """The division to judge by, and a line for people where pictures may be judged that were trained on ("" if not).
 
-    Raises InputError for a part that is none.
+    Of weights that were fine-tuned it is what both runs held out. Raises InputError for a part that is none.
     """
-    trained = trained_with(weights)
+    runs = trained_with(weights)
+    last = runs[-1] if runs else Division()
+    least = min((run.part for run in runs if run.split == last.split), default=last.part)
     given = {key: value for key, value in vars(asked).items() if value is not None}
-    division = replace(trained or Division(), **given)
+    division = replace(last, **{"part": least, **given})
     if not 0 <= division.part < 1:
         raise InputError(f"--hold-out is {division.part:g}; it must be 0 or more and below 1, as 0.05")
-    if trained is None or (division.split == trained.split and division.part <= trained.part):
-        return division, ""
-    told = f"hold_out = {trained.part:g}, held_out = {trained.split!r}"
-    return division, f"pictures may be judged that {weights.name} was trained on: its recipe says {told}"
+    for run in runs:
+        if division.split != run.split or division.part > run.part:
+            told = f"hold_out = {run.part:g}, held_out = {run.split!r}"
+            return division, f"pictures may be judged that {weights.name} was trained on: its recipe says {told}"
+    return division, ""
 
 
 def divided(root: Path, division: Division) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:

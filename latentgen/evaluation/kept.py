@@ -16,7 +16,7 @@ def kept(place: Path | None, count: int, make: Callable[[], np.ndarray]) -> np.n
             found: np.ndarray = np.load(place, allow_pickle=False)
             if len(found) == count:
                 return found
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             pass  # not there, or torn
     made = make()
     if place is not None:

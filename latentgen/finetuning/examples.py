@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from latentgen.data import Ledger, Picture, hold_out, load_pixels, read_folder
-from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden
+from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden, walk
+from latentgen.data.metadata import NAMES, read_metadata
+from latentgen.data.picture import Problem
 from latentgen.errors import InputError
 from latentgen.finetuning.settings import Finetune
 from latentgen.training.captions import CaptionTable
@@ -90,7 +92,7 @@ def _named(root: Path, settings: Finetune, captions: Sequence[str]) -> Captioned
     except InputError as error:
         if "but no captions" not in str(error):
             raise
-        folder = _bare(root)
+        folder = _bare(root, settings.captions)
     word = settings.token or (RARE if settings.method == "dreambooth" else None)
     spoken = None if word is None else re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
 
@@ -98,19 +100,28 @@ def _named(root: Path, settings: Finetune, captions: Sequence[str]) -> Captioned
         own = tuple(text for text in picture.captions if spoken is not None and spoken.search(text))
         return own or tuple(captions)
 
-    uncaptioned = [problem.path for problem in folder.problems if problem.kind == "without caption"]
-    more = [Picture(path, tuple(captions)) for path in uncaptioned if path.suffix.lower() in PICTURES]
-    kept = tuple(problem for problem in folder.problems if problem.kind != "without caption")
-    known = {picture.path for picture in folder.pictures}
-    pictures = [replace(picture, captions=said(picture)) for picture in folder.pictures]
-    pictures += [picture for picture in more if picture.path not in known]
-    return replace(folder, pictures=tuple(pictures), problems=kept)
+    pictures = {(each.path, each.box): replace(each, captions=said(each)) for each in folder.pictures}
+    kept: list[Problem] = []
+    for each in folder.problems:
+        if each.kind == "without caption" and (each.stored is not None or each.path.is_file()):
+            own = Picture(each.path, tuple(captions), each.split, box=each.box, stored=each.stored)
+            pictures.setdefault((each.path, each.box), own)
+        else:
+            kept.append(each)
+    return replace(folder, pictures=tuple(pictures.values()), problems=tuple(kept))
 
 
-def _bare(root: Path) -> CaptionedFolder:
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-    shown = [path for path in found if not is_hidden(path.relative_to(root))]
-    return CaptionedFolder(root, tuple(Picture(path, ("",)) for path in shown), (), ())
+def _bare(root: Path, captions: str) -> CaptionedFolder:
+    """A folder of which no picture has a caption, each listed with what else a table says of it."""
+    there, beyond = walk(root)
+    files = [path for path in there if not is_hidden(path.relative_to(root))]
+    found = [path for path in files if path.suffix.lower() in PICTURES]
+    tables = [path for path in files if path.name in NAMES and captions == "files"]
+    problems = [problem for table in tables for problem in read_metadata(table, found)[1]]
+    described = {problem.path for problem in problems}
+    problems += [Problem(path, "nothing describes it", "without caption") for path in found if path not in described]
+    problems += [problem for problem in beyond if not is_hidden(problem.path.relative_to(root))]
+    return CaptionedFolder(root, (), tuple(problems), tuple(tables))
 
 
 def _check_different(root: Path, pixels: np.ndarray, report: Report) -> None:

@@ -36,7 +36,7 @@ class KeptConditions:
     """Encoded once: for text encoders that are not trained."""
 
     def __init__(self, text: TextEncoder | TwoTextEncoders, texts: Sequence[str], size: int) -> None:
-        parts = [text.encode(list(texts[start : start + 64])) for start in range(0, len(texts), 64)]
+        parts = [encode(text, texts[start : start + 64]) for start in range(0, len(texts), 64)]
         self._states = torch.cat([part.states.half() for part in parts if part.states is not None])
         pooled = [part.pooled for part in parts if part.pooled is not None]
         self._pooled = torch.cat(pooled) if pooled else None
@@ -61,10 +61,23 @@ class LiveConditions:
 
     def rows(self, numbers: np.ndarray) -> Condition:
         """From the encoder as it is now."""
-        condition = self._text.encode([self._texts[number] for number in numbers])
+        condition = encode(self._text, [self._texts[number] for number in numbers])
         if condition.pooled is None:
             return condition
         return replace(condition, sizes=whole_sizes(self._size, self._size, condition.pooled))
+
+
+def encode(text: TextEncoder | TwoTextEncoders, texts: Sequence[str]) -> Condition:
+    """Texts as conditions (B, …), the empty one as what guidance starts from: of Stable Diffusion XL all zeros."""
+    condition = text.encode(texts)
+    if isinstance(text, TextEncoder):
+        return condition
+    nothing = text.empty(condition)
+    assert condition.states is not None and condition.pooled is not None
+    assert nothing.states is not None and nothing.pooled is not None
+    said = torch.tensor([each != "" for each in texts], device=nothing.states.device)
+    states = torch.where(said[:, None, None], condition.states, nothing.states)
+    return Condition(states, torch.where(said[:, None], condition.pooled, nothing.pooled))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentgen.page import curve_plot, document, table
+from latentgen.training.finish import CREDITS, FIRST_CREDITS, credited
 from latentgen.training.log import entries
 from latentgen.training.report import smoothed
 from latentgen.training.stage import duration
@@ -30,6 +31,8 @@ class Told:
     use: str
     seconds: float
     held: int = 0
+    credits_before: str = ""  # whose pictures the starting weights learned from
+    notice: str = ""  # of the pictures
 
     @property
     def judged(self) -> str:
@@ -44,6 +47,7 @@ class Told:
             f"\n\n```\n{self.use}\n```\n\n![Above: the starting weights. Below: these.](sheet.png)\n\n"
             f"| figure | value |\n|---|---|\n{rows}\n\n{self.proof}\n\nWhose the pictures are, and what may be done "
             "with what was learned from them, is for who trained it to say.\n"
+            f"{credited(FIRST_CREDITS, self.credits_before)}{credited(CREDITS, self.notice)}"
         )
 
 

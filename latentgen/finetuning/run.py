@@ -30,6 +30,7 @@ from latentgen.training.cache import cached, latent_moments
 from latentgen.training.captions import CaptionTable
 from latentgen.training.denoise import Latents
 from latentgen.training.draw import Draw, Order
+from latentgen.training.finish import Before, check_outside, check_place, notice_of, state_of
 from latentgen.training.intake import keep_ledger
 from latentgen.training.loop import LoopSettings
 from latentgen.training.precision import accelerator_for
@@ -78,7 +79,7 @@ class Run:
     @property
     def state(self) -> Path:
         """Where the run keeps its own things."""
-        return self.out.with_name(f"{self.out.name}.training")
+        return state_of(self.out)
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -103,14 +104,13 @@ class Run:
                 self.say(f"finetune: done before; {self.out} is what this command makes")
                 return self.out
             self._announce(base, chosen, examples)
-            return _Lesson(self, base, what, chosen.reasons, examples, key).learn()
+            earlier = Before.of(base.checkpoint.folder)
+            return _Lesson(self, base, what, chosen.reasons, examples, key, earlier).learn()
 
     def _check_place(self) -> None:
         """Raises InputError where the result would lie among the pictures, or where something else stands."""
-        if self.out.resolve().is_relative_to(self.folder.resolve()):
-            raise InputError(f"{self.out} lies among the pictures of {self.folder}; name a place outside")
-        if self.out.exists() and (not self.out.is_dir() or (any(self.out.iterdir()) and not self._about.is_file())):
-            raise InputError(f"{self.out} exists and is no result of this command; name another place with --out")
+        check_outside(self.out, self.folder)
+        check_place(self.out, ABOUT, ("*",))
 
     def _choose(self, base: Base, count: int, marked: int) -> Chosen:
         chosen = choose(self.asked, count, base.start, marked)
@@ -166,6 +166,7 @@ class _Lesson:
     reasons: tuple[str, ...]
     examples: Examples
     key: str
+    earlier: Before
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -209,10 +210,10 @@ class _Lesson:
         )
         if what.keep == "best" and (best := Snapshots(place / "checkpoints").load_best(trainee.module)) is not None:
             run.say(f"finetune: keeps step {best['step']}, whose held-out loss {best['value']:.4g} is the least")
-            figures |= {"kept_step": float(best["step"]), **objective.validate()}
-        figures |= {f"{name}_before": value for name, value in before.items()}
-        trainee.module.eval()
+            figures |= {"kept_step": float(best["step"])}
         trainee.settle()
+        figures |= objective.validate()  # of what is saved
+        figures |= {f"{name}_before": value for name, value in before.items()}
 
         def finish(aside: Path) -> None:
             proof = prove(base, trainee, what, first, self.prompts, aside)
@@ -390,10 +391,15 @@ class _Lesson:
             use=self.use(),
             seconds=seconds,
             held=len(self.examples.held),
+            credits_before=self.earlier.credits,
+            notice=notice_of(run.folder),
         )
         sheet.save(aside / "sheet.png", "PNG", optimize=True)
         (aside / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        metrics = {STAGE: dict(figures), "proof": proof.figures(), "seconds": round(seconds, 1)}
+        loop, steps = self._loop(), figures.get("kept_step", figures["steps"])
+        part = {"steps": steps, "batch": loop.batch, "rate": loop.rate}
+        history = self.earlier.then(part) if what.adapter is None and what.method != "textual-inversion" else {}
+        metrics = {**history, STAGE: dict(figures), "proof": proof.figures(), "seconds": round(seconds, 1)}
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(told.card(), encoding="utf-8")
         (aside / "report.html").write_text(write_page(told, place, aside / "sheet.png"), encoding="utf-8")

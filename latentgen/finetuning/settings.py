@@ -136,6 +136,9 @@ class Finetune(BaseModel):
             raise InputError("weight_decay is for networks that are trained; textual-inversion's words have none")
         if self.prior == "answers" and self.text_encoder:
             raise InputError('prior = "answers" wants the text encoder as it was; leave text_encoder out')
+        kept = self.method == "dreambooth" and self.prior_weight if self.prior_pictures is None else self.prior_pictures
+        if self.prior is not None and not kept:
+            raise InputError("prior is of pictures to keep to, and there are none; give prior_pictures")
         if self.strength is not None and self.method != "style":
             raise InputError(f"strength is a style's; what {self.method} learns is stored as it is")
         for name in ("rank", "targets"):

@@ -26,7 +26,7 @@ from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.pixels.weights import class_sheet, save_pixels
 from latentgen.training import board
 from latentgen.training.cache import cached
-from latentgen.training.finish import notice_of
+from latentgen.training.finish import check_places, notice_of, state_of
 from latentgen.training.intake import divide, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
 from latentgen.training.precision import accelerator_for
@@ -68,7 +68,7 @@ class PixelRun:
     @cached_property
     def state(self) -> Path:
         """Where the run keeps its own things."""
-        return self.out.with_name(f"{self.out.name}.training")
+        return state_of(self.out)
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -82,6 +82,7 @@ class PixelRun:
 
     def all(self) -> Path:
         """Train, judge, save."""
+        check_places(self.out, self.folder, self.recipe.data.captions)
         what, main = self.recipe, self.accelerator.is_main_process
         self.report(f"{what.name}: {what.objective} with {what.network.blocks} blocks, on {self.accelerator.device}")
         if not board.is_there():
@@ -153,6 +154,8 @@ class PixelRun:
         unknown = next((name for name in data.held_captions if name not in number), None)
         if unknown is not None:
             raise InputError(f"the class {unknown!r} is held out and never trained on; mark some of it for training")
+        if len(data.held_captions) < 2:
+            raise InputError(f"{self.folder} has one picture held out, which gives no standard error; mark two or more")
         taught, tested = (np.array([number[name] for name in names]) for names in (told, data.held_captions))
         train = LabelledPictures(self._planes(data.pixels, f"train-{data.fingerprint}"), taught)
         held = LabelledPictures(self._planes(data.held_pixels, f"held-{data.fingerprint}"), tested)
@@ -185,6 +188,11 @@ class PixelRun:
         """The model before its first step; its weights start from the recipe's seed."""
         what = self.recipe
         sampler_of(what.objective, what.sample.sampler)  # before the hours, not after them
+        if what.objective == "ddpm" and what.sample.steps > what.diffusion.levels:
+            raise InputError(
+                f"sample.steps {what.sample.steps} are more than the {what.diffusion.levels} diffusion.levels of ddpm; "
+                "give fewer steps, or more levels"
+            )
         family = Family.of({"objective": what.objective, **what.diffusion.model_dump()})
         channels = 1 if what.data.grey else 3
         torch.manual_seed(what.seed)
@@ -214,11 +222,11 @@ class PixelRun:
         model = self.model()
         count = sum(weight.numel() for weight in model.parameters())
         self.report(f"{what.name}: {count / 1e6:.2f}M weights")
-        few = LabelledPictures(held.pixels[: what.validation], held.labels[: what.validation])
         objective = PixelObjective(
             model,
             train,
-            few,
+            held,
+            self._validated,
             weights,
             self.accelerator,
             label_dropout=what.diffusion.label_dropout,
@@ -238,8 +246,17 @@ class PixelRun:
             gate=what.gate,
             pace=Pace(**what.pace.model_dump()),
             report=self.report,
-            held_out=self._held_labels,
+            held_out=fingerprint(self._validated.tolist(), self._pictures[1].labels[self._validated].tolist()),
         )
+
+    def _chosen(self, count: int) -> np.ndarray:
+        """So many of the held-out pictures at most, whatever order their files are in."""
+        return np.random.default_rng(self.recipe.seed).permutation(len(self._pictures[1]))[:count]
+
+    @property
+    def _validated(self) -> np.ndarray:
+        """Which held-out pictures every validation is of."""
+        return np.sort(self._chosen(self.recipe.validation))
 
     @property
     def _held_labels(self) -> str:
@@ -258,9 +275,7 @@ class PixelRun:
 
     def judged(self) -> tuple[LabelledPictures, np.ndarray]:
         """The held-out pictures, and which of them the likelihoods are taken of."""
-        held = self._pictures[1]
-        order = np.random.default_rng(self.recipe.seed).permutation(len(held))
-        return held, order[: self.recipe.likelihood.pictures]
+        return self._pictures[1], self._chosen(self.recipe.likelihood.pictures)
 
     def likelihoods(self, model: PixelModel) -> dict[str, float]:
         """The bound with its terms and the ODE's value, bits a dimension given the class, with standard errors.

@@ -32,7 +32,7 @@ class LabelledPictures:
 
 
 class PixelObjective:
-    """The family's own loss, each picture with its class but for a part of them."""
+    """The family's own loss, each picture with its class but for a part of them. judged: which of `held` (N,)."""
 
     splits = True
     judge = ("validation_loss", -1)
@@ -42,6 +42,7 @@ class PixelObjective:
         model: PixelModel,
         pictures: LabelledPictures,
         held: LabelledPictures,
+        judged: np.ndarray,
         weights: np.ndarray,
         accelerator: Accelerator,
         *,
@@ -50,7 +51,7 @@ class PixelObjective:
     ) -> None:
         self.module: nn.Module = model.to(accelerator.device)
         self.weights = weights
-        self._model, self._pictures, self._held = model, pictures, held
+        self._model, self._pictures, self._held, self._judged = model, pictures, held, judged
         self._dropout, self._accelerator, self._sheet = label_dropout, accelerator, sheet
 
     def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
@@ -67,7 +68,7 @@ class PixelObjective:
         """The same loss on held-out pictures, fixed noise at fixed times, with the class and without."""
         self.module.eval()
         device, told, untold = self._accelerator.device, [], []
-        items = np.arange(len(self._held))
+        items = self._judged
         for turn in range(ROUNDS):
             for number, part in enumerate(np.array_split(items, max(1, -(-len(items) // ROWS)))):
                 draw = Draw(turn, number, len(part), stream=VALIDATION)

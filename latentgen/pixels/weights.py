@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentgen.durable import write_folder
+from latentgen.durable import MANIFEST, torn, write_folder
 from latentgen.errors import InputError
 from latentgen.models.finite import check_finite
 from latentgen.models.pixel import load_pixel_unet
@@ -57,9 +58,14 @@ def save_pixels(
 
 
 def load_pixels(folder: Path) -> tuple[PixelModel, tuple[str, ...], Mapping[str, Any]]:
-    """The model, its classes, and how it is rendered unless told otherwise. Raises InputError for another folder."""
+    """The model, its classes, and how it is rendered unless told otherwise.
+
+    Raises InputError for another folder, and where a file is not the one that the manifest names.
+    """
     if not is_pixel_folder(folder):
         raise InputError(f"{folder} holds no pixel model (no {FORM}); give one that a pixel recipe trained")
+    if (folder / MANIFEST).is_file() and (flaw := torn(folder)) is not None:
+        raise InputError(f"{folder} is not whole: {flaw}; fetch or train it again")
     try:
         form = json.loads((folder / FORM).read_text(encoding="utf-8"))
         family, classes, shape = Family.of(form["family"]), tuple(form["classes"]), tuple(form["shape"])
@@ -67,7 +73,7 @@ def load_pixels(folder: Path) -> tuple[PixelModel, tuple[str, ...], Mapping[str,
         if model.learned is not None:
             model.learned.load_state_dict(load_file(folder / SCHEDULE))
         return model.requires_grad_(False).eval(), classes, form["sample"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder} is not whole: {' '.join(str(error).split())}; train it again") from error
@@ -85,8 +91,8 @@ def render_classes(
 ) -> list[tuple[str, int, Image.Image]]:
     """n pictures of each class, from the weights of a folder: (class, seed, picture), picture k having seed + k.
 
-    A class may be named without its article. What is not told is as the recipe had it. Raises InputError for a class
-    that the model does not know.
+    A class may be named without its article and in either case, where that is one class alone. What is not told is as
+    the recipe had it. Raises InputError for a class that the model does not know.
     """
     model, classes, told = load_pixels(folder)
     labels = [_number(name, classes) for name in names for _ in range(n)]
@@ -103,10 +109,14 @@ def render_classes(
 
 
 def _number(name: str, classes: Sequence[str]) -> int:
-    bare = {_bare(each): number for number, each in enumerate(classes)}
-    if _bare(name) not in bare:
+    if name in classes:
+        return classes.index(name)
+    alike = [number for number, each in enumerate(classes) if _bare(each) == _bare(name)]
+    if not alike:
         raise InputError(f"this model does not know {name!r}; it can be one of: {', '.join(classes)}")
-    return bare[_bare(name)]
+    if len(alike) > 1:
+        raise InputError(f"{name!r} may be {' or '.join(repr(classes[number]) for number in alike)}; write which")
+    return alike[0]
 
 
 def _bare(name: str) -> str:

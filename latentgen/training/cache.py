@@ -55,7 +55,7 @@ def cached(path: Path, shape: tuple[int, ...], dtype: type, parts: Callable[[], 
 def _kept(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
     try:
         found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     return found if found.shape == shape and found.dtype == dtype else None
 
@@ -111,16 +111,16 @@ def cached_items(folder: Path, items: Items, report: Callable[[str], None] = lam
 def latent_moments(
     vae: AutoencoderKL, pixels: np.ndarray | Varied, device: torch.device, rows: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """(n, 2, C, h, w) float32: mean and std of each picture's posterior, scaled as diffusers scales latents.
+    """(n, 2, C, h, w) float32: mean and std of each picture's posterior, shifted and scaled as diffusers has latents.
 
     rows: the numbers of the pictures to encode; None is all.
     """
     vae = vae.to(device).eval()
-    factor = vae.config.scaling_factor
+    factor, center = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     chosen = np.arange(len(pixels)) if rows is None else rows
     for start in range(0, len(chosen), 64):
         posterior = vae.encode(to_unit(pixels[chosen[start : start + 64]], device)).latent_dist
-        yield (torch.stack([posterior.mean, posterior.std], 1) * factor).float().cpu().numpy()
+        yield (torch.stack([posterior.mean - center, posterior.std], 1) * factor).float().cpu().numpy()
 
 
 @torch.no_grad()
@@ -142,7 +142,8 @@ def latent_items(vae: AutoencoderKL, pixels: np.ndarray | Varied, device: torch.
     def parts(rows: np.ndarray) -> Iterator[np.ndarray]:
         return latent_moments(vae, pixels, device, rows)
 
-    name = f"latents-{_short(content_of(vae), config.scaling_factor)}"
+    center = (config.shift_factor,) if config.shift_factor else ()
+    name = f"latents-{_short(content_of(vae), config.scaling_factor, *center)}"
     keys = pixels.keys if isinstance(pixels, Varied) else [key_of(picture) for picture in pixels]
     return Items(name, keys, shape, np.float32, parts)
 

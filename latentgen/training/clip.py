@@ -98,11 +98,12 @@ class ClipObjective:
         images = torch.cat([self.image_features(to_unit(p, device)) for p in np.array_split(pixels, _parts(pixels))])
         words = torch.cat([self.text_features(i.to(device)) for i in torch.split(tokens(self._words, texts), 128)])
         similarity = words @ images.T
-        right = torch.arange(len(texts), device=device)
+        _, which, counts = np.unique(np.array(texts), return_inverse=True, return_counts=True)
+        right = torch.from_numpy(which).to(device)  # of equal captions each picture is the right one
         return {
-            "retrieval_image_at_1": float((similarity.argmax(1) == right).float().mean()),
-            "retrieval_text_at_1": float((similarity.argmax(0) == right).float().mean()),
-            "chance": 1.0 / len(texts),
+            "retrieval_image_at_1": float((right[similarity.argmax(1)] == right).float().mean()),
+            "retrieval_text_at_1": float((right[similarity.argmax(0)] == right).float().mean()),
+            "chance": float(counts[which].mean()) / len(texts),
             "pairs": float(len(texts)),
         }
 

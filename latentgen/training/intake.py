@@ -179,6 +179,8 @@ def divide(root: Path, pixels: Pixels, held_out: str, weights: Mapping[str, Mapp
     taught = [picture for picture, out in zip(pixels.pictures, held, strict=True) if not out]
     tested = [picture for picture, out in zip(pixels.pictures, held, strict=True) if out]
     factors = np.array([_weight(picture, weights) for picture in taught])
+    if not factors.any():
+        raise InputError("[data.weights] leaves no picture to train on: all weigh 0; weigh some of them more")
     count, array = len(taught), pixels.array
     last = not held[:count].any()
     ours, theirs = (array[:count], array[count:]) if last else (np.ascontiguousarray(array[~held]), array[held])
@@ -206,6 +208,16 @@ def keep_ledger(ledger: Ledger, lengths: Mapping[str, int], words: Any, state: P
     if state is None:
         return f"data: {counted.line()}"
     return f"data: {counted.line()}; see {page.keep_ledger(counted, state)}"
+
+
+def unknown_weights(pictures: Sequence[Picture], weights: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each column that the recipe weighs by values which no picture has."""
+    lines = []
+    for column, table in weights.items():
+        found = {str(picture.attributes.get(column)) for picture in pictures}
+        if absent := [value for value in table if value not in found]:
+            lines.append(f"data: [data.weights.{column}] weighs {', '.join(absent)}, which no picture to train on has")
+    return lines
 
 
 def _weight(picture: Picture, weights: Mapping[str, Mapping[str, float]]) -> float:

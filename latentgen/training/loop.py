@@ -285,12 +285,19 @@ def order_of(objective: Objective, batch: int, seed: int) -> Order | BucketOrder
     return BucketOrder(objective.weights, batch, seed, buckets)
 
 
+def recompute_where_asked(name: str, module: nn.Module, settings: LoopSettings) -> None:
+    """`checkpoint_activations` for a stage that asks for it. Raises InputError where it has no network that can."""
+    if settings.activation_checkpointing and not checkpoint_activations(module):
+        raise InputError(f"{name} has nothing to recompute; set activation_checkpointing = false in its [train]")
+
+
 def checkpoint_activations(module: nn.Module) -> int:
     """Have every network of diffusers or transformers in a module recompute its blocks (Chen et al. 2016); how many.
 
     The gradients are the same; the memory is that of one block, the time about a third more.
     """
-    for name in ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable"):
+    ways = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    for name in ways if getattr(module, "_supports_gradient_checkpointing", True) else ():  # diffusers' own say no
         if callable(enable := getattr(module, name, None)):
             enable()
             return 1

@@ -18,7 +18,7 @@ SHEETS = 6  # shown for each stage: the first, the last, and some between
 
 def write_page(name: str, state: Path, figures: Mapping[str, Mapping[str, float]], recipe: Mapping[str, Any]) -> str:
     """The page of a run, from its logs and sheets. state: the run's own folder; figures: by stage; recipe: resolved."""
-    stages = [(stage, place) for stage in figures if (place := _place(state, stage)) is not None]
+    stages = [(stage, place) for stage, told in figures.items() if (place := _place(state, stage, told)) is not None]
     body = [f"<h1>{html.escape(name)}: how it was trained</h1>", _table(figures)]
     for stage, place in stages:
         body.append(f"<h2>{html.escape(stage)}</h2>")
@@ -36,10 +36,13 @@ def smoothed(points: Sequence[tuple[float, float | None]], most: int = 200) -> l
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _place(state: Path, stage: str) -> Path | None:
-    """The folder of a stage: the one worked in last, where there are several."""
+def _place(state: Path, stage: str, figures: Mapping[str, float]) -> Path | None:
+    """The folder of a stage: the one that ended in these figures, or else the one worked in last."""
     logs = [path.parent for path in state.glob(f"{stage}-*/log.jsonl")]
-    return max(logs, key=lambda place: (place / "log.jsonl").stat().st_mtime, default=None)
+    ended = {place: place / "done.json" for place in logs if (place / "done.json").is_file()}
+    told = {place: json.loads(done.read_text(encoding="utf-8"))["figures"].items() for place, done in ended.items()}
+    fitting = [place for place in told if told[place] <= figures.items()]
+    return max(fitting or logs, key=lambda place: (place / "log.jsonl").stat().st_mtime, default=None)
 
 
 def _plots(told: Sequence[Mapping[str, float]]) -> list[str]:

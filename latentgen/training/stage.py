@@ -30,8 +30,8 @@ from latentgen.training.loop import (
     Objective,
     Progress,
     TrainState,
-    checkpoint_activations,
     fit,
+    recompute_where_asked,
 )
 from latentgen.training.sharding import any_of, is_sharded, whole
 from latentgen.training.snapshots import Snapshots
@@ -89,8 +89,7 @@ def run_stage(
     Raises InputError where a gate does not hold; the checkpoints stay.
     """
     snapshots = Snapshots(folder / "checkpoints")
-    if settings.activation_checkpointing and not checkpoint_activations(objective.module):
-        raise InputError(f"{name} has nothing to recompute; set activation_checkpointing = false in its [train]")
+    recompute_where_asked(name, objective.module, settings)
     state = TrainState.start(objective.module, settings)
     for line in snapshots.restore(state):
         report(f"{name}: {line}")
@@ -108,7 +107,7 @@ def run_stage(
     if state.step > settings.steps:
         raise InputError(f"{name} has already trained {state.step} steps; give steps = {state.step} or more")
     if whole_run:
-        report(f"{name}: done before ({state.step} steps); other captions are held out now, so it is judged anew")
+        report(f"{name}: done before ({state.step} steps) and judged by other pictures or captions; it is judged anew")
     else:
         report(f"{name}: {'goes on from' if state.step else 'starts at'} step {state.step} of {settings.steps}")
     if not enough:
@@ -173,7 +172,10 @@ def _train(
                 report(f"{name}: stops at step {progress.step}: no better since step {best}, {steps} steps or more")
                 return
             if stopping:
-                if writes:
+                if writes and progress.skipped:  # as when it is due: the checkpoint before is the one to go back to
+                    report(f"{name}: stopping among steps that are not finite; it goes on from the checkpoint before")
+                    log.write()
+                elif writes:
                     report(f"{name}: stopping; saving step {state.step}")
                     log.write()
                     snapshots.save(state, main)

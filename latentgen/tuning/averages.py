@@ -1,12 +1,12 @@
 """Other averages of a U-Net's weights, made from what its training kept (`training.averages`), as weights folders."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from latentgen.checkpoint import STEMS, Checkpoint, check_safetensors, write_folder
+from latentgen.checkpoint import STEMS, Checkpoint, check_safetensors, read_json, write_folder
 from latentgen.checkpoint.write import stored
 from latentgen.errors import InputError
 from latentgen.models.onnx.export import write_graphs
@@ -18,12 +18,26 @@ FILE = f"unet/{STEMS['unet']}.safetensors"
 GRAPH = "unet/model.onnx"
 
 
-def find_averages(checkpoint: Checkpoint) -> list[Stored]:
-    """Those of the last U-Net run in OUT.training beside the weights folder OUT; [] where none were kept."""
+def find_averages(checkpoint: Checkpoint, report: Callable[[str], None] = lambda _: None) -> list[Stored]:
+    """Those in OUT.training of the U-Net run that made the weights folder OUT, up to its last step; [] without any.
+
+    It is known by its figures, which OUT tells. report: told where only other runs kept some.
+    """
     folder = checkpoint.folder.resolve()
-    places = folder.with_name(f"{folder.name}.training").glob("unet-*/averages")
-    found = [kept_in(place) for place in sorted(places, key=lambda place: place.stat().st_mtime)]
-    return next((each for each in reversed(found) if each), [])
+    told = folder / "metrics.json"
+    figures = (read_json(told).get("unet") if told.is_file() else None) or {}
+    state = folder.with_name(f"{folder.name}.training")
+    places = [place for place in state.glob("unet-*/averages") if kept_in(place)]
+    for place in places:
+        done = place.with_name("done.json")
+        ended = read_json(done).get("figures") if done.is_file() else None
+        if ended and ended.items() <= figures.items():
+            found = [each for each in kept_in(place) if each.step <= ended["steps"]]
+            if found and found[-1].step == ended["steps"]:
+                return found
+    if places:
+        report(f"the averages in {state} are of runs that did not end in these weights; none is tried")
+    return []
 
 
 def widths_near(kept: list[Stored]) -> list[float]:

@@ -21,7 +21,8 @@ def lines(found: Tuned) -> Iterator[str]:
     near = [each for each in last[1:] if each.pictures == last[0].pictures and not each.told_apart]
     if near:
         yield f"{len(near)} others of the last round cannot be told from the best with {last[0].pictures} pictures"
-    yield f"chosen: {found.chosen.words()}: {found.chosen.evaluations} evaluations a picture"
+    kept = "; the defaults there were, nothing is better over all pictures" if found.kept else ""
+    yield f"chosen: {found.chosen.words()}: {found.chosen.evaluations} evaluations a picture{kept}"
 
 
 def line(rated: Rated[Candidate]) -> str:

@@ -44,7 +44,9 @@ class Order:
 
 @dataclass(frozen=True)
 class Tuned:
-    """chosen: the best of `rated`, and where averages were kept of `widths`. before: the defaults there were."""
+    """chosen: the best of `rated`, and where averages were kept of `widths`; or what was `before`, the defaults there
+    were, where over all pictures nothing is better.
+    """
 
     name: str
     figure: str
@@ -52,6 +54,11 @@ class Tuned:
     rated: list[Rated[Candidate]]
     widths: list[Rated[Candidate]]
     before: Rated[Candidate]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the defaults stay what they were."""
+        return self.chosen == self.before.candidate
 
     def as_dict(self) -> dict[str, Any]:
         """What the JSON file holds."""
@@ -89,6 +96,8 @@ def tune(weights: str | Path, order: Order, cache: Path, report: Report, write: 
         both = rate(
             [before, chosen], [bench.look(each, rounds[-1]) for each in (before, chosen)], bench.score, rounds[-1]
         )
+        if before.evaluations <= order.evaluations and both[0].candidate is before:
+            chosen = before  # with few pictures it may have fallen out
         found = Tuned(
             checkpoint.folder.resolve().name,
             bench.figure,
@@ -107,7 +116,7 @@ def settle(checkpoint: Checkpoint, found: Tuned, order: Order, tensors: Any) -> 
     chosen = found.chosen
     defaults: dict[str, Any] = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
     defaults |= {"sampler": chosen.sampler, "guidance_interval": chosen.interval}
-    best = (found.widths or found.rated)[0]
+    best = found.before if found.kept else (found.widths or found.rated)[0]
     told: dict[str, Any] = {"evaluations": order.evaluations, "figure": found.figure, "value": best.value}
     told |= {"interval": [best.low, best.high], "pictures": best.pictures, "average": chosen.width}
     change = None if tensors is None else partial(averages.put, tensors=tensors)
@@ -155,7 +164,7 @@ class Bench:
         name, kind = FIGURES[order.figure]
         pipe = Pipeline.from_pretrained(weights)
         artist = Artist(pipe, checkpoint.fingerprint, {}, order.seed, cache / "renderings", lambda _: None)
-        kept = averages.find_averages(checkpoint)
+        kept = averages.find_averages(checkpoint, report)
         return cls(checkpoint, artist, judge, captions, name, kind(features), cache, report, kept, {})
 
     def look(self, candidate: Candidate, count: int) -> np.ndarray:

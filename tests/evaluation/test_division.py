@@ -77,8 +77,23 @@ def test_what_was_fine_tuned_whole_is_judged_by_what_that_run_held_out(tmp_path:
     settings = {"method": "full", "held_out": "val", "hold_out": 0.0, "captions": "names", "background": "black"}
     (tmp_path / "finetune.json").write_text(json.dumps({"method": "full", "settings": settings}))
     division, remark = division_of(tmp_path, Asked())
-    assert division == Division("val", 0.0, "names", "black") and remark == ""
+    assert division == Division("val", 0.0, "names", "black")
+    assert remark.endswith("its recipe says hold_out = 0.02, held_out = 'test'")  # which held other pictures out
     assert "was trained on" in division_of(tmp_path, Asked(part=0.02))[1]
+
+
+@pytest.mark.parametrize(("first", "later"), [(0.02, 0.1), (0.1, 0.02)])
+def test_what_was_fine_tuned_whole_is_judged_by_what_neither_run_was_trained_on(
+    unmarked: Path, tmp_path: Path, first: float, later: float
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"data": {**RECIPE, "hold_out": first}}))
+    settings = {"method": "full", "held_out": "test", "hold_out": later, "captions": "files", "background": "white"}
+    (tmp_path / "finetune.json").write_text(json.dumps({"method": "full", "settings": settings}))
+    division, remark = division_of(tmp_path, Asked())
+    held = {picture.path for picture in divided(unmarked, division)[0]}
+    both = [set(held_in_training(unmarked, tmp_path / "cache", "test", part)[0]) for part in (first, later)]
+    assert held == both[0] & both[1] != both[0] | both[1] and remark == ""
+    assert "was trained on" in division_of(tmp_path, Asked(part=0.1))[1]
 
 
 def test_an_option_overrides_the_recipe_and_a_line_says_so_where_trained_pictures_are_judged(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
     assert code == 0, said
     page = out.read_text()
     assert "<svg" in page
+    assert "their intervals leave these as they are" in page
     assert "http" not in page.replace("http-equiv", "")
     (found, again) = json.loads(out.with_suffix(".json").read_text())
     assert found["figures"] == again["figures"]

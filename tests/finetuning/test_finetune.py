@@ -17,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from latentgen import InputError, Pipeline, finetune
 from latentgen.checkpoint.defaults import write_defaults
 from latentgen.finetuning import prove
+from latentgen.finetuning.base import Base
 from latentgen.finetuning.examples import count_pictures
+from latentgen.finetuning.objective import KeptConditions, LiveConditions
 from latentgen.finetuning.prior import prior_prompts
 from latentgen.finetuning.settings import Finetune, Start, choose
 from latentgen.recipe import explained, read_table
+from latentgen.training.finish import Before
 from tests.forked import Verb, verb
+from tests.shards import png, tar
 
 ROOT = Path(__file__).parents[2]
 FAST: dict[str, Any] = {"steps": 6, "batch": 4, "size": 32, "rate": 2e-2, "validate_steps": 6}
@@ -124,6 +128,34 @@ def test_weights_with_a_guidance_interval_of_their_own_are_proved_too(
     out = finetune(pictures, base=own, out=tmp_path / "mine", method="lora", **FAST)
     proof = json.loads((out / "metrics.json").read_text())["proof"]
     assert proof["saved"] <= 2e-3 and proof["stock"] <= 2e-3 < proof["changed"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "textual-inversion"])
+def test_what_the_starting_weights_tell_of_themselves_is_told_on(
+    method: str, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    base, mine = shutil.copytree(folder, tmp_path / "base"), shutil.copytree(pictures, tmp_path / "pictures")
+    figures = {"layout": {"explained": 0.4}, "vae": {"psnr": 26.0}, "unet": {"steps": 4200.0, "caption_gain": 0.1}}
+    train = {"batch": 512, "rate": 1e-3}
+    for name, value in (("metrics.json", figures), ("recipe.json", {"layout": {}, "unet": {"train": train}})):
+        (base / name).write_text(json.dumps(value))
+    (base / "README.md").write_text("# tiny\n\n## What it was trained on\n\nBy Ann, MIT.\n")
+    (mine / "NOTICE").write_text("By Bob, CC BY-SA 4.0.\n")
+    asked = {"token": "<x>", "rate": 0.5} if method == "textual-inversion" else {"rate": 2e-3}
+    out = finetune(mine, base=base, out=tmp_path / "mine", method=method, **{**FAST, **asked})
+    card = (out / "README.md").read_text()
+    first, own = "## What the starting weights were trained on", "## What it was trained on"
+    assert card.endswith(f"\n\n{first}\n\nBy Ann, MIT.\n\n{own}\n\nBy Bob, CC BY-SA 4.0.\n")
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["finetune"]["steps"] == 6 and "saved" in found["proof"]
+    if method != "full":
+        assert found.keys() == {"finetune", "proof", "seconds"}
+        return
+    parts = [{"steps": 4200.0, **train}, {"steps": 6.0, "batch": 4, "rate": 2e-3}]
+    assert {name: found[name] for name in ("layout", "vae")} == {name: figures[name] for name in ("layout", "vae")}
+    again = Before.of(out)
+    assert again.has_layout and again.history() == {"steps_before": 4206.0, "parts_before": parts}
+    assert again.credits == "By Ann, MIT.\n\nBy Bob, CC BY-SA 4.0."
 
 
 def test_an_adapters_folder_says_how_it_is_used(folder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -350,6 +382,8 @@ def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_pat
     assert "strength is a style's" in refused(pictures, folder, out, strength=0.5)
     assert "text encoder as it was" in refused(pictures, folder, out, prior="answers", text_encoder=True)
     assert 'times = "logit-normal"' in refused(pictures, folder, out, times_mean=0.5)
+    for none in ({}, {"prior_pictures": 0}, {"method": "dreambooth", "class": "bird", "prior_weight": 0.0}):
+        assert "there are none; give prior_pictures" in refused(pictures, folder, out, prior="pictures", **none)
     word = {"method": "textual-inversion", "token": "<it>"}
     assert "caption is for methods" in refused(pictures, folder, out, caption="a bird", **word)
     assert "on is dreambooth's" in refused(pictures, folder, out, on="full")
@@ -435,6 +469,66 @@ def test_a_subject_keeps_captions_that_say_its_word(tmp_path: Path) -> None:
     folder, count, marked = count_pictures(place, Finetune(method="dreambooth", class_word="bird"))
     assert (count, marked) == (3, 0)
     assert [each.captions for each in folder.pictures] == [("a Zwx, on grass",), ("a zwx bird",), ("a zwx bird",)]
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("asked", [{"method": "dreambooth", "class": "bird"}, {"caption": "a zwx bird"}])
+def test_pictures_without_a_caption_keep_their_box_and_split(
+    asked: dict[str, Any], described: bool, tmp_path: Path
+) -> None:
+    place = bare(tmp_path / "own", 3)
+    rows: list[dict[str, Any]] = [{"file_name": "0.png", "box": [0, 0, 16, 32]}]
+    rows += [{"file_name": "0.png", "box": [16, 0, 32, 32]}, {"file_name": "1.png", "split": "test"}]
+    if described:
+        rows[0]["text"] = "a zwx bird"
+    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder, count, marked = count_pictures(place, Finetune.of(asked))
+    found = {(each.path.name, each.box, each.split, each.captions) for each in folder.pictures}
+    boxes = {("0.png", (0, 0, 16, 32), "train"), ("0.png", (16, 0, 32, 32), "train")}
+    expected = {*boxes, ("1.png", None, "test"), ("2.png", None, "train")}
+    assert found == {(*each, ("a zwx bird",)) for each in expected} and (count, marked) == (3, 1)
+    assert len(folder.pictures) == 4 and not folder.problems
+
+
+def test_members_of_a_shard_without_a_caption_are_read_where_they_stand(tmp_path: Path) -> None:
+    pictures = [(f"{k}.png", png((k, 0, 0))) for k in range(3)]
+    tar(tmp_path / "shards" / "0.tar", *pictures, ("0.txt", b"a zwx bird"), ("2.json", b'{"split": "test"}'))
+    folder, count, marked = count_pictures(tmp_path / "shards", Finetune(method="dreambooth", class_word="bird"))
+    assert [(each.path.name, each.read()) for each in folder.pictures] == pictures and (count, marked) == (2, 1)
+
+
+def test_a_folder_without_captions_is_read_with_the_folders_it_links_to(tmp_path: Path) -> None:
+    place = bare(tmp_path / "own", 1)
+    (place / "more").symlink_to(bare(tmp_path / "elsewhere", 2))
+    folder, count, _ = count_pictures(place, Finetune(method="dreambooth", class_word="bird"))
+    assert count == 3 and [each.path.parent.name for each in folder.pictures] == ["own", "more", "more"]
+
+
+@pytest.mark.parametrize("kind", [KeptConditions, LiveConditions])
+def test_a_dropped_caption_is_what_guidance_starts_from(kind: Any, folder: Path, xl: Path) -> None:
+    for weights, zeros in ((xl, True), (folder, False)):
+        base = Base.open(weights, Finetune(), torch.device("cpu"))
+        rows = kind(base.text, ["a red apple", ""], 32).rows(np.array([1, 0]))
+        told = base.text.encode(["", "a red apple"])
+        for part in ("states", "pooled"):
+            found, encoded = getattr(rows, part), getattr(told, part)
+            if encoded is not None:
+                torch.testing.assert_close(found[1], encoded[1], atol=1e-3, rtol=1e-3)
+                expected = torch.zeros_like(encoded[0]) if zeros else encoded[0]
+                torch.testing.assert_close(found[0], expected, atol=0 if zeros else 1e-3, rtol=1e-3)
+
+
+def test_the_figures_of_a_style_are_of_what_is_saved(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """At a small strength that is nearly the starting weights."""
+    figures = {}
+    for strength in (0.05, 1.0):
+        out = finetune(pictures, base=folder, out=tmp_path / f"{strength}", method="style", strength=strength, **FAST)
+        figures[strength] = json.loads((out / "metrics.json").read_text())["finetune"]
+    for name in ("validation_loss", "prior_loss"):
+        before = {found[f"{name}_before"] for found in figures.values()}
+        assert len(before) == 1
+        few, all_ = (abs(found[name] - found[f"{name}_before"]) for found in figures.values())
+        assert few < 0.2 * all_
 
 
 def test_times_are_the_starting_weights_own_and_a_subject_is_never_unnamed() -> None:

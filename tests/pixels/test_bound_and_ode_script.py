@@ -34,3 +34,19 @@ def test_the_columns_are_the_runs_figures_and_add_up(objective: str, recipe: Pat
 def test_a_folder_of_other_weights_costs_one_line(bars: Path, tmp_path: Path) -> None:
     done = ran(tmp_path, "--data", bars)
     assert done.returncode == 2 and done.stderr.startswith("bound_and_ode: ") and done.stderr.count("\n") == 1
+
+
+def test_pictures_of_other_classes_and_weights_without_a_recipe_cost_one_line(
+    recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    folder = train(recipe, tmp_path / "out", bars, lambda line: None)
+    table = bars / "metadata.jsonl"
+    table.write_text(table.read_text().replace('"a bar"', '"a zebra"'))
+    done = ran(folder, "--data", bars)
+    said = f"bound_and_ode: 'a bar' is a class of {bars} or of {folder} alone; give the pictures it was trained on\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    (folder / "manifest.json").unlink()
+    (folder / "recipe.json").unlink()
+    done = ran(folder, "--data", bars)
+    assert done.returncode == 2 and "recipe.json cannot be read as JSON" in done.stderr
+    assert done.stderr.startswith("bound_and_ode: ") and done.stderr.count("\n") == 1

@@ -21,7 +21,7 @@ def ran(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_families_stand_side_by_side_and_what_is_done_is_not_done_again(
     recipe: Path, bars: Path, tmp_path: Path
 ) -> None:
-    sheet = tmp_path / "families.png"
+    sheet = tmp_path / "new" / "families.png"
     options = ("--recipe", recipe, "--data", bars, "--out", tmp_path / "runs", "--sheet", sheet)
     done = ran(*options)
     assert done.returncode == 0, done.stderr
@@ -33,6 +33,14 @@ def test_the_families_stand_side_by_side_and_what_is_done_is_not_done_again(
     again = ran(*options)
     assert again.stdout == done.stdout
     assert again.stderr.count("done before") == 4
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_before_the_hours(recipe: Path, bars: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = ("--recipe", recipe, "--data", bars, "--out", tmp_path / "runs", "--sheet", tmp_path / "file/sheet.png")
+    done = ran(*options)
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert done.stderr.startswith("fashion_families: ") and done.stderr.count("\n") == 1
 
 
 def test_a_family_that_there_is_not_costs_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pixel models: every family and both kinds of blocks train, are judged, saved, read back, rendered and resumed."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from latentgen.pixels.model import Family, PixelModel
 from latentgen.pixels.recipe import read_pixel_recipe
 from latentgen.pixels.weights import load_pixels, render_classes
 from latentgen.rehearsal import rehearse
+from latentgen.training.stage import Report
 
 OBJECTIVES = ("ddpm", "ve", "vdm", "flow")
 FOUND = ("bound_total", "bound_prior", "bound_diffusion", "bound_reconstruction", "ode")
@@ -169,10 +171,10 @@ def test_the_bound_of_a_tiny_network_is_not_below_its_ode_likelihood(objective: 
 
 def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path, tmp_path: Path) -> None:
     out = build.train(recipe, tmp_path / "weights", bars, silent)
-    told = ["--weights", str(out), "--steps", "2", "--seed", "3"]
+    told = ["--weights", str(out), "--steps", "2", "--seed", "3", "--guidance", "3", "--sampler", "ddim"]
     done = CliRunner().invoke(app, ["render", "bar", *told, "--out", str(tmp_path / "bar.png")])
     assert done.exit_code == 0, done.output
-    [(name, seed, picture)] = render_classes(out, ["a bar"], steps=2, seed=3)
+    [(name, seed, picture)] = render_classes(out, ["a bar"], steps=2, seed=3, guidance=3, sampler="ddim")
     from PIL import Image
 
     with Image.open(tmp_path / "bar.png") as drawn:
@@ -197,6 +199,9 @@ def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path,
         assert isinstance(refused.exception, InputError) and f"{option[0]} is not for a pixel" in str(refused.exception)
     again = CliRunner().invoke(app, ["replay", str(tmp_path / "bar.png")])
     assert isinstance(again.exception, InputError)
+    command = shlex.split(str(again.exception).partition("do: latentgen ")[2])
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again.png")])
+    assert done.exit_code == 0 and (tmp_path / "again.png").read_bytes() == (tmp_path / "bar.png").read_bytes()
     assert "latentgen render 'a bar' --seed 3" in str(again.exception)
 
 
@@ -279,3 +284,84 @@ def test_a_pixel_recipe_takes_no_start(recipe: Path) -> None:
     for option in (["--start", "weights/icons"], ["--start", "weights/icons", "--dry-run"]):
         refused = CliRunner().invoke(app, ["train", str(recipe), *option])
         assert isinstance(refused.exception, InputError)
+
+
+def test_weights_that_are_not_what_their_manifest_says_are_not_rendered(
+    recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    out = train(recipe, tmp_path / "out", bars, silent, objective="vdm")
+    schedule = out / "schedule.safetensors"
+    whole = schedule.read_bytes()
+    schedule.write_bytes(whole[:-64] + bytes(64))
+    with pytest.raises(InputError, match=r"schedule\.safetensors was altered or torn; fetch or train it again"):
+        load_pixels(out)
+    (out / "manifest.json").unlink()
+    load_pixels(out)  # nobody says what it should be
+    schedule.write_bytes(whole[:-64])
+    with pytest.raises(InputError, match="is not whole: ") as caught:
+        load_pixels(out)
+    assert "\n" not in str(caught.value)
+
+
+def told(folder: Path, *texts: str) -> None:
+    """The pictures called by these names in turn, the last seven held out."""
+    lines = [
+        {"file_name": path.name, "text": texts[number % len(texts)], "split": "test" if number > 24 else "train"}
+        for number, path in enumerate(sorted(folder.glob("*.png")))
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def test_a_class_is_found_by_its_own_name_first_and_then_by_one_that_is_like_no_other(
+    recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    names = ("A", "a", "a bag", "bag", "a Beam")
+    told(bars, *names)
+    out = train(recipe, tmp_path / "out", bars, silent)
+    for asked, found in (*zip(names, names, strict=True), ("beam", "a Beam"), ("BEAM", "a Beam")):
+        assert [name for name, _, _ in render_classes(out, [asked], steps=1)] == [found]
+    with pytest.raises(InputError, match="'a Bag' may be 'a bag' or 'bag'; write which"):
+        render_classes(out, ["a Bag"], steps=1)
+
+
+def test_a_validation_is_of_all_classes_though_the_files_are_sorted_by_class(
+    recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    told(bars, *["a bar"] * 10, *["a beam"] * 10)  # of those held out five bars come first, then two beams
+    run = PixelRun(read_pixel_recipe(recipe, validation=4), tmp_path / "out", bars, silent)
+    held = run._pictures[1].labels
+    assert held.tolist() == [0] * 5 + [1] * 2
+    assert len(run._validated) == 4 and set(held[run._validated]) == {0, 1}
+
+
+def test_a_finished_stage_is_judged_anew_on_as_many_pictures_as_are_asked_for_now(
+    recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    def figures(out: str, validation: int, report: Report = silent) -> dict[str, float]:
+        folder = train(recipe, tmp_path / out, bars, report, validation=validation)
+        found: dict[str, float] = json.loads((folder / "metrics.json").read_text())["pixels"]
+        return found
+
+    lines: list[str] = []
+    few, all_of_them = figures("out", 2), figures("out", 8, lines.append)
+    assert few["validation_loss"] != all_of_them["validation_loss"] and all_of_them == figures("other", 8)
+    assert any("judged anew" in line for line in lines) and not any("step 1/" in line for line in lines)
+    lines.clear()
+    assert figures("out", 100, lines.append) == all_of_them  # there are eight
+    assert not any("judged anew" in line for line in lines)
+
+
+def test_more_steps_for_the_sheet_than_ddpm_has_levels_are_refused_before_the_hours(
+    recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    changes = {"objective": "ddpm", "sample": {"steps": 30}}
+    with pytest.raises(InputError, match=r"steps 30 are more than the 20 diffusion\.levels of ddpm"):
+        train(recipe, tmp_path / "out", bars, silent, **changes)
+    assert not [*(tmp_path / "out.training").glob("pixels-*")]
+
+
+def test_one_picture_held_out_is_refused_before_the_hours(recipe: Path, bars: Path, tmp_path: Path) -> None:
+    table = bars / "metadata.jsonl"
+    table.write_text(table.read_text().replace('"test"', '"train"', 7))
+    with pytest.raises(InputError, match="one picture held out, which gives no standard error; mark two or more"):
+        train(recipe, tmp_path / "out", bars, silent)

@@ -1,5 +1,6 @@
 """Caches are kept item by item: of a changed set only what changed is computed; pixels never have to fit in memory."""
 
+import copy
 import hashlib
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from latentgen.data import Picture, load_pixels
+from latentgen.models.latent import Latent
 from latentgen.training import cache
 from latentgen.training.cache import Items, cached_items, key_of, latent_items, latent_moments, text_items
 
@@ -115,6 +117,20 @@ def test_one_changed_picture_is_one_picture_for_the_vae(
     cached_items(tmp_path, latent_items(vae, changed[::-1], CPU))
     cached_items(tmp_path, latent_items(vae, pixels, CPU))
     assert sum(seen[2:-1]) == 0 and seen[2:] == [1]  # encoded here above to compare, and never again
+
+
+def test_latents_are_shifted_and_scaled_as_the_pipeline_has_them(parts: dict[str, Any], tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    vae = copy.deepcopy(parts["vae"])
+    before, plain = latent_items(vae, pixels, CPU).name, next(iter(latent_moments(vae, pixels, CPU)))
+    vae.register_to_config(shift_factor=0.5)
+    items = latent_items(vae, pixels, CPU)
+    mean, spread = np.array(cached_items(tmp_path, items)).swapaxes(0, 1)
+    assert items.name != before
+    np.testing.assert_allclose(mean, plain[:, 0] - 0.5 * vae.config.scaling_factor, atol=1e-6)
+    np.testing.assert_array_equal(spread, plain[:, 1])
+    shown = Latent(vae).decode(torch.from_numpy(mean))
+    torch.testing.assert_close(shown, Latent(parts["vae"]).decode(torch.from_numpy(plain[:, 0])))
 
 
 def test_one_changed_caption_is_one_caption_for_the_text_encoder_and_another_network_is_all(

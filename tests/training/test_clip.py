@@ -117,6 +117,16 @@ def test_validation_tells_retrieval_beside_chance(objective: ClipObjective, monk
     assert figures["chance"] == pytest.approx(1 / 3) and figures["pairs"] == 3
 
 
+def test_a_picture_of_an_equal_caption_is_found_as_well(
+    objective: ClipObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective._held_out = objective._held_out[0], ["a cat", "a red apple", "a cat"]
+    fix(monkeypatch, objective, torch.eye(3), torch.eye(3)[[2, 1, 0]])
+    figures = objective.validate()
+    assert figures["retrieval_image_at_1"] == figures["retrieval_text_at_1"] == 1
+    assert figures["chance"] == pytest.approx(5 / 9)
+
+
 def test_each_picture_draws_among_its_own_captions(table: CaptionTable) -> None:
     items = np.repeat(np.arange(5), 50)
     chosen = table.choose(items, np.tile(np.linspace(0, 1, 50, endpoint=False), 5))

@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from latentgen import InputError
 from latentgen.training.draw import Draw
-from latentgen.training.loop import PATIENCE, LoopSettings, NotFinite, TrainState, fit
+from latentgen.training.loop import PATIENCE, LoopSettings, NotFinite, Progress, TrainState, fit
 from latentgen.training.optimizer import OPTIMIZERS
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, run_stage
@@ -410,6 +411,36 @@ def test_a_stage_that_breaks_goes_back_to_its_last_good_checkpoint_with_a_lower_
     assert [step for step, _, _ in seen] == [*range(1, 41), *range(21, 41), *range(21, 61)]
     assert seen[-1][1] == pytest.approx(SETTINGS.rate / 4)
     assert all(torch.isfinite(value).all() for value in objective.module.state_dict().values())
+
+
+def test_stopped_among_broken_steps_a_stage_goes_back_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentgen.training import stage as room
+
+    settings, pace = replace(SETTINGS, steps=60, decay=0.0), Pace(log_seconds=1e9, save_seconds=0, validate_steps=100)
+
+    def run(folder: Path, stop: int = 0) -> tuple[Exploding, list[str]]:
+        objective, lines = Exploding(0.3 * SETTINGS.rate), list[str]()
+
+        def watched(*given: Any, **named: Any) -> Iterator[Progress]:
+            objective.rate = settings.rate * given[1].slowed
+            for progress in fit(*given, **named):
+                if progress.step == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield progress
+
+        monkeypatch.setattr(room, "fit", watched)
+        run_stage("toy", objective, settings, folder, Accelerator(), seed=1, gate={}, pace=pace, report=lines.append)
+        return objective, lines
+
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop=25)
+    again, lines = run(tmp_path / "cut")
+    assert "goes on from step 20 of 60" in lines[0]
+    for name, weight in whole.module.state_dict().items():
+        assert torch.equal(weight, again.module.state_dict()[name])
 
 
 def test_a_stage_that_stays_broken_gives_up_with_a_line_and_keeps_what_was_good(tmp_path: Path) -> None:

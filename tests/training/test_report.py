@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
     said = " ".join(page.words)
     assert "a <name>" in said and "0.01235" in said and "validation loss" in said and "caption gain" in said
     assert "unet-0000000" in said and "unet-0000800" in said
+
+
+def test_of_two_runs_the_page_shows_the_one_whose_figures_it_has(tmp_path: Path) -> None:
+    for place, loss in (("unet-first", 0.5), ("unet-later", 0.25)):
+        (tmp_path / place / "sheets").mkdir(parents=True)
+        (tmp_path / place / "log.jsonl").write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+        (tmp_path / place / "done.json").write_text(json.dumps({"figures": {"validation_loss": loss}}))
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "sheets" / f"{place}.png")
+    os.utime(tmp_path / "unet-first" / "log.jsonl", (0, 0))
+    for place, loss in (("unet-first", 0.5), ("unet-later", 0.25), ("unet-later", 0.75)):  # of no such run: the latest
+        text = write_page("x", tmp_path, {"unet": {"validation_loss": loss, "more": 1.0}}, {})
+        assert re.findall(r"<figcaption>(unet-.*?)<", text) == [place]
 
 
 def test_a_log_that_a_kill_cut_short_still_makes_a_page(tmp_path: Path) -> None:

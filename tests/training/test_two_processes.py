@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latentgen import rehearsal
 from latentgen.errors import InputError
 from latentgen.training.features import FeatureTerms
 from latentgen.training.loop import LoopSettings, TrainState, fit
@@ -90,6 +91,15 @@ def stopped(folder: Path) -> bool:
     return False
 
 
+def measured(accelerator: Accelerator) -> int:
+    """Steps that a dry run measures where the time is up for the second process alone."""
+    rehearsal.SECONDS = 0.0 if accelerator.process_index else 1e9
+    objective = Regression()
+    state = TrainState.start(objective.module, SETTINGS)
+    rehearsal.samples_per_second(objective, state, SETTINGS, accelerator)
+    return state.step
+
+
 def together(place: Path) -> None:
     """What each of the two processes does; it leaves what it found beside the U-Net it was given."""
     accelerator = Accelerator()
@@ -98,6 +108,7 @@ def together(place: Path) -> None:
     large = {name: value.contiguous() for name, value in trained(Regression(), LARGE).tensors()["model"].items()}
     found["refused"] = refused_in_parts(place / "unet")
     found["stopped"] = stopped(place / "stage")
+    found["measured"] = measured(accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_file(weights, place / "dispersed.safetensors")
@@ -105,22 +116,15 @@ def together(place: Path) -> None:
     (place / f"{accelerator.process_index}.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def place(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two processes found: 0.json and 1.json, the weights they ended in, a stage that stopped."""
-    folder = tmp_path_factory.mktemp("two")
-    parts["unet"].save_pretrained(folder / "unet")
+def launched(*arguments: object, **settings: str) -> str:
+    """What two processes that torchrun starts say on standard error; they have to end well."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    (folder / "each.py").write_text(
-        "import sys\nfrom pathlib import Path\nfrom tests.training.test_two_processes import together\n"
-        "together(Path(sys.argv[1]))\n"
-    )
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    settings |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
-        [sys.executable, *launch, str(folder / "each.py"), str(folder)],
+        [sys.executable, *launch, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, **settings},
         capture_output=True,
@@ -128,6 +132,19 @@ def place(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stderr
+
+
+@pytest.fixture(scope="module")
+def place(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what two processes found: 0.json and 1.json, the weights they ended in, a stage that stopped."""
+    folder = tmp_path_factory.mktemp("two")
+    parts["unet"].save_pretrained(folder / "unet")
+    (folder / "each.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.training.test_two_processes import together\n"
+        "together(Path(sys.argv[1]))\n"
+    )
+    launched(folder / "each.py", folder)
     return folder
 
 
@@ -172,3 +189,17 @@ def test_when_one_process_is_asked_to_stop_both_do_and_their_step_is_saved(
     assert [each["stopped"] for each in found] == [True, True]
     (kept,) = (place / "stage" / "checkpoints").glob("step-*")
     assert kept.name == "step-00000007"
+
+
+@pytest.mark.slow
+def test_when_the_time_of_one_process_is_up_both_have_measured_enough(found: list[dict[str, Any]]) -> None:
+    assert [each["measured"] for each in found] == [rehearsal.WARM + 1] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_rehearse_a_recipe_and_leave_nothing(tmp_path: Path) -> None:
+    recipe, out = ROOT / "tests" / "data" / "tiny.toml", tmp_path / "out"
+    said = launched("-m", "latentgen", "train", recipe, "--dry-run", "--out", out, TMPDIR=str(tmp_path))
+    for stage in ("clip", "vae", "unet", "decoder"):
+        assert said.count(f"{stage}: ") == 1
+    assert said.count(f"would write {out}") == 1 and not list(tmp_path.glob("latentgen-*")) and not out.exists()
