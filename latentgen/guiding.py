@@ -8,7 +8,7 @@ import numpy as np
 
 from latentgen.diffusion.array import Array, like
 from latentgen.diffusion.denoiser import Condition, Denoise, Denoiser, Network
-from latentgen.diffusion.guidance import AnnealedCondition, Projection, guided
+from latentgen.diffusion.guidance import AnnealedCondition, Projection, between, guided
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling import OWN_STEPS, walked
 from latentgen.diffusion.schedule.plan import Plan
@@ -37,11 +37,7 @@ def guided_as(
     if request.pag and perturbed is None:
         raise InputError("pag_scale needs a network whose attention can be perturbed, which this engine's cannot")
     other = None if perturbed is None else replace(denoiser, network=in_groups(perturbed, rows))
-    interval = None
-    if request.interval is not None:
-        first, last = (round(part * request.steps) for part in request.interval)
-        first = min(first, request.steps - 1)  # the last step is walked from the knot before the last
-        interval = (float(knots[first]), float(knots[max(first, last - 1)]))
+    interval = None if request.interval is None else between(request.interval, knots)
     condition, negative = conditions
     return lambda part: guided(
         denoiser,

@@ -17,6 +17,7 @@ from typing import Any
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
+from latentgen.diffusion.schedule.reading import as_pipelines_take
 from latentgen.durable import sha256, write_file
 from latentgen.errors import InputError
 from latentgen.image import read_settings
@@ -154,7 +155,7 @@ def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None
         timesteps=order.timesteps,
         eta=order.eta,
     )
-    way_of(checkpoint.config("scheduler"), request)  # that the schedule has such steps
+    way_of(as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second), request)  # that the schedule has such steps
     return request
 
 

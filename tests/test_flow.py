@@ -1,6 +1,7 @@
 """Rectified flow in latents, as a recipe's keys: its target, its samplers, and a run from the data to pictures."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from latentgen.continuation import train_on
 from latentgen.diffusion.denoiser import Condition, Denoiser
 from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.loss import denoising_loss
+from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule import from_config
 from latentgen.diffusion.schedule.reading import plan_for
@@ -70,6 +72,38 @@ def test_a_sampler_walks_a_flow_as_it_walks_the_others(sampler: str, tmp_path: P
     denoise = guided(Denoiser(Perfect(x0), plan.schedule, plan.prediction), Condition())
     *_, last = SAMPLERS[sampler](denoise, x, plan.knots(6), plan.schedule.marginal, None)
     torch.testing.assert_close(last.x, x0, rtol=0, atol=1e-5)
+
+
+def exact(schedule: Any, x: Any, logsnr: float) -> Any:
+    """E[x0 | x] of data N(0.3, 0.5²), which is what a perfect network of more than one picture knows."""
+    alpha, sigma = schedule.marginal(logsnr)
+    return 0.3 + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x - alpha * 0.3)
+
+
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"langevin", "lcm"}))
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_every_sampler_draws_the_data_along_a_flow(sampler: str, shift: float) -> None:
+    plan = plan_for({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}, sampler)
+    x = torch.randn(1, 4000, generator=torch.Generator().manual_seed(2))
+    denoise = partial(exact, plan.schedule)
+    *_, last = SAMPLERS[sampler](denoise, x, plan.knots(80), plan.schedule.marginal, Noise([0]), **plan.options)
+    assert float(last.x.mean()) == pytest.approx(0.3, abs=0.03)
+    assert float(last.x.std()) == pytest.approx(0.5, abs=0.06)
+
+
+def test_ten_steps_along_a_flow_end_where_those_of_diffusers_solver_end() -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    plan = plan_for({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "dpmpp-2m")
+    theirs = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    theirs.set_timesteps(10)
+    start = torch.randn(1, 4000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    *_, ours = SAMPLERS["dpmpp-2m"](partial(exact, plan.schedule), start, plan.knots(10), plan.schedule.marginal, None)
+    x = start
+    for t, s in zip(theirs.timesteps, theirs.sigmas.tolist(), strict=False):
+        x = theirs.step((x - exact(plan.schedule, x, 2 * np.log((1 - s) / s))) / s, t, x).prev_sample
+    assert float((ours.x - x).abs().max()) < 0.02  # theirs starts at 0.999 and has steps of 0.0999
+    assert float(ours.x.std()) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.slow

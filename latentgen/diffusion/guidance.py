@@ -8,6 +8,7 @@ evaluation of B. Classifier-free guidance is one evaluation of 2B, the unconditi
 is one more of B. Outside the interval all of it is off (Kynkäänniemi et al. 2024).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,6 +194,14 @@ def bounded(x0: Array, clip: float | None, threshold: float | None, threshold_ma
     quantile = ordered[:, low] + (place - low) * (ordered[:, high] - ordered[:, low])
     bound = column(xp.clip(quantile, 1.0, max(threshold_max, 1.0)), x0)
     return xp.maximum(xp.minimum(x0, bound), -bound) / bound
+
+
+def between(parts: tuple[float, float], knots: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The logSNRs from which the first and the last step are walked that lie in a part of the way, (0, 1) being all."""
+    steps = len(knots) - 1
+    first, last = (round(part * steps) for part in parts)
+    first = min(first, steps - 1)  # there is always one
+    return float(knots[first]), float(knots[max(first, last - 1)])
 
 
 def time_of(schedule: Schedule, logsnr: float) -> float:

@@ -16,7 +16,7 @@ from latentgen.diffusion.array import column
 from latentgen.diffusion.sampling.adaptive import dormand_prince
 from latentgen.diffusion.sampling.walk import Marginal, legs
 from latentgen.diffusion.schedule.continuous import Learned
-from latentgen.diffusion.schedule.protocol import Schedule, variance_preserving
+from latentgen.diffusion.schedule.protocol import LOGSNR_MAX, Schedule, variance_preserving
 from latentgen.errors import InputError
 
 Tensor = torch.Tensor
@@ -115,11 +115,12 @@ def decoder_nats(x0: Tensor, mean: Tensor, log_variance: Tensor, bins: int | Non
     if bins is None:
         squared = (x0 - mean) ** 2 * torch.exp(-log_variance)
         return 0.5 * (squared + log_variance + math.log(2 * math.pi)).flatten(1).sum(1)
-    scale, half = torch.exp(-0.5 * log_variance), 1 / (bins - 1)
-    upper, lower = (scale * (x0 - mean + half)), (scale * (x0 - mean - half))
-    inner = torch.log((torch.special.ndtr(upper) - torch.special.ndtr(lower)).clamp_min(1e-12))
-    mass = torch.where(x0 < -1 + half, torch.special.log_ndtr(upper), inner)
-    mass = torch.where(x0 > 1 - half, torch.special.log_ndtr(-lower), mass)
+    scale, half, log_ndtr = torch.exp(-0.5 * log_variance), 1 / (bins - 1), torch.special.log_ndtr
+    away = (x0 - mean).abs()  # the bin lies in the lower tail, where log_ndtr has no bound
+    near, far = log_ndtr(scale * (half - away)), log_ndtr(scale * (-half - away))
+    mass = near + torch.log(-torch.expm1(far - near))
+    mass = torch.where(x0 < -1 + half, log_ndtr(scale * (x0 - mean + half)), mass)
+    mass = torch.where(x0 > 1 - half, log_ndtr(scale * (mean - x0 + half)), mass)
     return -mass.flatten(1).sum(1)
 
 
@@ -204,8 +205,12 @@ def continuous_bound(
     diffusion: 1/2·E[−dlogsnr/dt·|eps − eps_hat|²]; its value depends on the schedule's two ends only. Times are spread
     evenly over the batch and the draws, so the mean is better than its standard error, the rows' own spread, says.
     reconstruction: p(x0 | x) at the clean end, proportional to q(x | x0) over the grey levels. Evaluations: samples.
-    Gradients flow where the caller's mode lets them, to a learned schedule too.
+    Gradients flow where the caller's mode lets them, to a learned schedule too. Raises InputError for a schedule
+    without a noise it ends at, as Linear, Cosine, SubVP and RectifiedFlow are: no draws hold all that lies there.
     """
+    clean, noisy = (_end(schedule, x0, place) for place in (0.0, 1.0))
+    if clean >= LOGSNR_MAX:
+        raise InputError("the bound needs a schedule that ends at some noise; give UniformLogsnr between its two ends")
     rows = len(x0)
     start = torch.rand(1, generator=generator)
     diffusion = torch.zeros(rows, dtype=torch.float64)
@@ -217,7 +222,6 @@ def continuous_bound(
         guess = estimate(alpha * x0 + sigma * eps, logsnr)
         squared = ((alpha / sigma * (x0 - guess)) ** 2).flatten(1).sum(1)  # |eps − eps_hat|²
         diffusion = diffusion + (0.5 * rate * squared / samples).double().cpu()
-    clean, noisy = (_end(schedule, x0, place) for place in (0.0, 1.0))
     reconstruction = bayes_decoder_nats(x0, clean, schedule.marginal, bins, generator)
     return _bound(prior_divergence(x0, noisy, schedule.marginal), diffusion, reconstruction, x0)
 

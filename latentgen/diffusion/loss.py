@@ -189,10 +189,12 @@ def hybrid_loss(
     *,
     weight: float = 0.001,
 ) -> Tensor:
-    """L_hybrid = L_simple + weight·L_vlb for a network with a learned variance (Nichol & Dhariwal 2021, eq. 16).
+    """L_simple + weight·L_t for a network with a learned variance (Nichol & Dhariwal 2021, after eq. 16).
 
-    logsnr, next_logsnr: (B,), the two ends of one reverse step of the ladder that is to be sampled with. The bound's
-    term, in nats a dimension, trains the variance alone: the mean in it is detached, as the paper does. (B,).
+    logsnr, next_logsnr: (B,), the two ends of one reverse step of the ladder that is to be sampled with. L_t, the
+    bound's term of that step in nats a dimension, trains the variance alone: the mean in it is detached, as the paper
+    does. Over t drawn evenly it is the mean of L_0 … L_T, where the paper's L_vlb is their sum: with T steps, its
+    lambda of 0.001 is a weight of 0.001·T here. (B,).
     """
     alpha, sigma = (column(value, x0) for value in schedule.marginal(logsnr))
     x = alpha * x0 + sigma * eps

@@ -10,7 +10,7 @@ import torch
 from latentgen.checkpoint import Checkpoint, find, open_checkpoint, read_json
 from latentgen.diffusion.sampling import TABLE
 from latentgen.diffusion.schedule.plan import Plan, from_config
-from latentgen.diffusion.schedule.reading import known
+from latentgen.diffusion.schedule.reading import as_pipelines_take, known
 from latentgen.errors import InputError
 from latentgen.finetuning.settings import Finetune, Start
 from latentgen.models.latent import Latent
@@ -51,7 +51,8 @@ class Base:
             attend_plainly(unet)
         scheduler = checkpoint.config("scheduler")
         weights = identity(checkpoint, path)
-        pipe = Pipeline(text, unet_network(unet), latent, scheduler, terms, weights)
+        taken = as_pipelines_take(scheduler, checkpoint.has_second)
+        pipe = Pipeline(text, unet_network(unet), latent, taken, terms, weights)
         return cls(checkpoint, path, unet, text, latent, pipe, from_config(known(scheduler)))
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from latentgen.diffusion.guidance import between
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.reading import plan_for
@@ -92,8 +93,7 @@ def evaluations(
         return len(asked)
     if interval is None:
         return 2 * len(asked)
-    first, last = (round(part * steps) for part in interval)  # as `Pipeline` reads parts of the way
-    low, high = knots[first], knots[max(first, last - 1)]
+    low, high = between(interval, knots)
     return len(asked) + sum(low <= logsnr <= high for logsnr in asked)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from latentgen.checkpoint import Checkpoint, find, open_checkpoint, write_defaults
 from latentgen.data import Picture, load_pixels
+from latentgen.diffusion.schedule.reading import as_pipelines_take
 from latentgen.durable import alone
 from latentgen.errors import InputError
 from latentgen.evaluation.division import Asked, divided, division_of
@@ -79,7 +80,7 @@ def tune(weights: str | Path, order: Order, cache: Path, report: Report, write: 
         raise InputError(f"--seed is {order.seed}; it must be 0 or more")
     if write and checkpoint.folder.is_file():
         raise InputError(f"{weights} is a single file, which has no place for defaults; convert it, or give --dry-run")
-    scheduler = checkpoint.config("scheduler")
+    scheduler = as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second)
     candidates = grid(scheduler, order.evaluations, samplers=order.samplers, guidances=order.guidances)
     with alone(cache):
         bench = Bench.of(checkpoint, weights, order, cache, report)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gaussians import Mixture, gaussian, two_modes
+from scipy.stats import norm
 
 from latentgen.diffusion.likelihood import (
     bits,
@@ -21,6 +22,9 @@ from latentgen.diffusion.loss import learned_schedule
 from latentgen.diffusion.schedule import (
     VE,
     Cosine,
+    Linear,
+    RectifiedFlow,
+    SubVP,
     UniformLogsnr,
     from_config,
     straight_line,
@@ -120,6 +124,17 @@ def test_the_decoder_over_grey_levels_sums_to_one() -> None:
         assert float(mass.sum()) == pytest.approx(1, abs=1e-6)
 
 
+def test_the_decoder_charges_what_lies_far_out_in_full() -> None:
+    """−log of a bin's mass, k standard deviations away on either side, against SciPy's in float64."""
+    std, x0 = 0.01, torch.tensor([[3 / 255]])
+    for k in (0.0, 0.3, 4.5, 6.0, 10.0, 30.0):
+        inner, outer = norm.logsf((k * std - 1 / 255) / std), norm.logsf((k * std + 1 / 255) / std)
+        expected = -(inner + math.log1p(-math.exp(outer - inner)))
+        for side in (-1, 1):
+            found = decoder_nats(x0, x0 + side * k * std, torch.full_like(x0, 2 * math.log(std)), 256)
+            assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
 def test_laplace_decoders_over_grey_levels_sum_to_one_and_are_those_of_torch() -> None:
     levels = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
     for mean in (-1.0, -0.99, 0.003, 0.5, 1.0):
@@ -174,6 +189,13 @@ def test_the_continuous_bound_depends_on_the_schedules_ends_alone() -> None:
         data.denoise, UniformLogsnr(-8.0, 1.0), x0, generator=torch.Generator().manual_seed(0), samples=8, bins=None
     )
     assert further.total.mean > totals[0].total.mean + 0.05  # other ends, another bound
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Linear(), SubVP(), RectifiedFlow()], ids=lambda s: type(s).__name__)
+def test_the_continuous_bound_wants_an_end_that_has_noise(schedule: Any) -> None:
+    x0, _ = data_and_truth(two_modes(schedule.marginal), 4)
+    with pytest.raises(InputError, match="give UniformLogsnr between its two ends"):
+        continuous_bound(two_modes(schedule.marginal).denoise, schedule, x0, bins=None)
 
 
 def test_the_continuous_bound_trains_a_learned_schedule() -> None:

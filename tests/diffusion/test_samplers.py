@@ -26,6 +26,7 @@ from latentgen.diffusion.schedule import (
     variance_exploding,
     variance_preserving,
 )
+from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.errors import InputError
 
 START, END = -6.0, 5.0
@@ -168,6 +169,59 @@ def test_sde_ode_and_langevin_all_draw_from_the_data(
     x = start_of((1, 4000), marginal)
     drawn = last(partial(SAMPLERS[name], **options), data.denoise, x, levels, marginal, Noise([5]))
     assert ks_2samp(drawn[0], data.draw((20000,), seed=9)).pvalue > 1e-3
+
+
+TRAILING = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+FROM_NOISE: dict[str, dict[str, Any]] = {  # schedules whose first step leaves nothing but noise
+    "cosine": {**TRAILING, "beta_schedule": "squaredcos_cap_v2"},
+    "zero-snr": {**TRAILING, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+    "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"langevin", "lcm"}))
+@pytest.mark.parametrize("schedule", FROM_NOISE)
+def test_a_first_step_out_of_pure_noise_does_no_harm(name: str, schedule: str) -> None:
+    plan = plan_for(FROM_NOISE[schedule], name)
+    levels = plan.knots(20)
+    assert levels[0] < -15
+    x = plan.initial_scale(levels[0]) * np.random.default_rng(0).standard_normal((1, 4000)).astype(np.float32)
+    data, sampler = gaussian(0.3, 0.5, plan.schedule.marginal), partial(SAMPLERS[name], **plan.options)
+    end = last(sampler, data.denoise, x, levels, plan.schedule.marginal, Noise([5]))
+    assert end.mean() == pytest.approx(0.3, abs=0.03) and end.std() == pytest.approx(0.5, abs=0.09)
+
+
+@pytest.mark.parametrize("schedule", FROM_NOISE)
+def test_langevin_out_of_pure_noise_is_refused_too_few_steps(schedule: str) -> None:
+    plan = plan_for(FROM_NOISE[schedule], "langevin")
+    with pytest.raises(InputError, match="'langevin' takes 100 steps or more"):
+        plan.knots(99)
+    data, levels = gaussian(0.3, 0.5, plan.schedule.marginal), plan.knots(100)
+    x = np.random.default_rng(0).standard_normal((1, 4000))
+    end = last(SAMPLERS["langevin"], data.denoise, x, levels, plan.schedule.marginal, Noise([5]))
+    assert end.mean() == pytest.approx(0.3, abs=0.03) and end.std() == pytest.approx(0.5, abs=0.09)
+
+
+def test_probability_flow_walks_to_the_cleanest_level_whatever_the_steps_are() -> None:
+    plan = plan_for(FROM_NOISE["cosine"], "probability-flow")
+    data, x = gaussian(0.3, 0.5, plan.schedule.marginal), np.random.default_rng(0).standard_normal((2, 32))
+    sampler = partial(SAMPLERS["probability-flow"], **plan.options)
+    ends = [last(sampler, data.denoise, x, plan.knots(n), plan.schedule.marginal) for n in (1, 2, 14, 200)]
+    alpha, sigma = plan.schedule.marginal(plan.knots(1)[0])
+    exact = 0.3 + 0.5 * (x - alpha * 0.3) / math.hypot(alpha * 0.5, sigma)
+    assert all(np.array_equal(end, ends[0]) for end in ends) and np.abs(ends[0] - exact).max() < 2e-3
+
+
+def test_a_network_that_is_not_finite_is_said_at_once() -> None:
+    seen: list[float] = []
+
+    def denoise(x: Any, logsnr: float) -> Any:
+        seen.append(logsnr)
+        return x * math.nan if logsnr > 0 else 0 * x
+
+    with pytest.raises(InputError, match="output is not finite at logSNR"):
+        last(SAMPLERS["probability-flow"], denoise, np.ones((1, 2)), np.array([START, END]), variance_preserving)
+    assert len(seen) < 100
 
 
 def test_fixed_large_variance_draws_from_the_data_in_many_steps() -> None:

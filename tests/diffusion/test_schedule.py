@@ -175,6 +175,31 @@ def test_knots_that_cannot_be_are_refused_in_one_line(steps: int, options: dict[
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_of_a_flow_are_what_its_network_is_told(shift: float) -> None:
+    schedule = RectifiedFlow(shift)
+    levels = knots(schedule, 4, spacing=[999, 800, 500, 200])
+    assert np.allclose(schedule.time(levels[:-1]), [999, 800, 500, 200]) and levels[-1] == LOGSNR_MAX
+    for wrong in ([1001, 800], [800, -1]):
+        with pytest.raises(InputError, match="the schedule has 0 to 1000"):
+            knots(schedule, 2, spacing=wrong)
+
+
+def test_times_outside_a_continuous_schedule_are_refused() -> None:
+    assert np.allclose(knots(VE(), 2, spacing=[0.9, 0.1])[:-1], VE().logsnr(np.array([0.9, 0.1])))
+    for wrong in ([5.0, 0.6], [0.6, -0.1]):
+        with pytest.raises(InputError, match=r"the schedule has 0 to 1$"):
+            knots(VE(), 2, spacing=wrong)
+
+
+def test_steps_that_would_fall_on_one_level_are_refused_by_their_number() -> None:
+    table = Discrete.scaled_linear()
+    for options in ({"steps_offset": 1, "spacing": "leading"}, {"clean_counts": True, "spacing": "linspace"}):
+        with pytest.raises(InputError, match=f"1000 steps do not fit the 1000 levels.*{options['spacing']} spaced"):
+            knots(table, 1000, **options)  # type: ignore[arg-type]
+    assert len(knots(table, 1000)) == len(knots(table, 1000, spacing="karras", clean_counts=True)) == 1001
+
+
 def test_a_learned_schedule_is_monotone_meets_its_ends_and_takes_gradients() -> None:
     schedule, weights = learned_schedule(hidden=32, logsnr_min=-9, logsnr_max=8, seed=1)
     levels = schedule.logsnr(torch.linspace(0, 1, 50)).detach()

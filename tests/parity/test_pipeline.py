@@ -1,5 +1,6 @@
 """What we save opens in stock diffusers, and both make the same picture from the same latents."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -146,3 +147,33 @@ def test_a_callback_hears_the_same_times_and_latents_as_in_diffusers(pair: Any) 
     np.testing.assert_allclose([time for _, time, _ in here], [time for _, time, _ in there], atol=1e-3)
     np.testing.assert_allclose([x for *_, x in here], [x for *_, x in there], atol=1e-3)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+
+
+OF_BEFORE: dict[str, dict[str, Any]] = {  # scheduler configs that diffusers' pipeline takes otherwise than they say
+    "PNDM, no steps_offset": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False},
+    "DDIM, steps_offset 0": {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "steps_offset": 0},
+    "DDIM, no clip_sample": {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "steps_offset": 1},
+    "DDPM, neither": {"_class_name": "DDPMScheduler"},
+    "Euler, leading": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 0},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", OF_BEFORE)
+def test_a_scheduler_config_of_before_makes_the_picture_of_diffusers(
+    case: str, make_folder: Callable[..., Path]
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    folder = make_folder(case, **OF_BEFORE[case])
+    told = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **OF_BEFORE[case]}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+    (folder / "manifest.json").unlink(missing_ok=True)
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    common = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "np", "latents": latents([0])}
+    expected, found = (
+        pipe("a red apple", generator=torch.Generator().manual_seed(7), height=32, width=32, **common).images
+        for pipe in (theirs, Pipeline.from_pretrained(folder, engine="torch"))
+    )
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)

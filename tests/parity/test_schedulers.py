@@ -425,6 +425,40 @@ def test_one_schedulers_config_read_as_anothers_gives_the_plan_diffusers_would()
             assert float((ours(plan, 8, torch.float64)[-1] - reference).abs().max()) < 1e-4
 
 
+def test_one_step_of_plms_is_one_evaluation_as_in_diffusers() -> None:
+    theirs, seen = scheduler("PNDMScheduler", skip_prk_steps=True, steps_offset=1), list[torch.Tensor]()
+    plan = plan_of(theirs)
+    theirs.set_timesteps(1)
+
+    def network(x: torch.Tensor, time: torch.Tensor, condition: Condition | None) -> torch.Tensor:
+        seen.append(time)
+        return model(x, time, condition)
+
+    x = latents(torch.float64)
+    denoise = guided(Denoiser(network, plan.schedule, plan.prediction), Condition())
+    (step,) = SAMPLERS["plms"](denoise, x, plan.knots(1), plan.schedule.marginal, None, **plan.options)
+    (t,) = theirs.timesteps
+    expected = theirs.step(model(x, t.double().expand(2), None), t, x).prev_sample
+    assert len(seen) == 1 and float((step.x - expected).abs().max()) < 1e-5
+
+
+def test_a_flow_without_its_scheduler_and_a_spacing_of_levels_are_refused() -> None:
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "DDIMScheduler"):
+        with pytest.raises(InputError, match="it takes a FlowMatchEulerDiscreteScheduler"):
+            from_config({**SD, "_class_name": name, "prediction_type": "flow_prediction"})
+        with pytest.raises(InputError, match="timestep_spacing 'karras' is not known; it can be one of: trailing"):
+            from_config({**SD, "_class_name": name, "timestep_spacing": "karras"})
+
+
+def test_times_of_a_flow_are_those_of_diffusers() -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(timesteps=[999.0, 800.0, 500.0, 200.0])
+    plan = plan_of(theirs)
+    levels = plan.knots(4, spacing=[999, 800, 500, 200])
+    assert np.allclose([plan.schedule.marginal(level)[1] for level in levels], theirs.sigmas.numpy(), atol=1e-6)
+    assert np.allclose(plan.schedule.time(levels[:-1]), theirs.timesteps.numpy())
+
+
 def test_a_config_with_no_counterpart_is_refused_by_name() -> None:
     for config in (
         {"_class_name": "KarrasVeScheduler"},

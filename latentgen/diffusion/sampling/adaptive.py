@@ -1,5 +1,6 @@
 """The probability-flow ODE with an adaptive solver of stated tolerance."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ def dormand_prince(
     """Every accepted step of dy/dtime = slope(y, time), from start to end, in either direction.
 
     A step is accepted when the root mean square over y of |error|/(atol + rtol·|y|) is at most 1. Six evaluations a
-    step. Raises InputError for tolerances not above 0, and when `most` steps are not enough.
+    step. Raises InputError for tolerances not above 0, for a slope that is not finite, and when `most` steps are not
+    enough.
     """
     if not (rtol > 0 and atol > 0):
         raise InputError("the tolerances of the adaptive solver must be above 0")
@@ -60,6 +62,8 @@ def dormand_prince(
             slopes.append(slope(reached, time + place * size))
         error = sum((size * weight) * k for weight, k in zip(ERROR, slopes, strict=True))
         norm = _error_norm(error, y, reached, rtol, atol)
+        if not math.isfinite(norm) and not bool(namespace(y).all(namespace(y).isfinite(error))):
+            raise InputError(f"the network's output is not finite at logSNR {time:.2f}")
         if norm <= 1.0:
             time = end if size == end - time else time + size
             y, first = reached, slopes[-1]  # the last stage is the next step's first
@@ -97,16 +101,19 @@ def probability_flow(
     *,
     rtol: float = 1e-4,
     atol: float = 1e-4,
+    end: float | None = None,
 ) -> Iterator[Step]:
     """The probability-flow ODE by Dormand–Prince 5(4) (Song et al. 2021, section 4.3); yields each accepted step.
 
-    Of the knots only the ends matter: it walks from the first to the last level that has noise, and takes the x0
-    there as its end where the last knot is clean. The error is that of the variance-preserving x, whatever the frame;
-    steps are chosen for the batch as a whole, so here alone a picture depends on its batch, within the tolerance.
+    Of the knots only the ends matter: it walks from the first to the last, or, where the last knot is clean, to `end`
+    (logSNR; None is the last knot that has noise), and takes the x0 there. That step is Euler's, of an error that the
+    tolerance does not know: `plan_for` sets `end` to the schedule's cleanest level, where the noise left is hardly
+    seen. The error is that of the variance-preserving x, whatever the frame; steps are chosen for the batch as a whole,
+    so `walked` gives it one picture at a time.
     """
     levels = [leg.logsnr for leg in legs(knots, marginal)] + [float(knots[-1])]
     clean = levels[-1] >= LOGSNR_MAX
-    end = levels[-2] if clean else levels[-1]
+    end = levels[-1] if not clean else levels[-2] if end is None else end
 
     def scale(logsnr: float) -> float:
         """From the VP frame to the marginal's."""

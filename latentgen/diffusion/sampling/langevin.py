@@ -61,8 +61,9 @@ def predictor_corrector(
     """Reverse-diffusion predictor, Langevin corrector (Song et al. 2021, algorithms 2 and 4).
 
     At each level: `corrections` Langevin steps of the signal-to-noise ratio `snr`, then the predictor
-    u' = u + (s² − s'²)·score + sqrt(s² − s'²)·z, without z on the last. Step sizes are each row's own (the paper
-    averages norms over the batch). Evaluations: corrections + 1 a level.
+    u' = u + (s² − s'²)·score + sqrt(s² − s'²)·z, without z on the last. A leap out of pure noise takes s'/s of that z,
+    the ancestral predictor (ibid., appendix F), or it would stay as noisy as it was. Step sizes are each row's own (the
+    paper averages norms over the batch). Evaluations: corrections + 1 a level.
     """
     if corrections < 0 or not snr > 0:
         raise InputError("predictor-corrector needs 0 or more corrections and an snr above 0")
@@ -75,10 +76,10 @@ def predictor_corrector(
             size = _bounded(2 * (snr * _norm(fresh)) ** 2, _norm(score) ** 2)  # algorithm 4's epsilon, over s²
             u = u + s * (size * score + (2 * size) ** 0.5 * fresh)
         x0 = denoise(leg.alpha * u, leg.logsnr)
-        gap = s**2 - s_next**2
-        u = u + (gap / s**2) * (x0 - u)
+        u = x0 + (s_next / s) ** 2 * (u - x0)
         if not leg.last:
-            u = u + math.sqrt(gap) * _fresh(noise, leg.index * draws + corrections, x)
+            spread = math.sqrt(s**2 - s_next**2) * (s_next / s if leg.leaps else 1.0)
+            u = u + spread * _fresh(noise, leg.index * draws + corrections, x)
         x = leg.next_alpha * u
         yield Step(leg.index, x, x0, leg.next_logsnr)
 

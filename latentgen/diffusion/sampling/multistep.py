@@ -14,6 +14,7 @@ import numpy as np
 
 from latentgen.diffusion.array import Array, increase
 from latentgen.diffusion.noise import Noise
+from latentgen.diffusion.sampling.ancestral import move
 from latentgen.diffusion.sampling.walk import Denoise, Leg, Marginal, Step, legs
 from latentgen.errors import InputError
 
@@ -74,9 +75,10 @@ def _adams(
         usable = min(len(past), left) if few else len(past)
         if in_log and leg.to_clean:
             usable = 1  # log rho has no end there
-        weights = adams_weights([level for level, _ in past[:usable]], -0.5 * leg.next_logsnr, in_log)
-        x = (leg.next_alpha / leg.alpha) * x
-        for weight, (_, eps) in zip(weights, past, strict=False):
+        _, *bends = adams_weights([level for level, _ in past[:usable]], -0.5 * leg.next_logsnr, in_log)
+        # all weights sum up to s' − s: Euler's step and what bends it, which holds where s has no bound
+        x = increase(move(x, x0, leg, leg.next_sigma), -leg.next_alpha * sum(bends), past[0][1])
+        for weight, (_, eps) in zip(bends, past[1:], strict=False):
             x = increase(x, leg.next_alpha * weight, eps)  # x is this loop's own
         yield Step(leg.index, x, x0, leg.next_logsnr)
 
@@ -140,14 +142,14 @@ def plms(
 ) -> Iterator[Step]:
     """Pseudo linear multistep (Liu et al. 2022, algorithm 2, as latent diffusion runs it).
 
-    The first step is a pseudo improved Euler step of two evaluations; then one evaluation a step, order up to 4.
+    The first of several steps is a pseudo improved Euler step of two evaluations; then one a step, order up to 4.
     of: what is extrapolated, the paper's eps or, as diffusers does for networks that predict it, v.
     """
     past: list[Array] = []
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
         past = [output_of(x, x0, leg.alpha, leg.sigma, of), *past[:3]]
-        if leg.first and not leg.to_clean:
+        if leg.first and not leg.last and not leg.to_clean:
             guess = transfer(x, past[0], leg, of)
             end = output_of(guess, denoise(guess, leg.next_logsnr), leg.next_alpha, leg.next_sigma, of)
             x = transfer(x, 0.5 * (past[0] + end), leg, of)

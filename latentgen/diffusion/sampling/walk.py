@@ -13,6 +13,7 @@ from latentgen.errors import InputError
 
 Marginal = Callable[[Any], tuple[Any, Any]]  # logsnr -> (alpha, sigma)
 Denoise = Callable[[Array, float], Array]  # (x (B, …), logsnr) -> x0 (B, …)
+DROWNED = -8.0  # logSNR below which an x0 is hardly more than the data's mean; Stable Diffusion starts at −5.4
 
 
 class Step(NamedTuple):
@@ -54,6 +55,11 @@ class Leg(NamedTuple):
     def simple(self) -> bool:
         """Whether only a first-order step is defined: to clean, where lambda has no end, or to the same level."""
         return self.to_clean or self.next_logsnr == self.logsnr
+
+    @property
+    def leaps(self) -> bool:
+        """Whether the step goes from pure noise to less than a tenth of its sigma/alpha, as the first often does."""
+        return self.logsnr < DROWNED and self.h > math.log(10)
 
     @property
     def ratio(self) -> float:

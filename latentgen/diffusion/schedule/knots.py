@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from latentgen.diffusion.schedule.continuous import RectifiedFlow
 from latentgen.diffusion.schedule.discrete import Discrete
 from latentgen.diffusion.schedule.protocol import LOGSNR_MAX, LOGSNR_MIN, Schedule
 from latentgen.errors import InputError
@@ -39,15 +40,15 @@ def knots(
     indices (or over t for a continuous schedule); "karras" (Karras et al. 2022, eq. 5, with `rho`), "exponential"
     (equal ratios of sigma/alpha) and "uniform-logsnr" (the same thing, said of logSNR) lie between the first and last
     level of the time spacing `within`, or of the "whole" schedule; "lcm" skips through `original_steps` (Luo et al.
-    2023); a list of `steps` falling times (table indices; t for a continuous schedule) is taken as it is
-    (align-your-steps gives such lists).
+    2023); a list of `steps` falling times (table indices; of a flow what the network is told, 0 to 1000; t for another
+    continuous schedule) is taken as it is (align-your-steps gives such lists).
     start: the part of the way to walk, as diffusers' strength: 0.6 of 50 steps are the last 30.
     steps_offset: added to "leading" indices. final: the last knot: "zero" (clean), "first" (the schedule's cleanest
     level), "last" (the level before it again, as DEIS does), or a logSNR. grid: whether "linspace" indices are rounded.
     clean_counts: whether "leading" and "linspace" count the clean end as one of the steps (DPM-Solver, UniPC, DEIS).
     cleanest: the last t that "linspace" visits on a continuous schedule.
-    Raises InputError for steps below 1, more steps than the table has entries, an unknown spacing, or a start
-    that leaves no step.
+    Raises InputError for steps below 1, more steps than the table has entries for, times that it has not, an unknown
+    spacing, or a start that leaves no step.
     """
     if steps < 1:
         raise InputError(f"the number of steps is {steps}; it must be 1 or more")
@@ -59,6 +60,11 @@ def knots(
         if steps > len(schedule):
             raise InputError(f"{steps} steps are more than the {len(schedule)} levels the schedule has")
         levels = _table_levels(schedule, steps, spacing, steps_offset, grid, clean_counts, original_steps)
+        if not level_spacing and np.any(np.diff(levels) <= 0):
+            raise InputError(
+                f"{steps} steps do not fit the {len(schedule)} levels the schedule has, {spacing} spaced: some would "
+                "stay where they are; take fewer"
+            )
     else:
         levels = _continuous_levels(schedule, steps, spacing, clean_counts, cleanest)
     if level_spacing:
@@ -125,6 +131,11 @@ def _continuous_levels(
         times = np.asarray(spacing, dtype=np.float64)
         if times.ndim != 1 or len(times) != steps or np.any(np.diff(times) >= 0):
             raise InputError(f"a list of times must hold {steps} falling numbers, one for each step")
+        flow = isinstance(schedule, RectifiedFlow)
+        if times[0] > (most := 1000 if flow else 1) or times[-1] < 0:
+            raise InputError(f"times are {times[0]:g} to {times[-1]:g}; the schedule has 0 to {most}")
+        if flow:
+            schedule, times = RectifiedFlow(), times / 1000  # what the network is told is behind the shift
     elif spacing in placed:
         times = placed[spacing]()
     else:

@@ -17,10 +17,11 @@ from latentgen.diffusion.schedule.discrete import (
     scaled_linear_betas,
     sigmoid_betas,
 )
-from latentgen.diffusion.schedule.knots import Final, Grid, knots
+from latentgen.diffusion.schedule.knots import TIME_SPACINGS, Final, Grid, knots
 from latentgen.diffusion.schedule.protocol import Schedule
 from latentgen.errors import InputError
 
+LANGEVIN_STEPS = 100  # at each level it takes away some 40% of the noise that is too much, so that leaps last
 TINY_ALPHA_BAR = 2.0**-24  # what diffusers' sigma-based schedulers put for an alpha-bar of 0
 
 
@@ -52,9 +53,10 @@ class Plan:
     def knots(self, steps: int, *, start: float = 1.0, spacing: str | Sequence[float] | None = None) -> np.ndarray:
         """The levels of `steps` steps, as the config's scheduler would place them; (steps + 1,) logSNR, float64.
 
-        spacing: another one, or a list of times, as `knots` takes them.
+        spacing: another one, or a list of times, as `knots` takes them. Raises InputError as `knots` does, and where
+        they are too few for a sampler that cannot leap out of pure noise.
         """
-        return knots(
+        levels = knots(
             self.schedule,
             steps,
             spacing=self.spacing if spacing is None else spacing,
@@ -67,6 +69,12 @@ class Plan:
             cleanest=self.cleanest,
             original_steps=self.original_steps,
         )
+        if self.sampler == "langevin" and levels[0] < -10 and steps < LANGEVIN_STEPS:
+            raise InputError(
+                f"sampler 'langevin' takes {LANGEVIN_STEPS} steps or more out of noise as strong as this schedule's, "
+                f"not {steps}; another sampler takes fewer"
+            )
+        return levels
 
     def initial_scale(self, logsnr: float) -> float:
         """What standard normal noise is multiplied by to give the first x, at the first knot."""
@@ -113,10 +121,16 @@ def _schedule(config: Mapping[str, Any], betas: np.ndarray, *, finite: bool = Fa
 
 
 def _shared(config: Mapping[str, Any], spacing: str) -> dict[str, Any]:
-    """The fields every family reads the same way; `spacing` is the family's default."""
+    """The fields every family of betas reads the same way; `spacing` is the family's default."""
+    prediction = Prediction(str(config.get("prediction_type", "epsilon")))
+    spacing = str(config.get("timestep_spacing", spacing))
+    if prediction.name == "flow":
+        raise InputError("prediction_type 'flow_prediction' has no betas; it takes a FlowMatchEulerDiscreteScheduler")
+    if spacing not in TIME_SPACINGS:
+        raise InputError(f"timestep_spacing {spacing!r} is not known; it can be one of: {', '.join(TIME_SPACINGS)}")
     return {
-        "prediction": Prediction(str(config.get("prediction_type", "epsilon"))),
-        "spacing": str(config.get("timestep_spacing", spacing)),
+        "prediction": prediction,
+        "spacing": spacing,
         "steps_offset": int(config.get("steps_offset", 0)),
         "threshold": float(config.get("dynamic_thresholding_ratio", 0.995)) if config.get("thresholding") else None,
         "threshold_max": float(config.get("sample_max_value", 1.0)),
@@ -200,6 +214,7 @@ def _euler_family(
             within=shared["spacing"],
             initial="unit" if shared["spacing"] == "leading" else "sigma",
             clip=_clip(config, False) if sampler == "heun" else None,
+            options=MappingProxyType({"always": True} if sampler == "heun" else {}),
             **(_unbounded(shared) | ({"spacing": level} if level else {})),
         )
 

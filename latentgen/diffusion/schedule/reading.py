@@ -25,6 +25,7 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "pndm": {**_PNDM, "skip_prk_steps": False},
     "lcm": {"_class_name": "LCMScheduler"},
 }
+OUTPUT = {"plms", "pndm"}  # samplers that extrapolate what the network puts out
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -40,21 +41,46 @@ def known(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"clip_sample": False, **config, "_class_name": "DDIMScheduler"}
 
 
+def as_pipelines_take(config: Mapping[str, Any], second: bool) -> dict[str, Any]:
+    """A checkpoint's scheduler config as diffusers' pipeline reads it: StableDiffusionPipeline, or XL's (`second`).
+
+    The former clips no latents and counts "leading" steps from 1, whatever a config from before that was settled says.
+    """
+    return {**config, **({} if second else {"clip_sample": False, "steps_offset": 1})}
+
+
 def plan_for(config: Mapping[str, Any], sampler: str) -> Plan:
     """A scheduler config's plan under a sampler: its own as it stands, else as that sampler's scheduler reads it.
 
     So does `OtherScheduler.from_config(scheduler.config)` in diffusers, but that x0 is never clipped unless the config
-    says so: latents have no bounds. Samplers that diffusers has not are read as DDIM, and end without noise. A straight
-    line has no betas to read anew: there any sampler walks its levels.
+    says so, since latents have no bounds, and that rescale_betas_zero_snr is every sampler's, since the table is the
+    network's: diffusers' Heun, LMS, DPMSolverSDE, DEIS and PNDM have no such key. Samplers that diffusers has not are
+    read as DDIM, and end without noise; of these probability-flow walks to the cleanest level whatever the steps are.
+    heun is diffusers' to the letter where the config names it; else it takes no correction where there is but noise.
+    A straight line has no betas to read anew: see `_on_a_line`.
     """
     config = known(config)
     plan = from_config(config)
-    if sampler != plan.sampler and plan.prediction.name == "flow":
-        return replace(plan, sampler=sampler, options={})
-    if sampler != plan.sampler:
+    if sampler == plan.sampler:
+        return plan
+    if plan.prediction.name == "flow":
+        plan = _on_a_line(plan, sampler)
+    else:
         read_as = SCHEDULERS.get(sampler, SCHEDULERS["ddim"])
         own = ("solver_type",) if config.get("_class_name") != read_as["_class_name"] else ()
         kept = {key: value for key, value in config.items() if key not in own and value is not None}
         plan = from_config({"clip_sample": False, **kept, **read_as})
         plan = plan if sampler in SCHEDULERS else replace(plan, sampler=sampler, final="zero", options={})
-    return plan
+    if sampler == "probability-flow":
+        return replace(plan, options={"end": float(plan.schedule.logsnr(0.0))})
+    return replace(plan, options={}) if sampler == "heun" else plan
+
+
+def _on_a_line(plan: Plan, sampler: str) -> Plan:
+    """A flow's plan under another sampler than its own: equal steps in t, the last one to clean.
+
+    So diffusers' solvers walk with use_flow_sigmas; FlowMatchEuler's last step before clean, from 1/1000, is Euler's
+    alone, and too far a leap in logSNR for a method of several steps.
+    """
+    options = {"of": "v"} if sampler in OUTPUT else {}
+    return replace(plan, sampler=sampler, spacing="trailing", cleanest=0.0, options=options)
