@@ -35,7 +35,7 @@ def add(app: click.Group) -> None:
     show_default="the recipe's own",
 )
 @click.option(
-    "--start", type=PATH, help="A weights folder to go on from: its U-Net trains on, all else is taken as it is."
+    "--start", type=PATH, help="A weights folder to go on from: its U-Net trains on, and [decoder]; all else stays."
 )
 @click.option(
     "--only",
