@@ -1,5 +1,6 @@
 """A checkpoint from one form into the other, a folder or a single file; what was written is opened and rendered."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from latentgen.checkpoint import (
     write_folder,
     write_pipeline,
 )
+from latentgen.checkpoint.folder import DEFAULTS
 from latentgen.checkpoint.tokenizers import OPENCLIP_PAD, copy_tokenizer
 from latentgen.checkpoint.write_single import remove_all, write_single
 from latentgen.errors import InputError
@@ -32,9 +34,10 @@ def convert(
 
     tokenizer: a CLIP tokenizer's folder, for a single file that has none beside it. prediction_type: "epsilon" or
     "v_prediction", which the target shall say instead of what the source does. Weights keep their stored type.
-    Returns the target and the largest difference between latents rendered with both. Raises InputError for a target
-    that is there, forms that are the same, a network the layout cannot say, and a result that renders otherwise (which
-    is then removed).
+    What latentgen.json says (defaults, sample_size) goes along. Returns the target and the largest difference between
+    both: of rendered latents and pictures, and of the weights that encode pictures. Raises InputError for a target that
+    is there, forms that are the same, a network the layout cannot say, and a result that renders otherwise (which is
+    then removed).
     """
     if target.exists():
         raise InputError(f"{target} is already there; name a new place")
@@ -72,6 +75,7 @@ def _fill(known: SingleFile, aside: Path, told: Mapping[str, Any]) -> None:
         tokenizers={},
         scheduler_config={**known.config("scheduler"), **told},
         force_zeros_for_empty_prompt=bool(known.index.get("force_zeros_for_empty_prompt", True)),
+        extra_files={DEFAULTS: json.dumps(known.extras, indent=2) + "\n"} if known.extras else None,
     )
     for part, place in known.tokenizers.items():
         openclip = known.tower(part.replace("tokenizer", "text_encoder")) == OPENCLIP
@@ -83,8 +87,13 @@ def _fill(known: SingleFile, aside: Path, told: Mapping[str, Any]) -> None:
 
 
 def _difference(source: str | Path, target: Path, tokenizer: str | Path | None, prediction_type: str | None) -> float:
-    """Both are opened, one after the other, and render the same noise under the same prompt."""
-    found = []
+    """Both are opened, one after the other, and render the same noise under the same prompt.
+
+    What no rendering uses, the autoencoder's encoder, is compared by its weights. NaN where anything is.
+    """
+    from latentgen.models.latent import Latent  # imports torch
+
+    found: list[dict[str, np.ndarray]] = []
     for place, told in ((source, prediction_type), (target, None)):
         pipe = Pipeline.from_pretrained(place, device="cpu", tokenizer=tokenizer, prediction_type=told, engine="torch")
         side = 8 * pipe.terms.factor
@@ -97,5 +106,10 @@ def _difference(source: str | Path, target: Path, tokenizer: str | Path | None, 
             seed=0,
             output_type="latent",
         )
-        found.append(np.asarray(drawn.images))
-    return float(np.abs(found[0] - found[1]).max())
+        assert isinstance(pipe.latent, Latent)
+        state = pipe.latent.vae.state_dict()
+        encoder = {name: value for name, value in state.items() if name.startswith(("encoder.", "quant_conv."))}
+        values = {"latents": drawn.images, "pixels": pipe.latent.decode(drawn.images), **encoder}
+        found.append({name: np.asarray(value) for name, value in values.items()})
+    one, other = found
+    return float(np.max([np.abs(one[name] - other[name]).max() for name in one]))

@@ -22,8 +22,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def user_cache() -> Path:
-    """Where what can be made or fetched again is kept: $XDG_CACHE_HOME/latentgen, or ~/.cache/latentgen."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentgen"
+    """Where what can be made or fetched again is kept: $XDG_CACHE_HOME/latentgen, or ~/.cache/latentgen.
+
+    Raises InputError where neither can be named.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentgen"
+    except RuntimeError as error:
+        raise InputError("there is no home folder to keep caches in; set XDG_CACHE_HOME") from error
 
 
 def write_file(target: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline, checkpoint
 from latentgen.checkpoint import default_weights, find, open_checkpoint, open_folder, places, save_pipeline
+from latentgen.convert import convert
 from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.models.engine import EngineNote
 from latentgen.models.onnx.export import write_graphs
@@ -199,6 +201,16 @@ BROKEN: list[tuple[Callable[[Path], Any], bool, str]] = [
     (rewrite("unet/config.json", layers_per_block=2), False, "its weights lack|does not fit"),
     (rewrite("text_encoder/config.json", num_hidden_layers=3), False, "its weights lack|does not fit"),
     (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"), False, "tokenizer"),
+    (lambda folder: (folder / "vae/config.json").write_text("{}"), False, r"tiny: a config .*KeyError\('block_out"),
+    (rewrite("vae/config.json", latent_channels=None), False, "tiny: a config cannot be used .TypeError"),
+    (rewrite("unet/config.json", sample_size=math.inf), False, "tiny: a config cannot be used .TypeError"),
+    (rewrite("unet/config.json", in_channels=[4]), False, "tiny: a config cannot be used .TypeError"),
+    (rewrite("text_encoder/config.json", hidden_size="x"), False, "tiny: a config cannot be used .ValueError"),
+    (rewrite("scheduler/scheduler_config.json", beta_start=-1), False, "tiny: a config cannot be used .ValueError"),
+    (rewrite("latentgen.json", sample_size=math.inf), False, "tiny: a config cannot be used .OverflowError"),
+    (rewrite("latentgen.json", defaults="x"), False, "tiny: a config cannot be used .AttributeError"),
+    (rewrite("latentgen.json", defaults={"guidance_scale": "x"}), False, "tiny: a config cannot be used .ValueError"),
+    (rewrite("latentgen.json", defaults={"guidance_interval": [2, 1]}), False, "guidance_interval is 2; it must be"),
 ]
 
 
@@ -288,3 +300,28 @@ def test_weights_that_are_not_finite_are_not_saved(parts: dict[str, Any], tmp_pa
     with pytest.raises(InputError, match=r"unet: conv_in\.bias is not finite in fp16"):
         save_pipeline(tmp_path / "w", **{**parts, "unet": unet}, scheduler_config=DDIM)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_that_are_written_anew_are_said_by_who_opened_the_old_ones(copy: Path, listed: bool) -> None:
+    if not listed:
+        unlisted(copy)
+    opened = open_folder(copy)
+    (copy / "README.md").write_text("words")
+    (copy / "unet/model.onnx").touch()
+    opened.verify()
+    weights = (copy / UNET).read_bytes()
+    (copy / UNET).write_bytes(weights)
+    with pytest.raises(InputError, match="the weights changed since they were opened; open them again") as caught:
+        opened.verify()
+    assert "\n" not in str(caught.value)
+    open_folder(copy).verify()
+
+
+def test_a_single_file_that_is_written_anew_is_said_too(folder: Path, tmp_path: Path) -> None:
+    file, _ = convert(folder, tmp_path / "one.safetensors")
+    opened = open_checkpoint(file)
+    opened.verify()
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=r"one\.safetensors: the weights changed since they were opened"):
+        opened.verify()

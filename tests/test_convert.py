@@ -1,7 +1,8 @@
 """Folders become single files and single files folders, and render the same."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline
+from latentgen.checkpoint import open_checkpoint, write_single
 from latentgen.convert import convert
+from latentgen.request import terms_of
 
 
 def picture(place: Path) -> np.ndarray:
@@ -86,6 +89,37 @@ def test_what_renders_otherwise_leaves_nothing(
     with pytest.raises(InputError, match=r"renders otherwise than|cannot be opened"):
         convert(folder, tmp_path / "one.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["decoder.conv_in", "encoder.conv_in", "quant_conv"])
+def test_an_autoencoder_that_is_written_otherwise_is_seen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole = write_single._original
+
+    def lost(*given: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for ldm, value in whole(*given):
+            yield ldm, torch.zeros_like(value) if ldm.startswith(name) else value
+
+    monkeypatch.setattr(write_single, "_original", lost)
+    with pytest.raises(InputError, match="renders otherwise than"):
+        convert(folder, tmp_path / "one.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_latentgen_json_says_goes_there_and_back(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    defaults = {"num_inference_steps": 4, "guidance_scale": 3.0, "sampler": "euler", "guidance_interval": [0.2, 0.8]}
+    extras = {"defaults": defaults, "sample_size": 24, "notes": "é"}
+    folder = make_folder("told", extra_files={"latentgen.json": json.dumps(extras)})
+    file, _ = convert(folder, tmp_path / "one.safetensors")
+    back, _ = convert(file, tmp_path / "back")
+    found = [open_checkpoint(place) for place in (folder, file, back)]
+    assert [each.extras for each in found] == [extras] * 3
+    assert len({terms_of(each) for each in found}) == 1
+    (folder / "latentgen.json").unlink()
+    (folder / "manifest.json").unlink()
+    plain, _ = convert(convert(folder, tmp_path / "two.safetensors")[0], tmp_path / "plain")
+    assert not (plain / "latentgen.json").exists()
 
 
 def test_a_folder_that_came_back_opens_in_diffusers(folder: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def write_defaults(
     checkpoint = open_checkpoint(folder)
     if checkpoint.folder.is_file():
         raise InputError(
-            f"{folder} is a single file, which has no place for defaults; make a folder of it first "
+            f"{folder} is a single file, whose defaults are not rewritten; make a folder of it first "
             f"(latentgen convert {folder} FOLDER)"
         )
     old = dict(checkpoint.extras)

@@ -5,7 +5,7 @@ import json
 import re
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,9 @@ class Checkpoint:
     weights: Mapping[str, tuple[Path, ...]]
     variant: str | None = None
 
+    def __post_init__(self) -> None:
+        self.__dict__["_opened"] = {path: _touched(path) for path in self._deciding() if path.is_file()}
+
     @property
     def has_second(self) -> bool:
         """Whether there are two text encoders, as in Stable Diffusion XL."""
@@ -74,9 +77,13 @@ class Checkpoint:
         """Compare every hash of the manifest (about a second a gigabyte), the first time only; any thread may ask.
 
         The first time is that of this process, for files that have not been touched since. Raises InputError where a
-        file is not the one that the manifest names. A single file has no manifest.
+        file is not the one that the manifest names, and, every time, where one is not what it was when the checkpoint
+        was opened. A single file has no manifest.
         """
         with _VERIFYING:
+            opened = self.__dict__["_opened"].items()
+            if any(path.is_file() and _touched(path) != then for path, then in opened):  # one that is gone is read next
+                raise InputError(f"{self.folder}: the weights changed since they were opened; open them again")
             if not self.__dict__.get("_verified"):
                 place, state = self.folder.resolve(), _state(self.folder)
                 if _VERIFIED.get(place) != state:
@@ -98,17 +105,19 @@ class Checkpoint:
         and those of another variant. The hashes come from the manifest; a folder without one is read through once.
         """
         listed = read_manifest(self.folder)["files"]
-        paths = (
-            path
-            for part in self.parts
-            for path in (self.folder / part).rglob("*")
-            if path.is_file() and path.suffix not in (".onnx", *PICKLES) and not path.name.startswith(".")
-        )
-        read = {path for paths in self.weights.values() for path in (*paths, _index(paths[0]))}
-        paths = (path for path in paths if path in read or not _STORED.search(path.name))
-        names = sorted(path.relative_to(self.folder).as_posix() for path in paths)
+        names = sorted(path.relative_to(self.folder).as_posix() for path in self._deciding())
         lines = (f"{name} {listed.get(name) or sha256(self.folder / name)}\n" for name in names)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def _deciding(self) -> Iterator[Path]:
+        """The files that decide a picture, as `fingerprint` says; of a single file that file alone."""
+        if self.folder.is_file():
+            yield self.folder
+        read = {path for paths in self.weights.values() for path in (*paths, _index(paths[0]))}
+        for path in (path for part in self.parts for path in (self.folder / part).rglob("*") if path.is_file()):
+            left_out = path.suffix in (".onnx", *PICKLES) or path.name.startswith(".")
+            if not left_out and (path in read or not _STORED.search(path.name)):
+                yield path
 
 
 def open_folder(folder: Path, *, verify: bool = True) -> Checkpoint:
@@ -210,6 +219,12 @@ def _index(shard: Path) -> Path:
     """The file that names a shard beside others."""
     stem = re.split(r"(?:\.fp16)?-\d+-of-", shard.name)[0]
     return shard.with_name(f"{stem}.safetensors.index{'.fp16' if variant_of(shard) else ''}.json")
+
+
+def _touched(path: Path) -> tuple[int, int]:
+    """What tells that a file was written: its size and time."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _state(folder: Path) -> object:

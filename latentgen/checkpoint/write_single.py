@@ -44,7 +44,8 @@ def write_single(source: Checkpoint, target: Path, told: Mapping[str, Any] = Map
         tensors |= {start + name: value.contiguous() for name, value in _original(source, part, form)}
     configs = {part: source.config(part) for part in (*source.weights, "scheduler")}
     configs["scheduler"] |= told
-    header = {"configs": configs, "force_zeros": bool(source.index.get("force_zeros_for_empty_prompt", True))}
+    force_zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
+    header = {"configs": configs, "force_zeros": force_zeros, "extras": source.extras}
     aside = target.with_name(f".{target.name}.writing")
     beside = [target.with_suffix("")] if files else []
     with saying_what_failed(target):

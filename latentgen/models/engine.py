@@ -3,11 +3,12 @@
 An engine is opened from a checkpoint and gives what a pipeline holds: the text encoder, the network, the autoencoder.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,27 +145,42 @@ def open_onnx(checkpoint: Checkpoint, threads: int | None = None) -> Engine:
     """The checkpoint's graphs; where it has none, or they are of other weights, the cache's, exported first."""
     from latentgen.models.onnx.session import GraphUnfit
 
-    places = (checkpoint.folder, cache_folder(checkpoint))
-    own, kept = (find_graphs(folder, checkpoint.has_second) for folder in places)
+    own = find_graphs(checkpoint.folder, checkpoint.has_second)
     if own is None:
-        return _run(checkpoint, kept or _exported(checkpoint, "has no ONNX graphs"), threads)
+        return _open_kept(checkpoint, "has no ONNX graphs", threads)
     try:
         return _run(checkpoint, own, threads)
     except GraphUnfit as error:
         try:
-            return _run(checkpoint, kept or _exported(checkpoint, "has ONNX graphs that do not fit it"), threads)
+            return _open_kept(checkpoint, "has ONNX graphs that do not fit it", threads)
         except InputError:
             raise error from None
 
 
 def open_fused(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]], threads: int | None = None) -> Engine:
     """The checkpoint's graphs with LoRAs fused into their weights; from the cache, else exported into it first."""
-    place = fused_folder(checkpoint, loras)
-    graphs = find_graphs(place, checkpoint.has_second)
-    if graphs is None:
-        graphs = _exported(checkpoint, "has no ONNX graphs with these LoRAs", place, loras)
-    engine = _run(checkpoint, graphs, threads, fused=True)
+    engine = _open_kept(checkpoint, "has no ONNX graphs with these LoRAs", threads, loras)
+    with suppress(OSError):  # used now, so that others make room first
+        os.utime(fused_folder(checkpoint, loras))
     return replace(engine, machine={**engine.machine, "loras": Loras.told(loras)})
+
+
+def _open_kept(
+    checkpoint: Checkpoint, why: str, threads: int | None, loras: Sequence[Mapping[str, Any]] = ()
+) -> Engine:
+    """The graphs of the user's cache; exported into it first where they are not there, or are damaged."""
+    from latentgen.models.onnx.session import GraphUnfit
+
+    place = fused_folder(checkpoint, loras) if loras else cache_folder(checkpoint)
+    graphs = find_graphs(place, checkpoint.has_second)
+    if graphs is not None:
+        try:
+            return _run(checkpoint, graphs, threads, fused=bool(loras))
+        except GraphUnfit:
+            why = "has ONNX graphs in the cache that cannot be run"
+            for path in graphs.values():
+                path.unlink(missing_ok=True)
+    return _run(checkpoint, _exported(checkpoint, why, place, loras), threads, fused=bool(loras))
 
 
 def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None, fused: bool = False) -> Engine:
@@ -197,25 +213,25 @@ def _run(checkpoint: Checkpoint, graphs: Mapping[str, Path], threads: int | None
 
 def _shorter(checkpoint: Checkpoint, threads: int, part: str, skip: int) -> Any:
     """The session of a text encoder without its last layers; its graph is exported into the cache where it is not."""
-    from latentgen.models.onnx.session import open_session
+    from latentgen.models.onnx.session import GraphUnfit, open_session
 
+    checkpoint.verify()
     graph = skipping_path(checkpoint, part, skip)
-    if not graph.is_file():
-        left = f"the graph of its {part} without the last {skip} layer{'s' if skip > 1 else ''}"
-        warnings.warn(f"{checkpoint.folder}: {left} is exported once into {graph.parent}", EngineNote, stacklevel=2)
-        with _exporting(checkpoint):
-            from latentgen.models.onnx.export import export_skipping
+    if graph.is_file():
+        with suppress(GraphUnfit):  # a damaged one is exported again
+            return open_session(checkpoint, part, graph, threads)
+    left = f"the graph of its {part} without the last {skip} layer{'s' if skip > 1 else ''}"
+    warnings.warn(f"{checkpoint.folder}: {left} is exported once into {graph.parent}", EngineNote, stacklevel=2)
+    with _exporting(checkpoint):
+        from latentgen.models.onnx.export import export_skipping
 
-            export_skipping(checkpoint, part, skip)
+        export_skipping(checkpoint, part, skip)
     return open_session(checkpoint, part, graph, threads)
 
 
-def _exported(
-    checkpoint: Checkpoint, why: str, place: Path | None = None, loras: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Path]:
+def _exported(checkpoint: Checkpoint, why: str, place: Path, loras: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
     """The graphs, exported into the user's cache; an InputError where that cannot be."""
     checkpoint.verify()
-    place = cache_folder(checkpoint) if place is None else place
     said = f"{checkpoint.folder} {why}: they are exported once into {place}"
     warnings.warn(said, EngineNote, stacklevel=2)
     with _exporting(checkpoint):

@@ -19,8 +19,13 @@ MOST = 8  # pictures at a time on a CPU: past a few, more at a time is no faster
 SHARE = 0.5  # of the memory that is free, for activations
 MARGIN = 2.5  # of the estimate, for what engines hold besides
 UNKNOWN = 1 << 30  # bytes taken to be free where nothing says
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # where Linux tells of memory and of control groups
+# of a control group: its limit, what is used of it, and the cache of files in that, which goes where memory is wanted
+SECOND_GROUP = ("memory.max", "memory.current", "inactive_file")
+FIRST_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 TEXTS = 32  # chunks of a context encoded at a time
 TOLD = 256 << 20  # bytes of cross-attention's keys and values that are kept from step to step
+PLAIN = 1024  # places up to which attention may hold its scores: on more, engines and training fuse it
 WHOLE = 1536 * 1024  # pixels up to which a picture is decoded whole unless tiles are asked for
 OVERLAP = 0.25  # of a tile, blended with its neighbour
 
@@ -189,19 +194,46 @@ def pictures_at_a_time(batch: int | str, need: int, count: int, device: Any = "c
 
 
 def free_bytes(device: Any = "cpu") -> int:
-    """Memory that can be had: what is free on a GPU, or what Linux says is available, within its control group."""
+    """Memory that can be had: what is free on a GPU, or what Linux says is available, within its control groups.
+
+    What torch holds of a GPU and does not use is free; so is what a group holds of files that were read.
+    """
     if str(device).startswith("cuda") and "torch" in sys.modules:
-        return int(sys.modules["torch"].cuda.mem_get_info(device)[0])
-    found = []
-    told = Path("/proc/meminfo")
-    if told.is_file():
-        lines = dict(line.split(":", 1) for line in told.read_text().splitlines() if ":" in line)
-        found.append(int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    limit, used = (group / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
-        found.append(max(int(limit.read_text()) - int(used.read_text()), 0))
+        cuda = sys.modules["torch"].cuda
+        return int(cuda.mem_get_info(device)[0] + cuda.memory_reserved(device) - cuda.memory_allocated(device))
+    found = [*_free_in_groups()]
+    if "MemAvailable" in (told := _numbers(PROC / "meminfo")):
+        found.append(told["MemAvailable"] * 1024)
     return min(found, default=UNKNOWN)
+
+
+def _free_in_groups() -> Iterator[int]:
+    """The bytes that are left of the limit of each control group this process is in, of either version."""
+    for line in _text(PROC / "self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        root, names = (GROUPS, SECOND_GROUP) if number == "0" else (GROUPS / "memory", FIRST_GROUP)
+        group = root / path.lstrip("/")
+        for place in (each for each in (group, *group.parents) if each.is_relative_to(root)):
+            limit, used = (_text(place / name).strip() for name in names[:2])
+            if limit.isdecimal() and used.isdecimal():
+                cached = _numbers(place / "memory.stat").get(names[2], 0)
+                yield max(int(limit) - max(int(used) - cached, 0), 0)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The numbers that a file of Linux's tells, by name."""
+    rows = (line.replace(":", " ").split() for line in _text(file).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+def _text(file: Path) -> str:
+    """What a file holds; nothing where it cannot be read."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def need_of(
@@ -210,9 +242,10 @@ def need_of(
     """Bytes of activations of one picture of height × width latents, float32: the larger of U-Net and decoder.
 
     An estimate from the configs: of the U-Net the skip connections and, at the level where it is largest, what one
-    layer holds at a time, attention's scores included; of the decoder its widest level at the full size; both times
-    `MARGIN` (measured of weights/icons in ONNX Runtime: 4.5 MiB a picture where 5.1 are estimated). To the U-Net's are
-    added the keys and values of a text of so many tokens, which are held while it computes (2.5 MiB there).
+    layer holds at a time, attention's scores included up to `PLAIN` places; of the decoder its widest level at the full
+    size, and the scores of its one attention; both times `MARGIN` (measured of weights/icons in ONNX Runtime: 4.5 MiB a
+    picture where 5.1 are estimated). Added are the keys and values of a text of so many tokens, which are held all the
+    while (2.5 MiB there).
     """
     widths = [int(width_) for width_ in unet["block_out_channels"]]
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim") or 8
@@ -223,13 +256,14 @@ def need_of(
         deep = int(layers if isinstance(layers, int) else layers[level])
         skips += (deep + 1) * channels * area
         attends = "CrossAttn" in str((unet.get("down_block_types") or ["CrossAttn"] * len(widths))[level])
-        scores = 2 * int(heads if isinstance(heads, int) else heads[level]) * area**2 if attends else 0
+        held = attends and area <= PLAIN
+        scores = 2 * int(heads if isinstance(heads, int) else heads[level]) * area**2 if held else 0
         largest = max(largest, 14 * channels * area + scores)
     sides = [int(width_) for width_ in vae["block_out_channels"]]
     scale = 4 ** (len(sides) - 1)
     pixels = 4 * max(sides[:2]) * height * width * scale + 2 * (height * width) ** 2
     rows = 2 if guided else 1
-    return max(rows * (round(4 * MARGIN) * (skips + largest) + told_bytes(unet, tokens)), round(4 * MARGIN) * pixels)
+    return round(4 * MARGIN) * max(rows * (skips + largest), pixels) + rows * told_bytes(unet, tokens)
 
 
 def told_bytes(unet: Mapping[str, Any], tokens: int) -> int:

@@ -79,7 +79,7 @@ def tune(weights: str | Path, order: Order, cache: Path, report: Report, write: 
     if order.seed < 0:
         raise InputError(f"--seed is {order.seed}; it must be 0 or more")
     if write and checkpoint.folder.is_file():
-        raise InputError(f"{weights} is a single file, which has no place for defaults; convert it, or give --dry-run")
+        raise InputError(f"{weights} is a single file, whose defaults are not rewritten; convert it, or give --dry-run")
     scheduler = as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second)
     candidates = grid(scheduler, order.evaluations, samplers=order.samplers, guidances=order.guidances)
     with alone(cache):

@@ -335,3 +335,30 @@ cli.main()
     assert read_settings(target)["engine"] == "onnx"
     kept = sorted(path.relative_to(tmp_path / "cache").parts[:3] for path in (tmp_path / "cache").rglob("*.*"))
     assert set(kept) == {("latentgen", "onnx", "ready")}  # the folder has graphs; ONNX Runtime has no record of its use
+
+
+def test_damaged_weights_of_fused_loras_are_not_run_but_made_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name, random = "lora_unet_mid_block_attentions_0_proj_in", torch.Generator().manual_seed(0)
+    state = {f"{name}.lora_down.weight": torch.randn(2, 32, 1, 1, generator=random)}
+    state |= {f"{name}.lora_up.weight": torch.randn(32, 2, 1, 1, generator=random)}
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(save(state))
+
+    def pixels() -> np.ndarray:
+        pipe = Pipeline.from_pretrained(folder, engine="onnx", loras=[{"path": file}])
+        return pipe("a red apple", seed=1, num_inference_steps=2, output_type="np").images
+
+    with pytest.warns(EngineNote, match="has no ONNX graphs with these LoRAs"):
+        first = pixels()
+    (beside,) = (tmp_path / "cache").glob("latentgen/onnx/*-fused/unet/*.safetensors")
+    whole = beside.read_bytes()
+    for damaged in (whole[:-500] + bytes(500), whole[:-500]):
+        beside.write_bytes(damaged)
+        np.testing.assert_array_equal(pixels(), first)  # of the copies that are kept
+        shutil.rmtree(tmp_path / "cache/latentgen/onnx/ready")
+        with pytest.warns(EngineNote, match="has ONNX graphs in the cache that cannot be run"):
+            np.testing.assert_array_equal(pixels(), first)
+        assert beside.read_bytes() == whole

@@ -1,10 +1,15 @@
 """The ONNX engine's graphs: kept ready in the cache and never torn, and a U-Net in two, the text's computed once."""
 
+import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +20,16 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_checkpoint, open_folder, save_pipeline
 from latentgen.convert import convert
+from latentgen.durable import alone
 from latentgen.models.engine import EngineNote
 from latentgen.models.memory import told_bytes
-from latentgen.models.onnx import export
-from latentgen.models.onnx.ready import widened_size
+from latentgen.models.onnx import export, session
+from latentgen.models.onnx.ready import Ready, widened_size
 from latentgen.models.onnx.session import Told
 from latentgen.models.onnx.widen import BFLOAT16, FLOAT, FLOAT16, widened
 
@@ -168,12 +174,109 @@ def test_nothing_is_kept_of_torn_weights(folder: Path, tmp_path: Path, own_cache
     assert not [path for path in own_cache.rglob("*") if path.is_file()]
 
 
+def test_no_other_weights_are_taken_for_those_that_were_opened(folder: Path, tmp_path: Path, own_cache: Path) -> None:
+    """Neither for a picture nor for a copy that is kept under the name of the old ones."""
+    copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    call: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "output_type": "np"}
+    pipe = Pipeline.from_pretrained(copy, device="cpu")
+    file, copies = copy / "text_encoder/model.safetensors", sorted(own_cache.iterdir())
+    before, old = file.stat(), file.read_bytes()
+    new = {name: value + 0.1 if value.is_floating_point() else value for name, value in load_file(file).items()}
+    save_file(new, file, {"format": "pt"})
+    for asked in ({"clip_skip": 1}, {"pag_scale": 2.0}):
+        with pytest.raises(InputError, match="the weights changed since they were opened; open them again"):
+            pipe("a red apple", **call, **asked)
+    assert sorted(own_cache.iterdir()) == copies
+    file.write_bytes(old)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.warns(EngineNote, match="without the last 1 layer"):
+        found = pipe("a red apple", clip_skip=1, **call).images
+    expected = Pipeline.from_pretrained(folder, engine="torch")("a red apple", clip_skip=1, **call).images
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_nothing_is_kept_of_weights_that_change_while_they_are_made_ready(
+    folder: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    whole = session._checked_session
+
+    def changed(*given: Any) -> Any:
+        os.utime(copy / "unet/diffusion_pytorch_model.safetensors")
+        return whole(*given)
+
+    monkeypatch.setattr(session, "_checked_session", changed)
+    with pytest.raises(InputError, match="the weights changed since they were opened"):
+        Pipeline.from_pretrained(copy, engine="onnx")
+    assert not [path for path in own_cache.rglob("*") if path.is_file()]
+
+
+def test_copies_of_a_cache_that_can_only_be_read_are_used(
+    folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pixels_of(folder)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "utime", refused)
+    np.testing.assert_array_equal(pixels_of(folder), first)
+
+
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(folder: Path, own_cache: Path) -> None:
+    code = """
+import os, signal, sys
+from latentgen import Pipeline
+from latentgen.models.onnx import ready
+ready.crc32 = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # written, and not yet in its place
+Pipeline.from_pretrained(sys.argv[1], engine="onnx")
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(folder)], timeout=120)
+    assert killed.returncode == -signal.SIGKILL and list(own_cache.glob(".*.writing"))
+    with alone(own_cache / ".other.writing"):
+        pixels_of(folder)
+        assert [path.name for path in own_cache.glob(".*.writing")] == [".other.writing"]
+    assert len([path for path in own_cache.iterdir() if (path / "hashes.json").is_file()]) == 4
+
+
+def test_a_damaged_graph_in_the_cache_is_exported_once_more(folder: Path, tmp_path: Path, own_cache: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.onnx", "manifest.json"))
+    call: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "clip_skip": 1, "output_type": "np"}
+    with pytest.warns(EngineNote, match="exported once"):
+        first = Pipeline.from_pretrained(copy, engine="onnx")("a red apple", **call).images
+    graphs = {path: path.read_bytes() for path in own_cache.parent.glob("*/*/*.onnx") if "ready" not in path.parts}
+    assert {path.name for path in graphs} >= {"model.onnx", "told.onnx", "decoder.onnx", "skip-1.onnx"}
+    for path, held in graphs.items():
+        path.write_bytes(held[: len(held) // 2])
+    shutil.rmtree(own_cache)
+    with pytest.warns(EngineNote, match="has ONNX graphs in the cache that cannot be run: they are exported once into"):
+        pipe = Pipeline.from_pretrained(copy, device="cpu")
+    with pytest.warns(EngineNote, match="without the last 1 layer is exported once"):
+        again = pipe("a red apple", **call)
+    assert again.settings["engine"] == "onnx"
+    np.testing.assert_array_equal(again.images, first)
+    assert {path: path.read_bytes() for path in graphs} == graphs
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert pixels_of(folder).std() > 1
+
+
+def test_without_a_home_folder_weights_with_graphs_render_and_others_say_what_lacks(
+    folder: Path, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert pixels_of(folder).std() > 1
+    with pytest.raises(InputError, match="no home folder to keep caches in; set XDG_CACHE_HOME"):
+        pixels_of(make_folder("without-graphs"))
 
 
 def test_the_copies_used_longest_ago_make_room(folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +290,18 @@ def test_the_copies_used_longest_ago_make_room(folder: Path, own_cache: Path, mo
     pixels_of(folder)
     left = {path.name for path in own_cache.iterdir()}
     assert len(left) == 4 and not left & set(old)
+
+
+def test_graphs_with_loras_fused_make_room_too_but_those_in_use(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentgen.models.onnx.ready.ROOM", 0)
+    used, other = (own_cache.parent / f"{name}-2-fused/unet/model.onnx" for name in ("used", "other"))
+    for graph in (used, other):
+        graph.parent.mkdir(parents=True)
+        graph.write_bytes(b"a graph")
+    assert Ready(own_cache / "0-unet", used).make(lambda path: path.touch(), 0)
+    assert (own_cache / "0-unet").is_dir() and used.is_file() and not other.exists()
 
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16", "one file", "one file of xl"])

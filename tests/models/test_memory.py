@@ -74,12 +74,60 @@ def test_the_batch_is_chosen_by_the_memory_that_is_free(monkeypatch: pytest.Monk
     assert memory.free_bytes() > 1 << 20
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_is_free_within_each_control_group_and_but_for_what_is_held_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    mib = 1 << 20
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    names = ("memory.max", "memory.current", "inactive_file") if version == 2 else names
+    groups = tmp_path / "groups"
+    root = groups if version == 2 else groups / "memory"
+
+    def group(place: str, limit: int | str, used: int, cached: int) -> None:
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, used, f"anon 5\n{names[2]} {cached}"), strict=False):
+            (root / place / ("memory.stat" if name == names[2] else name)).write_text(f"{value}\n")
+
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8192 kB\n")
+    line = "0::/outer/inner" if version == 2 else "5:cpu,memory:/outer/inner"
+    (tmp_path / "self/cgroup").write_text(f"7:pids:/\n{line}\n")
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(memory, "GROUPS", groups)
+    assert memory.free_bytes() == 8 * mib  # no group is seen from here
+    group("outer/inner", "max" if version == 2 else 2**63 - 4096, 3 * mib, 0)
+    assert memory.free_bytes() == 8 * mib
+    group("outer", 7 * mib, 6 * mib, 4 * mib)
+    assert memory.free_bytes() == 5 * mib
+    group("outer/inner", 4 * mib, 3 * mib, mib)
+    assert memory.free_bytes() == 2 * mib
+    group("", mib, 3 * mib, mib)
+    assert memory.free_bytes() == 0
+
+
+def test_what_torch_holds_of_a_gpu_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, told in {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
+    assert memory.free_bytes("cuda:0") == 150
+
+
 def test_the_need_grows_with_the_picture_and_with_guidance() -> None:
     unet = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8}
     vae = {"block_out_channels": [128, 256, 512, 512]}
     small, large = (memory.need_of(unet, vae, side, side, True) for side in (32, 64))
     assert small < large / 3 and memory.need_of(unet, vae, 64, 64, False) < large
     assert 1 << 29 < large < 1 << 33  # Stable Diffusion 1 at 512 px: some GiB
+
+
+def test_the_need_is_more_than_what_is_held_and_no_more_than_three_times_that() -> None:
+    """MiB of what both engines held at most, of one picture, guided: neither holds the scores of 4096 places."""
+    none = {"block_out_channels": [1], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    unet = {"block_out_channels": [320], "attention_head_dim": 8, "layers_per_block": 1, "mid_block_type": None}
+    held = [(memory.need_of(unet, none, 64, 64, True), 294)]
+    vae = {"block_out_channels": [128, 256, 512, 512]}  # Stable Diffusion's
+    held += [(memory.need_of(none, vae, side, side, True), most) for side, most in ((32, 310), (48, 596), (64, 1018))]
+    assert all(most << 20 < need < 3 * most << 20 for need, most in held)
 
 
 def test_what_is_told_of_a_text_is_counted_as_the_layers_give_it(folder: Path, xl: Path) -> None:

@@ -23,7 +23,7 @@ def open_ahead(weights: str | Path | None, tokenizer: str | Path | None = None) 
     Only what is on this disk, small, with a manifest that tells its hashes, and ready: nothing is fetched, exported or
     made here. What is wrong is said by who opens.
     """
-    with suppress(InputError, OSError, RuntimeError, ImportError):  # no home folder; no ONNX Runtime
+    with suppress(InputError, OSError, ImportError):  # no home folder; no ONNX Runtime
         place = default_weights() if weights is None else Path(weights).expanduser()
         if speaks_for_gpu() or not ((place / MANIFEST).is_file() and (user_cache() / "onnx" / "ready").is_dir()):
             return

@@ -8,6 +8,7 @@ changed lie in a safetensors file of their own beside it, as a graph of more tha
 
 import hashlib
 import io
+import os
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from latentgen.models.loading import load_module, quiet
 from latentgen.models.lora.layers import module_loras
 from latentgen.models.onnx.lighten import attend_in_one_node, say_reshapes, split_text
 from latentgen.models.onnx.places import (
+    CHANGED,
     GRAPHS,
     LAYOUT,
     SECOND,
@@ -46,7 +48,6 @@ from latentgen.models.text import states_of
 
 OPSET = 18
 NOWHERE = "changed"  # the file of weights that are to be written yet
-CHANGED = "latentgen.changed"  # the key in a graph's metadata of the hash of the weights beside it
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
 
 
@@ -191,6 +192,7 @@ def _put_beside(made: onnx.ModelProto, changed: Mapping[str, np.ndarray], file: 
         header = check_safetensors(aside)
         with aside.open("rb") as opened:
             start = 8 + int.from_bytes(opened.read(8), "little")
+            os.fsync(opened.fileno())
         for name, tensor in own.items():
             first, last = header[name]["data_offsets"]
             place = Stored(file.name, start + first, last - first, TensorProto.FLOAT)

@@ -15,6 +15,7 @@ GRAPHS = {"text_encoder": "model.onnx", "unet": "model.onnx", "vae": "decoder.on
 SECOND = {"text_encoder_2": "model.onnx"}  # what Stable Diffusion XL has besides
 TOLD = "told"  # the U-Net's second graph: what of the text each step needs; older folders have a whole U-Net instead
 LAYOUT = "latentgen.layout"  # the key in a graph's metadata under which it says its layout
+CHANGED = "latentgen.changed"  # the key there of the hash of the weights that LoRAs changed, which lie beside it
 FORM = 2  # of the graphs; one more whenever what is exported changes, so that old ones in caches are left alone
 
 
@@ -41,6 +42,11 @@ def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> 
     uses = [[read_lora(one["path"]).sha256, float(one.get("weight", 1.0))] for one in loras]
     digest = hashlib.sha256(json.dumps([checkpoint.fingerprint, uses]).encode()).hexdigest()
     return cache_folder(checkpoint).with_name(f"{digest[:32]}-{FORM}-fused")
+
+
+def fused_folders() -> list[Path]:
+    """The folders of graphs with LoRAs fused in the user's cache, of any checkpoint."""
+    return [*(user_cache() / "onnx").glob("*-fused")]
 
 
 def skipping_path(checkpoint: Checkpoint, part: str, skip: int) -> Path:

@@ -4,7 +4,7 @@ Making a graph ready (constants folded, float16 widened, convolutions' weights p
 kernels read) takes most of the time from a shell to a picture, and its result is the same every time. So it is kept,
 named by all that it depends on, and the next process maps it into memory. A copy is checked by its hashes whenever it
 is opened (CRC-32, which is several times as fast as what weights from elsewhere are compared by), and made anew where
-it is torn. Copies used longest ago go where all take more than `ROOM`.
+it is torn. Where all copies, and graphs with LoRAs fused, take more than `ROOM`, those used longest ago go.
 """
 
 import hashlib
@@ -13,8 +13,10 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -23,10 +25,11 @@ from typing import Any
 
 from latentgen.checkpoint import Checkpoint, SingleFile, check_safetensors
 from latentgen.checkpoint.keys import prefix
-from latentgen.durable import crc32
-from latentgen.models.onnx.places import cache_folder, layout
+from latentgen.durable import alone, crc32
+from latentgen.errors import InputError
+from latentgen.models.onnx.places import cache_folder, fused_folders, layout
 
-ROOM = 6 << 30  # bytes that all copies may take
+ROOM = 6 << 30  # bytes that all copies may take, and the graphs with LoRAs fused
 FORM = 3  # of what is kept; one more whenever a graph is made ready otherwise
 SHARE = 0.25  # of the free disk that one may take
 PACKED = 1 << 27  # bytes of weights up to which they are kept as linear layers read them, too: half as much again
@@ -36,20 +39,24 @@ GRAPH, WEIGHTS, HASHES = "graph.onnx", "weights.bin", "hashes.json"
 
 @dataclass(frozen=True)
 class Ready:
-    """The place of one network's copy, whether it is there or not."""
+    """The place of one network's copy, whether it is there or not. graph: the file that it is a copy of."""
 
     folder: Path
+    graph: Path
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, part: str, graph: bytes, version: str) -> "Ready | None":
-        """The place for a graph of a checkpoint under a version of ONNX Runtime; None where none can be named."""
+    def of(cls, checkpoint: Checkpoint, part: str, graph: Path, held: bytes, version: str) -> "Ready | None":
+        """The place for a graph of a checkpoint under a version of ONNX Runtime; None where none can be named.
+
+        held: what the graph's file holds.
+        """
         try:
             names = [checkpoint.fingerprint, layout(checkpoint, part), version, machine_code(), FORM]
             place = cache_folder(checkpoint).parent / "ready"
-        except (OSError, RuntimeError):  # a file that has gone, or no home folder
+        except (OSError, InputError):  # a file that has gone, or no home folder
             return None
-        digest = hashlib.sha256(json.dumps(names).encode() + graph).hexdigest()
-        return cls(place / f"{digest[:32]}-{part}")
+        digest = hashlib.sha256(json.dumps(names).encode() + held).hexdigest()
+        return cls(place / f"{digest[:32]}-{part}", graph)
 
     def open(self, load: Callable[[Path], Any]) -> Any:
         """What `load` makes of the copy's graph; None where there is no whole copy (a torn one is removed)."""
@@ -62,7 +69,8 @@ class Ready:
             except Exception:  # ONNX Runtime's own, of a file that is none; the hashes say the same
                 loaded = None
             if loaded is not None and whole.result():
-                os.utime(self.folder)
+                with suppress(OSError):  # a cache that is somebody else's, or cannot be written
+                    os.utime(self.folder)
                 return loaded
         shutil.rmtree(self.folder, ignore_errors=True)
         return None
@@ -70,21 +78,25 @@ class Ready:
     def make(self, write: Callable[[Path], None], size: int) -> bool:
         """Have `write`, told where, leave the copy; whether it is there. size: about, in bytes."""
         aside = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.writing")
-        try:
-            aside.mkdir(parents=True)
-            if size > min(ROOM, SHARE * shutil.disk_usage(aside).free):
+        with ExitStack() as held:
+            try:
+                with suppress(InputError):  # where it cannot be held, nobody takes it for one that was left
+                    held.enter_context(alone(aside))
+                if size > min(ROOM, SHARE * shutil.disk_usage(aside).free):
+                    return False
+                copy = aside / "copy"
+                copy.mkdir()
+                write(copy / GRAPH)
+                (copy / WIDE).unlink(missing_ok=True)
+                files = {path.name: crc32(path) for path in copy.iterdir()}
+                (copy / HASHES).write_text(json.dumps(files), encoding="utf-8")
+                copy.rename(self.folder)
+                self._make_room()
+                return True
+            except OSError:  # no place to keep it: a picture can be rendered all the same
                 return False
-            write(aside / GRAPH)
-            (aside / WIDE).unlink(missing_ok=True)
-            files = {path.name: crc32(path) for path in aside.iterdir()}
-            (aside / HASHES).write_text(json.dumps(files), encoding="utf-8")
-            aside.rename(self.folder)
-            self._make_room()
-            return True
-        except OSError:  # no place to keep it: a picture can be rendered all the same
-            return False
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _is_whole(self) -> bool:
         try:
@@ -94,12 +106,15 @@ class Ready:
             return False
 
     def _make_room(self) -> None:
-        """Remove the copies used longest ago until the rest fits into `ROOM`."""
+        """Remove what killed processes left, then what was used longest ago until the rest fits into `ROOM`."""
+        for folder in self.folder.parent.glob(".*.writing") if sys.platform != "win32" else ():
+            with suppress(InputError), alone(folder):  # else somebody writes there, which Windows does not tell
+                shutil.rmtree(folder, ignore_errors=True)
         copies = [folder for folder in self.folder.parent.iterdir() if (folder / HASHES).is_file()]
         left = ROOM
-        for folder in sorted(copies, key=lambda folder: folder.stat().st_mtime, reverse=True):
-            left -= sum(path.stat().st_size for path in folder.iterdir())
-            if left < 0 and folder != self.folder:
+        for folder in sorted([*copies, *fused_folders()], key=lambda folder: folder.stat().st_mtime, reverse=True):
+            left -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            if left < 0 and folder != self.folder and not self.graph.is_relative_to(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

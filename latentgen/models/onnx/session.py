@@ -15,9 +15,10 @@ import onnxruntime
 from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.array import Array
 from latentgen.diffusion.denoiser import Condition, Network
+from latentgen.durable import sha256
 from latentgen.errors import InputError
 from latentgen.models.memory import Kept
-from latentgen.models.onnx.places import LAYOUT, layout, weights_folder
+from latentgen.models.onnx.places import CHANGED, LAYOUT, layout, weights_folder
 from latentgen.models.onnx.ready import PACKED, WEIGHTS, Ready, widened_size
 
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
@@ -50,7 +51,7 @@ def cores(threads: int | None = None) -> int:
 
 def begin_session(pool: ThreadPoolExecutor, checkpoint: Checkpoint, part: str, graph: Path, threads: int) -> None:
     """Begin to open the ready copy of a network's graph, if there is one, for the next `open_session` of it."""
-    ready = Ready.of(checkpoint, part, graph.read_bytes(), str(onnxruntime.__version__))
+    ready = Ready.of(checkpoint, part, graph, graph.read_bytes(), str(onnxruntime.__version__))
     if ready is not None:
         _BEGUN[ready.folder, threads] = pool.submit(_open_ready, ready, threads)
 
@@ -62,10 +63,11 @@ def open_session(checkpoint: Checkpoint, part: str, graph: Path, threads: int) -
     one is made they are compared here. Raises GraphUnfit where the checkpoint's weights do not fit the graph.
     """
     held = graph.read_bytes()
-    ready = Ready.of(checkpoint, part, held, str(onnxruntime.__version__))
+    ready = Ready.of(checkpoint, part, graph, held, str(onnxruntime.__version__))
 
     def make(path: Path) -> None:
         _checked_session(checkpoint, part, graph, held, threads, path)
+        checkpoint.verify()  # no copy is kept of weights that changed meanwhile
 
     begun = None if ready is None else _BEGUN.pop((ready.folder, threads), None)
     kept = begun.result() if begun is not None else None if ready is None else _open_ready(ready, threads)
@@ -106,8 +108,11 @@ def _checked_session(
     except Exception as error:  # ONNX Runtime has an exception for each status, all of them bare
         reason = " ".join(str(error).split())
         raise GraphUnfit(f"{wrong}: {reason}; remove it") from error
-    if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(checkpoint, part):
+    said = session.get_modelmeta().custom_metadata_map
+    if said.get(LAYOUT) != layout(checkpoint, part):
         raise GraphUnfit(f"{wrong}: it was made for others; remove it")
+    if CHANGED in said and sha256(fused) != said[CHANGED]:
+        raise GraphUnfit(f"{wrong}: {fused.name} beside it is not what was written with it; remove it")
     return session
 
 
