@@ -155,7 +155,9 @@ def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None
         timesteps=order.timesteps,
         eta=order.eta,
     )
-    way_of(as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second), request)  # that the schedule has such steps
+    way_of(
+        as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second), request
+    )  # that the schedule has such steps
     return request
 
 

@@ -95,7 +95,7 @@ def assumed(checkpoint: Checkpoint, prediction_type: str | None = None) -> list[
 
 
 def terms_of(checkpoint: Checkpoint) -> Terms:
-    """What a checkpoint allows, from its small files; an InputError where they are not whole or do not fit one another."""
+    """What a checkpoint allows, from its small files; an InputError where they are not whole or do not fit together."""
     unet, vae, towers = checkpoint.config("unet"), checkpoint.config("vae"), towers_of(checkpoint)
     try:
         sampler = from_config(known(checkpoint.config("scheduler"))).sampler

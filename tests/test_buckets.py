@@ -182,7 +182,10 @@ def test_one_bucket_gives_the_loss_of_no_buckets_and_several_give_each_its_own(p
 
 
 def test_the_order_without_buckets_is_what_it_was() -> None:
-    assert Order(np.ones(7), 4, 0).items(3).tolist() == Order(np.ones(7), 4, 0).items(3).tolist()
+    seen = [Order(np.ones(7), 4, 0).items(step).tolist() for step in (0, 1, 3)]
+    assert seen == [[0, 6, 3, 4], [5, 1, 2, 0], [6, 2, 3, 2]]
+    weighted = [Order(np.array([1, 2, 0.5, 1]), 4, 3).items(step).tolist() for step in (0, 1, 3)]
+    assert weighted == [[1, 2, 1, 3], [0, 1, 1, 3], [3, 0, 1, 1]]
     assert sorted(np.concatenate([Order(np.ones(8), 4, 0).items(s) for s in (0, 1)]).tolist()) == list(range(8))
 
 

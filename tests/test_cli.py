@@ -78,7 +78,9 @@ def refused(ran: Ran, line: str) -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert shell("--version") == Ran(0, [f"latentgen {__version__}"], "")
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("version", __version__) == __version__
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert told["project"]["dynamic"] == ["version"]
+    assert told["tool"]["hatch"]["version"]["path"] == "latentgen/__init__.py"
 
 
 def test_the_samplers_are_listed_with_their_sources() -> None:
@@ -268,6 +270,36 @@ def test_a_full_disk_leaves_the_old_picture(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("verb", ["render", "samplers", "--help"])
+def test_output_with_no_room_is_said_in_one_line(folder: Path, tmp_path: Path, verb: str) -> None:
+    arguments = ["a red apple", "--out", tmp_path / "a.png", "--weights", folder, *FAST] if verb == "render" else []
+    with Path("/dev/full").open("w") as full:
+        asked = [*command(), verb, *map(str, arguments)]
+        ran = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120, check=False)
+    refused(Ran(ran.returncode, [], ran.stderr), "cannot write the output: no space is left where it goes")
+    assert (tmp_path / "a.png").is_file() == (verb == "render")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer"),
+    ],
+)
+def test_too_little_memory_is_one_line_whoever_says_so(
+    run: Callable[..., Ran], folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("latentgen.render.render", short)
+    refused(run("render", "a red apple", "--weights", folder), "not enough memory; render smaller pictures (--size)")
+
+
 def test_progress_is_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with rendering.progress_bar("rendering") as progress:
         assert progress is None
@@ -341,6 +373,14 @@ def test_replay_says_what_has_changed_since(run: Callable[..., Ran], rendered: P
     old = resave(rendered, tmp_path / "old.png", onnxruntime="1.0")
     ran = run("replay", old)
     assert ran.code == 0 and "onnxruntime was 1.0, is " in ran.err and "differs" in ran.err
+
+
+def test_replay_computes_with_as_many_threads_as_the_picture_says(
+    run: Callable[..., Ran], rendered: Path, tmp_path: Path
+) -> None:
+    threads = read_settings(rendered)["threads"] + 1
+    run("replay", resave(rendered, tmp_path / "old.png", threads=threads), "--out", tmp_path / "again.png")
+    assert read_settings(tmp_path / "again.png")["threads"] == threads
 
 
 def test_what_few_pictures_ask_for_is_in_the_file_and_replayed(

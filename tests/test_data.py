@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentgen.data import Picture, hold_out, load_pixels, pixels, read_folder, write_ledger
+from latentgen.data import CaptionedFolder, Picture, hold_out, load_pixels, pixels, read_folder, write_ledger
 from latentgen.data.page import keep_ledger
 from latentgen.errors import InputError
 from latentgen.training.finish import notice_of
@@ -220,8 +220,9 @@ def test_a_torn_cache_is_made_again(tmp_path: Path) -> None:
     red = save(tmp_path / "red.png")
     load_pixels(one_picture(red), 4, tmp_path / "cache")
     (kept,) = (tmp_path / "cache").glob("*.npy")
-    kept.write_bytes(kept.read_bytes()[:100])
-    assert pixels_of(red, 4, tmp_path / "cache")[0, 0].tolist() == [255, 0, 0]
+    for torn in (kept.read_bytes()[:100], b""):
+        kept.write_bytes(torn)
+        assert pixels_of(red, 4, tmp_path / "cache")[0, 0].tolist() == [255, 0, 0]
 
 
 def test_an_unreadable_picture_costs_a_line_not_the_run(tmp_path: Path) -> None:
@@ -342,6 +343,21 @@ def test_what_could_not_be_read_once_is_tried_again(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     again = load_pixels(pictures, 8, tmp_path / "cache")
     assert len(again.array) == 3 and not again.problems
+
+
+def test_who_is_held_out_never_changes() -> None:
+    root = Path("pictures")
+    folder = CaptionedFolder(root, tuple(Picture(root / f"{k}.png", ("a",)) for k in range(60)), ())
+    held = hold_out(folder, "test", 0.1).select("test")
+    assert [picture.path.stem for picture in held] == ["0", "6", "8", "33", "40", "42"]
+
+
+def test_the_pictures_of_a_sheet_are_held_out_one_by_one() -> None:
+    root = Path("pictures")
+    boxes = [(8 * k, 0, 8 * k + 8, 8) for k in range(40)]
+    folder = CaptionedFolder(root, tuple(Picture(root / "sheet.png", ("a",), box=box) for box in boxes), ())
+    held = hold_out(folder, "test", 0.1).select("test")
+    assert [boxes.index(picture.box) for picture in held if picture.box] == [1, 6, 18, 19, 28]
 
 
 def test_the_picture_held_out_is_one_that_can_be_read(tmp_path: Path) -> None:

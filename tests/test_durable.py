@@ -13,7 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from latentgen import durable
-from latentgen.durable import recover, remove_leftovers, write_file, write_folder
+from latentgen.durable import alone, recover, remove_leftovers, write_file, write_folder
 from latentgen.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -40,8 +40,9 @@ def writer(text: str) -> Any:
 def test_a_file_is_replaced_whole_and_its_folder_is_made(tmp_path: Path) -> None:
     target = tmp_path / "new/folder/file.png"
     write_file(target, b"one")
+    os.link(target, tmp_path / "old.png")
     write_file(target, b"two")
-    assert contents(tmp_path) == {"new/folder/file.png": b"two"}
+    assert contents(tmp_path) == {"new/folder/file.png": b"two", "old.png": b"one"}  # never written into
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +184,25 @@ def test_a_full_disk_is_known_by_what_safetensors_says(tmp_path: Path, said: str
         write_folder(tmp_path / "w", write)
     with pytest.raises(SafetensorError, match="of its own"), durable.saying_what_failed(tmp_path):
         raise SafetensorError("of its own")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from latentgen.durable import alone
+with alone(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    input()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as run:
+        assert run.stdout is not None and run.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another run trains in "), alone(tmp_path):
+            pass
+        run.kill()
+    with alone(tmp_path):
+        pass
 
 
 def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path) -> None:

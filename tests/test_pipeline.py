@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,23 @@ def test_each_picture_of_a_batch_is_the_picture_of_its_own_seed_rendered_alone(p
 
 def test_listed_seeds_name_each_picture_and_the_latents_are_equal_to_the_bit(pipe: Pipeline) -> None:
     heard: dict[int, Any] = {}
+    seen: list[Any] = []
+
+    def network(x: Any, *given: Any) -> Any:
+        seen.append(x.clone())
+        return pipe.network(x, *given)
 
     def first(_: Pipeline, index: int, __: float, values: dict[str, Any]) -> None:
         heard.setdefault(index, values["latents"].clone())
 
-    pipe("a red apple", seed=[7, 3], num_images_per_prompt=2, guidance_scale=1.0, callback_on_step_end=first, **STEPS)
-    both = heard.pop(0)
+    call: dict[str, Any] = {"guidance_scale": 1.0, "callback_on_step_end": first, **STEPS}
+    own = replace(pipe, network=network)
+    own("a red apple", seed=[7, 3], num_images_per_prompt=2, **call)
+    both, drawn = heard.pop(0), seen[0]
     heard.clear()
-    pipe("a red apple", seed=3, guidance_scale=1.0, callback_on_step_end=first, **STEPS)
+    seen.clear()
+    own("a red apple", seed=3, **call)
+    assert torch.equal(seen[0][0], drawn[1])
     torch.testing.assert_close(heard[0][0], both[1], atol=1e-5, rtol=0)
 
 

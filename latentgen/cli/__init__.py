@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 something given cannot be used (one line, `latentgen: …`), 130 stopped by Ctrl-C.
 """
 
+import errno
 import os
 import sys
 import warnings
@@ -56,6 +57,8 @@ OPTIONS = {  # what a person typed, for what Python calls it
     "prediction_type": "--prediction-type",
 }
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory")  # torch's words, ONNX Runtime's
+
 for verbs in (rendering, training, finetuning, evaluating, converting, data):
     verbs.add(app)
 
@@ -80,14 +83,22 @@ def main() -> None:
         say("stopped")
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone; nothing more to say
+        be_silent()  # whoever read us has gone; nothing more to say
         sys.exit(0)
     except click.ClickException as error:
         sys.exit(refuse(f"{error.format_message()} (see: {command(error)} --help)"))
     except Exception as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            be_silent()
+            sys.exit(refuse("cannot write the output: no space is left where it goes; free space or send it elsewhere"))
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
             sys.exit(refuse("not enough memory; render smaller pictures (--size) or fewer at a time (--batch)"))
         raise
+
+
+def be_silent() -> None:
+    """Standard output takes everything and says nothing: what is still buffered fails no second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse(line: str) -> int:

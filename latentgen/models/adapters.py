@@ -150,6 +150,7 @@ def stock_pictures(
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from latentgen.models.loading import quiet
+    from latentgen.models.text import bound
 
     remarks.disable_progress_bar()
     with quiet():
@@ -157,6 +158,8 @@ def stock_pictures(
             base, safety_checker=None, torch_dtype=torch.float32, variant=variant
         )
         pipe.set_progress_bar_config(disable=True)
+        for end in ("", "_2") if hasattr(pipe, "tokenizer_2") else ("",):
+            bound(getattr(pipe, f"tokenizer{end}"), getattr(pipe, f"text_encoder{end}"))
         if ddim:
             pipe.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipe.scheduler.config})
         if adapter is not None and token is not None:

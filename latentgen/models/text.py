@@ -53,11 +53,9 @@ class TextEncoder(ReadsPrompts):
                     f"{folder} cannot be read as a CLIP tokenizer: {str(error).splitlines()[0]}"
                 ) from error
         kind = CLIPTextModelWithProjection if second else CLIPTextModel
-        return cls(
-            tokenizer,
-            load_module(kind, checkpoint, f"text_encoder{suffix}", device, dtype),
-            raw=checkpoint.has_second,
-        )
+        model = load_module(kind, checkpoint, f"text_encoder{suffix}", device, dtype)
+        bound(tokenizer, model)
+        return cls(tokenizer, model, raw=checkpoint.has_second)
 
     @property
     def towers(self) -> tuple["TextEncoder", ...]:
@@ -181,6 +179,11 @@ class TwoTextEncoders:
     def cut(self, prompt: str) -> str:
         """The words of a prompt that lie beyond the context length."""
         return self.first.cut(prompt)
+
+
+def bound(tokenizer: Any, model: Any) -> None:
+    """Keep a tokenizer to what its tower can read: one that states no bound has 1e30, which it cannot pad to itself."""
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
 
 def states_of(model: Any, out: Any, *, raw: bool, skip: int) -> torch.Tensor:

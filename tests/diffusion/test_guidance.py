@@ -104,6 +104,12 @@ def test_scale_one_and_steps_outside_the_interval_evaluate_once() -> None:
         denoise(x, level)
         assert network.batches == [batch]
     assert np.array_equal(denoise(x, 3.0), denoiser(x, 3.0, condition))
+    weaker = Denoiser(Counting(), denoiser.schedule, denoiser.prediction)
+    both: dict[str, Any] = {"weaker": weaker, "weaker_scale": 2.0, "perturbed": weaker, "perturbed_scale": 3.0}
+    other = guided(denoiser, condition, uncond, scale=5.0, interval=(-1.0, 2.0), **both)
+    assert np.array_equal(other(x, 3.0), denoise(x, 3.0)) and weaker.network.batches == []
+    other(x, 0.0)
+    assert weaker.network.batches == [2, 2]
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])

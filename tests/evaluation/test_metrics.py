@@ -72,6 +72,19 @@ def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.89 <= np.mean(covered) <= 0.99
 
 
+@pytest.mark.parametrize("figure", ["mean", "ratio"])
+def test_an_interval_is_as_wide_as_95_percent_are(figure: str) -> None:
+    rows = np.random.default_rng(0).normal(10, 1, 2000)
+    found = metrics.mean_figure(rows) if figure == "mean" else metrics.ratio_figure(rows, np.ones(2000))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * rows.std() / 2000**0.5, rel=0.12)
+
+
+def test_a_ratio_of_rows_to_themselves_is_certain() -> None:
+    rows = np.random.default_rng(0).random(50)
+    found = metrics.ratio_figure(rows, rows)
+    assert found.low == found.high == found.value == 1
+
+
 def test_shuffled_captions_drop_to_chance() -> None:
     texts = normal(0, 400, 32)
     pictures = texts + 0.3 * normal(1, 400, 32)

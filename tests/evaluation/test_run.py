@@ -3,11 +3,13 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from latentgen import cli
+from latentgen.evaluation.encoders import open_judge
 
 ICONS = Path(__file__).parents[1] / "data" / "icons"
 
@@ -57,6 +59,19 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
     assert "rendering" in said
     code, said = run(*arguments)
     assert "rendering" not in said
+
+
+@pytest.mark.slow
+def test_where_inception_judges_the_frechet_distance_is_the_fid(
+    run: Callable[..., tuple[object, str]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = replace(open_judge(), name="inception-v3")
+    monkeypatch.setattr("latentgen.evaluation.run.open_judge", lambda *_: judge)
+    code, said = run(folder, "--data", ICONS, "--out", tmp_path / "r.html", "--pictures", 3, "--steps", 1)
+    assert code == 0, said
+    (found,) = json.loads((tmp_path / "r.json").read_text())
+    assert {"FID", "FID (training pictures)"} <= set(found["figures"])
+    assert not [name for name in found["figures"] if "Fréchet" in name]
 
 
 @pytest.mark.parametrize(

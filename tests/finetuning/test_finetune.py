@@ -448,6 +448,12 @@ def test_what_is_given_is_never_chosen_anew() -> None:
     assert all(value is not None for key, value in chosen.settings if key in ("batch", "size", "keep", "ema"))
 
 
+@pytest.mark.parametrize(("pictures", "part"), [(15, 0.0), (20, 0.1)])
+def test_a_tenth_is_held_out_where_there_are_pictures_enough(pictures: int, part: float) -> None:
+    chosen = choose(Finetune(), pictures, Start(10**7, 64), 0)
+    assert chosen.settings.hold_out == part and chosen.settings.keep == ("best" if part else "last")
+
+
 def test_pictures_marked_as_held_out_are_what_the_best_is_kept_by(folder: Path, tmp_path: Path) -> None:
     place, lines = held_out(tmp_path / "few", 8, 3), list[str]()
     out = finetune(place, base=folder, out=tmp_path / "mine", **{**FAST, "report": lines.append})
@@ -569,6 +575,19 @@ def test_a_base_of_half_precision_files_is_proved_in_diffusers(folder: Path, pic
         graph.unlink()
     out = finetune(pictures, base=halves, out=tmp_path / "mine", **FAST)
     assert json.loads((out / "metrics.json").read_text())["proof"]["stock"] < 2e-3
+
+
+@pytest.mark.parametrize("method", [{"method": "lora"}, {"method": "full", "rate": 2e-3}])
+def test_a_base_whose_tokenizer_states_no_bound_is_bounded_by_its_tower(
+    method: dict[str, Any], folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(folder, tmp_path / "base")
+    (base / "manifest.json").unlink()
+    config = base / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": int(1e30)}))
+    out = finetune(pictures, base=base, out=tmp_path / "mine", **{**FAST, **method})
+    assert json.loads((tmp_path / "mine.training/ledger.json").read_text())["context"] == 16  # the tower's
+    assert json.loads((out / "metrics.json").read_text())["proof"]["stock"] <= 2e-3
 
 
 def test_the_trained_weights_alone_are_in_a_checkpoint(folder: Path, pictures: Path, tmp_path: Path) -> None:

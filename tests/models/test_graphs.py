@@ -292,6 +292,30 @@ def test_the_copies_used_longest_ago_make_room(folder: Path, own_cache: Path, mo
     assert len(left) == 4 and not left & set(old)
 
 
+def test_what_was_opened_lately_stays_though_it_was_made_first(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (Ready(own_cache / f"{k}-unet", own_cache / "graph.onnx") for k in range(3))
+    for made in (first, second):
+        assert made.make(lambda path: path.write_bytes(b"a graph"), 0)
+        os.utime(made.folder, (1, 1 + (made is second)))
+    assert first.open(Path.read_bytes) == b"a graph"
+    size = sum(path.stat().st_size for path in own_cache.rglob("*") if path.is_file())
+    monkeypatch.setattr("latentgen.models.onnx.ready.ROOM", size)
+    assert third.make(lambda path: path.write_bytes(b"a graph"), 0)
+    assert [each.folder.is_dir() for each in (first, second, third)] == [True, False, True]
+
+
+def test_copies_of_another_version_of_onnx_runtime_are_not_taken(
+    folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels_of(folder)
+    old = {path.name for path in own_cache.iterdir()}
+    monkeypatch.setattr(onnxruntime, "__version__", "0.0.0")
+    pixels_of(folder)
+    assert len({path.name for path in own_cache.iterdir()} - old) == len(old) == 4
+
+
 def test_graphs_with_loras_fused_make_room_too_but_those_in_use(
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +404,8 @@ def test_a_folder_whose_unet_is_one_graph_renders_as_before(
     np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-def test_a_step_graph_without_its_text_graph_is_not_run(folder: Path, tmp_path: Path) -> None:
+def test_a_step_graph_without_its_text_graph_is_not_run(folder: Path, tmp_path: Path, own_cache: Path) -> None:
+    assert not own_cache.exists()  # so that what is exported is not there already
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("manifest.json", "told.onnx"))
     with pytest.warns(EngineNote, match="do not fit it: they are exported once into"):

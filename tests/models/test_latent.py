@@ -55,6 +55,23 @@ def test_a_shift_is_taken_off_and_put_back(parts: dict[str, Any], monkeypatch: p
     torch.testing.assert_close(latent.decode(latent.encode(pixels).mean), Latent.decode(latent, plain - 0.35))
 
 
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_a_shift_of_the_config_is_put_back(folder: Path, tmp_path: Path, engine: str) -> None:
+    place = shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("manifest.json"))
+    plain = Pipeline.from_pretrained(place, engine=engine)
+    config = place / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.5}))
+    moved = Pipeline.from_pretrained(place, engine=engine)
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    apart = 0.5 * plain.latent.scale
+    found, expected = (
+        np.asarray(pipe.latent.decode(torch.from_numpy(x) if engine == "torch" else x))
+        for pipe, x in ((moved, latents), (plain, latents + np.float32(apart)))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert moved.latent.shift == 0.5 and plain.latent.shift == 0
+
+
 def test_generators_draw_what_diffusers_draws() -> None:
     from diffusers.utils.torch_utils import randn_tensor
 

@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 
 from latentgen import InputError, Pipeline
 from latentgen.image import read_settings
-from latentgen.models.prompt import Chunk, Piece, Token, Window, alike, escape, lay, literal, parse, sheet, weighted
+from latentgen.models.prompt import (
+    Chunk,
+    Piece,
+    Sheet,
+    Token,
+    Window,
+    alike,
+    escape,
+    lay,
+    literal,
+    parse,
+    sheet,
+    weighted,
+)
 from latentgen.models.text import TextEncoder
 from latentgen.pipeline import PromptCut
 from latentgen.render import Order, render, replay
@@ -183,8 +196,14 @@ def test_a_mean_of_nought_does_not_blow_states_up() -> None:
     states -= states.mean(axis=2, keepdims=True)  # what a layer norm without a bias gives
     weights = np.array([[1, 1.3, 1.3, 1, 1]], dtype=np.float32)
     np.testing.assert_allclose(weighted(states, weights), states * weights[:, :, None], rtol=1e-6)
-    lopsided = states + np.array([3, -2.9, -0.1, 0.05, 0])[None, :, None]  # the mean is small and the weights turn it
-    assert np.abs(weighted(lopsided, weights)).max() < 1.3 * np.abs(lopsided).max() / 1.0 + 1e-6
+    means = np.array([1.3, -1.0, 0, 0.001, 0], np.float32)  # of a mean of 0.06 the weights leave 0.0002
+    lopsided = np.tile(means[None, :, None], (1, 1, 8))
+    assert np.abs(weighted(lopsided, np.array([[1, 1.3, 1.3, 1, 1]], np.float32))).max() <= 1.3 * 1.3 + 1e-6
+
+
+def test_pooled_states_are_of_each_prompts_first_chunk() -> None:
+    chunks = Sheet(np.zeros((3, 4), int), np.ones((3, 4), int), np.ones((3, 4), np.float32), np.array([[1, 0], [2, 1]]))
+    np.testing.assert_array_equal(chunks.pooled(np.arange(6.0).reshape(3, 2)), [[2, 3], [4, 5]])
 
 
 def test_repeated_states_are_one_attention() -> None:

@@ -114,6 +114,17 @@ def test_outside_its_interval_guidance_costs_and_does_nothing(folder: Path) -> N
     batches.clear()
     ours("a red apple", guidance_interval=(0.95, 1.0), **COMMON, seed=1)
     assert batches == [1, 1, 1, 1, 1, 2]  # however thin, the part is of one step or more
+    batches.clear()
+    perturbed, asked = ours.perturbed, list[int]()
+    assert perturbed is not None
+
+    def counted_too(x: Any, time: Any, condition: Any) -> Any:
+        asked.append(len(x))
+        return perturbed(x, time, condition)
+
+    ours.perturbed = counted_too
+    ours("a red apple", guidance_interval=(0.0, 0.5), **COMMON, pag_scale=2.0, seed=1)
+    assert asked == [1, 1, 1] and batches == [2, 2, 2, 1, 1, 1]
     whole = ours("a red apple", guidance_interval=(0.0, 1.0), **COMMON, seed=1).images
     np.testing.assert_array_equal(whole, ours("a red apple", **COMMON, seed=1).images)
 

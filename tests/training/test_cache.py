@@ -53,6 +53,16 @@ def test_rows_whose_keys_are_lost_or_torn_are_computed_again(tmp_path: Path) -> 
     assert cached_items(tmp_path, squares([2, 3], asked))[:, 0].tolist() == [4, 9] and asked == [2, 3]
 
 
+@pytest.mark.parametrize("torn", [b"", b"\x93NUMPY"])
+def test_rows_of_a_torn_array_are_computed_again(tmp_path: Path, torn: bytes) -> None:
+    asked: list[int] = []
+    cached_items(tmp_path, squares([1, 2], asked))
+    (array,) = tmp_path.glob("*.npy")
+    array.write_bytes(torn)
+    asked.clear()
+    assert cached_items(tmp_path, squares([2, 3], asked))[:, 0].tolist() == [4, 9] and asked == [2, 3]
+
+
 def test_a_cut_computation_leaves_nothing(tmp_path: Path) -> None:
     def torn(rows: np.ndarray) -> Iterator[np.ndarray]:
         yield np.zeros((1, 1), np.float32)
@@ -79,8 +89,9 @@ def test_pictures_of_the_same_bytes_and_another_shape_have_rows_of_their_own(
 
 def test_an_array_of_another_shape_or_a_torn_one_is_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "array.npy"
-    for damage in (lambda: np.save(path, np.ones((3, 2), np.float32)), lambda: path.write_bytes(b"\x93NUMPY")):
-        damage()
+    np.save(path, np.ones((3, 2), np.float32))
+    for damaged in (path.read_bytes(), b"\x93NUMPY", b""):
+        path.write_bytes(damaged)
         found = cache.cached(path, (2, 3), np.float32, lambda: iter([np.full((2, 3), 7, np.float32)]))
         assert found.shape == (2, 3) and (found == 7).all()
 

@@ -20,7 +20,7 @@ from latentgen.training.cache import cached, latent_moments, text_states
 from latentgen.training.captions import CaptionTable
 from latentgen.training.clip import to_unit
 from latentgen.training.denoise import DenoiseObjective, Denoising, Latents, TextStates
-from latentgen.training.draw import Draw
+from latentgen.training.draw import VALIDATION, Draw
 from latentgen.training.loop import checkpoint_activations
 
 CPU = torch.device("cpu")
@@ -111,6 +111,17 @@ def test_validation_is_the_same_each_time_and_tells_what_captions_are_worth(obje
     torch.manual_seed(99)
     assert made.validate() == first
     assert first["validation_loss"] > 0 and first["caption_gain"] != 0
+    latents, states = made._held_out
+    draw = Draw(0, 0, 2, stream=VALIDATION)
+    x0, eps = latents.sample(np.arange(2), draw.normal(4, 8, 8)), draw.normal(4, 8, 8)
+    times = draw.stratified().clamp(1e-6, 1 - 1e-6)
+    network = unet_network(made.module)
+    with torch.no_grad():
+        told, untold = (
+            denoising_loss(network, SCHEDULE, Prediction("v"), x0, states.rows(np.array(rows), CPU), times, eps).mean()
+            for rows in ([0, 1], [2, 2])
+        )
+    assert first["caption_gain"] == pytest.approx(float(untold - told), rel=1e-3)
 
 
 def test_a_posterior_is_sampled_anew_from_its_mean_and_std() -> None:

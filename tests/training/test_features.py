@@ -1,5 +1,6 @@
 """What is asked of the U-Net's middle: the papers' formulas, gradients that reach it, nothing left in the U-Net."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_alignment_is_one_minus_the_cosine_on_the_towers_grid() -> None:
 
 @pytest.mark.parametrize("term", ["align", "disperse"])
 def test_each_term_reaches_the_middle_and_counts_in_the_loss(parts: dict[str, Any], term: str) -> None:
-    unet = parts["unet"]
+    unet = copy.deepcopy(parts["unet"])
     targets = np.random.default_rng(1).standard_normal((COUNT, 16, 8)).astype(np.float16)
     made = objective(unet, FeatureTerms(**{term: 0.5}), targets)
     made.module.train().requires_grad_(True)

@@ -66,6 +66,26 @@ def flat(state: TrainState) -> dict[str, Tensor]:
     return {f"{file}/{name}": value for file, part in state.tensors().items() for name, value in part.items()}
 
 
+def test_each_part_of_a_batch_has_masks_of_its_own_and_a_resumed_run_the_same() -> None:
+    class Dropping(Regression):
+        def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+            masks.append(torch.rand(4))
+            return super().loss(items, draw)
+
+    runs: list[list[Tensor]] = []
+    for first in (0, 1):
+        masks: list[Tensor] = []
+        objective = Dropping()
+        state = TrainState.start(objective.module, SETTINGS)
+        state.step = first
+        for _ in fit(objective, state, replace(SETTINGS, steps=3, accumulate=2), Accelerator(), seed=1):
+            pass
+        runs.append(masks)
+    whole, resumed = runs
+    assert len({tuple(mask.tolist()) for mask in whole}) == len(whole) == 6
+    assert all(torch.equal(one, other) for one, other in zip(whole[2:], resumed, strict=True))
+
+
 def test_the_rate_rises_stays_and_falls_to_nothing() -> None:
     settings = LoopSettings(steps=100, batch=1, rate=2.0, warmup=10, decay=0.25)
     rates = [settings.rate_at(step) for step in range(101)]

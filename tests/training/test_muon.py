@@ -1,9 +1,12 @@
 """Muon: its update is the orthogonal factor of the momentum; what it leaves to AdamW is torch's own."""
 
+import pytest
 import torch
 from torch import nn
 
+from latentgen.training.loop import LoopSettings
 from latentgen.training.muon import MATCHED, Muon, orthogonal
+from latentgen.training.optimizer import make_optimizer
 
 
 def test_singular_values_come_near_1_and_the_singular_vectors_stay() -> None:
@@ -38,3 +41,15 @@ def test_what_is_not_orthogonal_goes_as_torchs_adamw() -> None:
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_maps_alone_are_decayed_and_tables_are_left_to_adamw(name: str) -> None:
+    table, kernel, bias = (nn.Parameter(torch.ones(shape)) for shape in ((5, 4), (3, 4, 3, 3), (4,)))
+    what = LoopSettings(steps=1, batch=1, rate=1e-3, weight_decay=0.1, optimizer=name)
+    groups = make_optimizer([table, kernel, bias], what, {table}).param_groups
+    found = {weight: (group["weight_decay"], group.get("orthogonal")) for group in groups for weight in group["params"]}
+    muon = name == "muon"
+    assert found[table] == (0.1, False if muon else None)
+    assert found[kernel] == (0.1, True if muon else None)
+    assert found[bias] == (0.0, False if muon else None)

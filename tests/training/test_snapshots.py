@@ -45,6 +45,14 @@ def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert equal(kept, back)
 
 
+def test_how_often_it_went_back_and_its_slower_rate_come_back(tmp_path: Path) -> None:
+    kept, back = state_at(3), state_at(0)
+    kept.retreats, kept.slowed = 2, 0.25
+    Snapshots(tmp_path).save(kept)
+    Snapshots(tmp_path).restore(back)
+    assert (back.retreats, back.slowed) == (2, 0.25)
+
+
 def test_a_folder_without_checkpoints_changes_nothing(tmp_path: Path) -> None:
     state = state_at(1)
     assert Snapshots(tmp_path / "none").restore(state) == []

@@ -28,13 +28,24 @@ from latentgen.training.features import FeatureTerms
 from latentgen.training.log import entries
 from latentgen.training.loop import LoopSettings, TrainState
 from latentgen.training.snapshots import Snapshots
-from latentgen.training.stage import Pace, Report, run_stage
+from latentgen.training.stage import Pace, Report, run_stage, settings_fingerprint
 from latentgen.tuning import averages
 from tests.training.test_features import COUNT
 from tests.training.test_features import objective as with_features
 from tests.training.test_loop import SETTINGS, Regression
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_what_may_change_in_the_middle_of_a_run_makes_no_other_run() -> None:
+    what = LoopSettings(steps=10, batch=4, rate=1e-3)
+    told = settings_fingerprint(what)
+    free: list[dict[str, Any]] = [{"steps": 20}, {"accumulate": 2}, {"activation_checkpointing": True}]
+    for change in [*free, {"kept_averages": 3}]:
+        assert settings_fingerprint(replace(what, **change)) == told, change
+    others: list[dict[str, Any]] = [{"rate": 2e-3}, {"optimizer": "sgd"}, {"ema": 0.5}, {"averages": (0.1,)}]
+    for change in [*others, {"decay_shape": "cosine"}, {"batch": 8}, {"weight_decay": 0.5}]:
+        assert settings_fingerprint(replace(what, **change)) != told, change
 
 
 def test_a_stage_keeps_its_averages_and_a_stopped_one_keeps_the_same_to_the_bit(tmp_path: Path) -> None:
