@@ -155,9 +155,8 @@ def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None
         timesteps=order.timesteps,
         eta=order.eta,
     )
-    way_of(
-        as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second), request
-    )  # that the schedule has such steps
+    scheduler = as_pipelines_take(checkpoint.config("scheduler"), checkpoint.has_second)
+    way_of(scheduler, request)  # that the schedule has such steps
     return request
 
 
