@@ -14,6 +14,7 @@ import platform
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -31,6 +32,7 @@ from latentgen.models.onnx.places import cache_folder, fused_folders, layout
 
 ROOM = 6 << 30  # bytes that all copies may take, and the graphs with LoRAs fused
 FORM = 3  # of what is kept; one more whenever a graph is made ready otherwise
+BEGUN = 60.0  # seconds in which whoever makes the folder of a copy has come to hold it, too
 SHARE = 0.25  # of the free disk that one may take
 PACKED = 1 << 27  # bytes of weights up to which they are kept as linear layers read them, too: half as much again
 WIDE = "widened.bin"  # the weights before they are laid out, which go then
@@ -108,8 +110,10 @@ class Ready:
     def _make_room(self) -> None:
         """Remove what killed processes left, then what was used longest ago until the rest fits into `ROOM`."""
         for folder in self.folder.parent.glob(".*.writing") if sys.platform != "win32" else ():
-            with suppress(InputError), alone(folder):  # else somebody writes there, which Windows does not tell
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(InputError, OSError):  # somebody writes there, which Windows does not tell; or it has gone
+                if time.time() - folder.stat().st_mtime > BEGUN:
+                    with alone(folder):
+                        shutil.rmtree(folder, ignore_errors=True)
         copies = [folder for folder in self.folder.parent.iterdir() if (folder / HASHES).is_file()]
         left = ROOM
         for folder in sorted([*copies, *fused_folders()], key=lambda folder: folder.stat().st_mtime, reverse=True):
