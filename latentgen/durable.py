@@ -137,7 +137,8 @@ def alone(folder: Path) -> Iterator[None]:
 
 def recover(target: Path) -> None:
     """Put the old folder back where a swap was cut between its two renames (only where no atomic exchange exists)."""
-    old = target.with_name(f".{target.name}.old")
+    target = target.absolute()
+    old = target.parent / f".{target.name}.old"
     if old.is_dir():
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -214,9 +215,10 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Link (or copy) into `new` every file of `old` that its manifest does not list."""
+    """Link (or copy) into `new` every file of `old` that its manifest does not list, and every empty folder."""
     if not old.is_dir():
         return
+    shutil.copymode(old, new)
     try:
         ours = set(json.loads((old / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
@@ -225,6 +227,8 @@ def _carry_over(old: Path, new: Path) -> None:
         name = path.relative_to(old).as_posix()
         place = new / name
         if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                place.mkdir(parents=True, exist_ok=True)
             continue
         if name in ours:
             continue

@@ -356,7 +356,7 @@ def read_as(form: type[Form], path: Path, changes: Mapping[str, Any] = MappingPr
 def read_table(path: Path) -> dict[str, Any]:
     """What stands in a recipe, not looked at yet. Raises InputError where it is no TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         hint = f"; there is {', '.join(near)}" if near else "; give a .toml file such as pipelines/icons.toml"

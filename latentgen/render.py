@@ -334,6 +334,9 @@ def _known(place: str) -> tuple[str, str]:
 
 def _words_again(settings: Mapping[str, Any], picture: Path, places: Sequence[str]) -> list[Path]:
     """Where the new words of a picture are now; an InputError where one is not there, or is another."""
+    for place in places:
+        if not embedding_file(place).is_file():
+            raise InputError(f"--word {place} is not there; name the file of a new word, or its folder")
     here = {sha256(file): file for file in map(embedding_file, places)}
     found = []
     for known in settings.get("words") or ():

@@ -300,6 +300,27 @@ def test_too_little_memory_is_one_line_whoever_says_so(
     refused(run("render", "a red apple", "--weights", folder), "not enough memory; render smaller pictures (--size)")
 
 
+def test_an_error_of_the_system_is_a_line(
+    run: Callable[..., Ran], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "two.png")
+
+    monkeypatch.setattr("latentgen.render.render", closed)
+    ran = run("render", "a red apple", "--weights", folder)
+    refused(ran, "latentgen: two.png: Permission denied; name another place, or mend that")
+
+
+def test_weights_may_be_the_folder_one_stands_in(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    ended = run("render", "a red apple", "--weights", ".", "--steps", "1", "--out", tmp_path / "apple.png")
+    assert ended.code == 0 and (tmp_path / "apple.png").is_file()
+    refused(run("render", "a", "--weights", "~nosuchuser/x"), "there is no home folder of that name")
+    refused(run("replay", tmp_path / "apple.png", "--word", tmp_path / "nothere"), "--word")
+
+
 def test_progress_is_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with rendering.progress_bar("rendering") as progress:
         assert progress is None

@@ -148,6 +148,15 @@ def test_pictures_held_out_now_that_were_trained_on_before_are_told(start: Path,
         assert any("start may have been trained on" in line for line in lines) == said
 
 
+def test_where_a_training_runs_is_no_place_for_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), Path(".."), tmp_path):
+        with pytest.raises(InputError, match="is where this runs, or above it, and would be replaced"):
+            check_place(out)
+    check_place(Path("weights"))
+
+
 def test_a_place_where_others_things_stand_is_refused_before_the_training(folder: Path, tmp_path: Path) -> None:
     letter, theirs, notes = (tmp_path / name for name in ("letter", "theirs", "notes"))
     letter.write_text("a letter of mine")

@@ -97,6 +97,13 @@ def test_what_is_not_in_the_old_manifest_is_carried_over_and_never_replaced(tmp_
     assert (tmp_path / "w/part/weights").read_text() == "two"
 
 
+def test_an_empty_folder_and_who_may_read_are_carried_over_too(tmp_path: Path) -> None:
+    (tmp_path / "w/.git/refs").mkdir(parents=True)
+    (tmp_path / "w").chmod(0o750)
+    write_folder(tmp_path / "w", writer("one"))
+    assert (tmp_path / "w/.git/refs").is_dir() and (tmp_path / "w").stat().st_mode & 0o777 == 0o750
+
+
 def test_an_error_of_the_writer_leaves_the_old_folder(tmp_path: Path) -> None:
     def fail(aside: Path) -> None:
         writer("two")(aside)

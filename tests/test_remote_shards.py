@@ -105,6 +105,19 @@ def test_a_broken_connection_is_tried_again_and_stops_the_run_not_the_picture(se
     assert len(load_pixels(again, 8, tmp_path / "pixels").array) == 4
 
 
+def test_a_shard_that_cannot_be_fetched_is_no_torn_one_of_which_the_rest_is_used(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.failing = 99
+    with pytest.raises(InputError, match=r"000\.tar cannot be fetched .*; the same command goes on once it can be"):
+        read_folder(Path(f"{served.url}/{{000..001}}.tar"))
+    served.failing = 0
+    for told in ("abc", "nan", "-1"):
+        monkeypatch.setenv(remote.LIMIT, told)
+        with pytest.raises(InputError, match=f"{remote.LIMIT} is '{told}'; give a number of GiB"):
+            read_folder(Path(f"{served.url}/{{000..001}}.tar"))
+
+
 def test_a_full_disk_and_what_is_not_there_are_said(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,12 @@ def test_a_pattern_names_its_shards_and_no_others(tmp_path: Path) -> None:
         read_folder(folder / "{000..004.tar")
 
 
+def test_members_that_are_named_from_the_root_stand_below_the_shard(tmp_path: Path) -> None:
+    place = tar(tmp_path / "a.tar", ("/x/1.png", png((1, 0, 0))), ("/x/1.txt", b"one"))
+    (picture,) = read_folder(place).pictures
+    assert picture.path == place / "x/1.png" and picture.captions == ("one",) and picture.read() == png((1, 0, 0))
+
+
 def test_every_member_is_used_or_listed_and_the_counts_add_up(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     tar(

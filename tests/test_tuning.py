@@ -24,7 +24,7 @@ from latentgen.training import averages as kept
 from latentgen.tuning import averages
 from latentgen.tuning.grid import TRIED, Candidate, evaluations, grid
 from latentgen.tuning.report import lines
-from latentgen.tuning.run import Bench, Order, rounds_of, tune
+from latentgen.tuning.run import Bench, Order, Tuned, rounds_of, tune
 from latentgen.tuning.search import KernelDistance, Unlikeness, halve, rate
 
 ICONS = Path(__file__).parent / "data" / "icons"
@@ -236,7 +236,15 @@ def test_defaults_that_are_the_best_over_all_pictures_stay_where_they_can_be_pai
     bench = Bench(checkpoint, artist, judge, captions, "a figure", mean, tmp_path, print, [], {})
     monkeypatch.setattr(Bench, "of", lambda *_: bench)
     monkeypatch.setattr(Bench, "look", look)
-    found = tune(own, Order(ICONS, price if affordable else price - 1), tmp_path, print)
+    order, before = Order(ICONS, price if affordable else price - 1), (own / "latentgen.json").read_bytes()
+
+    def full(_: Tuned) -> None:
+        raise InputError("the disk is full")
+
+    with pytest.raises(InputError, match="the disk is full"):
+        tune(own, order, tmp_path, print, keep=full)
+    assert (own / "latentgen.json").read_bytes() == before
+    found = tune(own, order, tmp_path, print)
     settings = Pipeline.from_pretrained(own)("a cat", seed=1).settings
     kept_to = (settings["sampler"], settings["num_inference_steps"], settings["guidance_scale"]) == told
     assert found.rated[0].value == 1 and found.before.value == pytest.approx(1 / 3)

@@ -30,7 +30,10 @@ def find(path: str | Path | None) -> Path:
     """The folder or file `path` means: None is the embedded default; an "org/name" that is not here is the hub's."""
     if path is None:
         return default_weights()
-    place = Path(path).expanduser()
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"no weights folder at {path}: there is no home folder of that name") from error
     recover(place)
     if place.exists():
         return place

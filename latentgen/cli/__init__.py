@@ -91,6 +91,8 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             be_silent()
             sys.exit(refuse("cannot write the output: no space is left where it goes; free space or send it elsewhere"))
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            sys.exit(refuse(f"{os.fsdecode(error.filename)}: {error.strerror}; name another place, or mend that"))
         if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
             sys.exit(refuse("not enough memory; render smaller pictures (--size) or fewer at a time (--batch)"))
         raise

@@ -177,7 +177,7 @@ def tune(
     from latentgen.evaluation.division import Asked
     from latentgen.request import nearest_sampler
     from latentgen.tuning.report import lines
-    from latentgen.tuning.run import Order
+    from latentgen.tuning.run import Order, Tuned
     from latentgen.tuning.run import tune as run
 
     asked = Asked(split, hold_out, captions, background)
@@ -186,8 +186,11 @@ def tune(
         order = replace(order, samplers=tuple(nearest_sampler(name.strip(), SAMPLERS) for name in samplers.split(",")))
     if guidances is not None:
         order = replace(order, guidances=read_values(guidances, "--guidances", 1))
-    found = run(weights, order, out.with_suffix(".cache"), say, write=not dry_run)
-    write_file(out, json.dumps(found.as_dict(), indent=2).encode())
+
+    def keep(found: Tuned) -> None:
+        write_file(out, json.dumps(found.as_dict(), indent=2).encode())
+
+    found = run(weights, order, out.with_suffix(".cache"), say, write=not dry_run, keep=keep)
     for line in lines(found):
         print(line)
     print(f"{weights} is as it was (--dry-run)" if dry_run else f"{weights} renders so by default now")

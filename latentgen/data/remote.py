@@ -185,9 +185,12 @@ def _clear(folder: Path) -> None:
 
 def _gib(told: str) -> float:
     try:
-        return float(told) * 2**30
+        found = float(told) * 2**30
     except ValueError:
-        raise InputError(f"{LIMIT} is {told!r}; give a number of GiB") from None
+        found = -1.0
+    if not found >= 0:
+        raise InputError(f"{LIMIT} is {told!r}; give a number of GiB")
+    return found
 
 
 def _ask(url: str) -> tuple[int, str]:

@@ -173,6 +173,8 @@ def _members(tar: Path | RemoteTar, read: _Read) -> Iterator[tuple[str, str, Mem
         for name, why, *place in rows:
             count += 1
             yield name, why, Member(tar, *place)
+    except InputError:  # one that cannot be fetched: all of its pictures would be missing
+        raise
     except (tarfile.TarError, OSError, ValueError) as error:
         rest = f"after {count} members, which are used" if count else "at its start"
         broken = f"is no whole, uncompressed tar ({error}, {rest}); write it anew"
@@ -189,7 +191,7 @@ def _scan(path: Path) -> Iterator[tuple[str, str, int, int]]:
             if info.offset_data + info.size > size:
                 raise tarfile.ReadError("unexpected end of data")
             why = "" if info.isreg() else "a link or a device, not a file"
-            yield info.name.removeprefix("./"), why, info.offset_data, info.size
+            yield info.name.removeprefix("./").lstrip("/"), why, info.offset_data, info.size
 
 
 def _written_down(tar: RemoteTar) -> Iterator[list[Any]]:

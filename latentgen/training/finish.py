@@ -113,6 +113,8 @@ def check_place(out: Path, mark: str = MANIFEST, written: Iterable[str] = WRITTE
 
     Others' is a file, and a folder without the file `mark` that holds what would be `written` (patterns).
     """
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{out} is where this runs, or above it, and would be replaced; name a folder of its own")
     if out.is_dir():
         free = (out / mark).is_file() or not any(any(out.glob(pattern)) for pattern in written)
     else:

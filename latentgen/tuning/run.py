@@ -66,9 +66,17 @@ class Tuned:
         return asdict(self)
 
 
-def tune(weights: str | Path, order: Order, cache: Path, report: Report, write: bool = True) -> Tuned:
+def tune(
+    weights: str | Path,
+    order: Order,
+    cache: Path,
+    report: Report,
+    write: bool = True,
+    keep: Callable[[Tuned], None] = lambda _: None,
+) -> Tuned:
     """Search, and (write) make the best the folder's defaults. A stopped search goes on from `cache`.
 
+    keep: told what was found before the folder is changed, which it is not where that cannot be kept.
     Raises InputError with one line, before anything is rendered where it can.
     """
     checkpoint = open_checkpoint(find(weights))
@@ -107,6 +115,7 @@ def tune(weights: str | Path, order: Order, cache: Path, report: Report, write: 
             widths,
             next(each for each in both if each.candidate is before),
         )
+        keep(found)
         if write:
             settle(checkpoint, found, order, tensors.get(chosen.width))
     return found

@@ -81,13 +81,16 @@ def test_nothing_is_left_of_a_file_that_could_not_be_read_back(
     made, file = adapter(folder, "lora", tmp_path / "mine"), tmp_path / "mine.safetensors"
 
     def failing(*_: Any) -> float:
-        assert file.is_file()
+        assert (tmp_path / ".mine.writing.safetensors").is_file()
         raise kind
 
     monkeypatch.setattr(kohya, "_apart", failing)
     with pytest.raises(kind):
         write_kohya(made, file)
-    assert not file.exists()
+    assert not list(tmp_path.glob("*.safetensors"))
+    (tmp_path / "note").touch()
+    with pytest.raises(InputError, match=f"cannot write {tmp_path / 'note/mine.safetensors'}: "):
+        write_kohya(made, tmp_path / "note/mine.safetensors")
 
 
 @pytest.mark.parametrize("text", [False, True])

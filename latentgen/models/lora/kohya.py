@@ -1,6 +1,7 @@
 """An adapter under the names and in the file form of kohya's scripts and LyCORIS, which most other programs read."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.checkpoint.keys import ldm_layers
+from latentgen.durable import saying_what_failed
 from latentgen.errors import InputError
 from latentgen.models.lora.file import Lora, read_lora
 from latentgen.models.lora.names import KOHYA, LDM, TOWER
@@ -41,16 +43,19 @@ def write_kohya(source: str | Path, target: Path, base: str | Path | None = None
     for layer, update in lora.updates.items():
         for name, tensor in _tensors(update).items():
             tensors[f"{names[layer]}.{name}"] = np.ascontiguousarray(tensor.astype(np.float32))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.stem}.writing.safetensors")
     try:
-        save_file(tensors, target, {"ss_network_module": "networks.lora"})
-        again = read_lora(target).updates
+        with saying_what_failed(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, aside, {"ss_network_module": "networks.lora"})
+        again = read_lora(aside).updates
         apart = max(_apart(update, again[names[layer]]) for layer, update in lora.updates.items())
         if not apart <= LARGEST:
             raise InputError(f"{target} did not read back as {source} (by {apart:.2g}) and was removed; report this")
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
+        aside.replace(target)
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     return apart
 
 

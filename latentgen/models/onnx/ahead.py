@@ -23,7 +23,7 @@ def open_ahead(weights: str | Path | None, tokenizer: str | Path | None = None) 
     Only what is on this disk, small, with a manifest that tells its hashes, and ready: nothing is fetched, exported or
     made here. What is wrong is said by who opens.
     """
-    with suppress(InputError, OSError, ImportError):  # no home folder; no ONNX Runtime
+    with suppress(InputError, OSError, RuntimeError, ImportError):  # no home folder; no ONNX Runtime
         place = default_weights() if weights is None else Path(weights).expanduser()
         if speaks_for_gpu() or not ((place / MANIFEST).is_file() and (user_cache() / "onnx" / "ready").is_dir()):
             return
@@ -34,7 +34,12 @@ def open_ahead(weights: str | Path | None, tokenizer: str | Path | None = None) 
         graphs = find_graphs(place, second) or find_graphs(cache_folder(checkpoint), second) or {}
         pool = ThreadPoolExecutor(THREADS)
         pool.submit(checkpoint.verify)
-        from latentgen.models.onnx import session
+        try:
+            from latentgen.models.onnx import session
+        except ImportError as error:
+            if isinstance(error.__cause__, KeyboardInterrupt):  # which came while a module of C was starting
+                raise KeyboardInterrupt from None
+            raise
 
         for name, graph in graphs.items():
             part = "unet" if name == TOLD else name
