@@ -258,11 +258,6 @@ class PixelRun:
         """Which held-out pictures every validation is of."""
         return np.sort(self._chosen(self.recipe.validation))
 
-    @property
-    def _held_labels(self) -> str:
-        """Changes with the class of any held-out picture."""
-        return fingerprint(self._pictures[1].labels.tolist())
-
     def sheet(self, model: PixelModel) -> Any:
         """A column for each class, from fixed noise."""
         what, classes = self.recipe.sample, range(len(self.classes))
@@ -283,8 +278,8 @@ class PixelRun:
         On as many held-out pictures as the recipe says, by fixed draws; kept beside the stage's checkpoints.
         """
         what = self.recipe.likelihood
-        steps = self.recipe.train.steps
-        kept = self.place / f"likelihood-{fingerprint(what.model_dump(), steps, self._held_labels)}.json"
+        steps, classes = self.recipe.train.steps, self._pictures[1].labels.tolist()
+        kept = self.place / f"likelihood-{fingerprint(what.model_dump(), steps, classes)}.json"
         if kept.is_file():
             figures: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
             return figures

@@ -194,9 +194,11 @@ def test_times_outside_a_continuous_schedule_are_refused() -> None:
 
 def test_steps_that_would_fall_on_one_level_are_refused_by_their_number() -> None:
     table = Discrete.scaled_linear()
-    for options in ({"steps_offset": 1, "spacing": "leading"}, {"clean_counts": True, "spacing": "linspace"}):
+    tried: list[dict[str, Any]] = [{"steps_offset": 1, "spacing": "leading"}]
+    tried += [{"clean_counts": True, "spacing": "linspace"}]
+    for options in tried:
         with pytest.raises(InputError, match=f"1000 steps do not fit the 1000 levels.*{options['spacing']} spaced"):
-            knots(table, 1000, **options)  # type: ignore[arg-type]
+            knots(table, 1000, **options)
     assert len(knots(table, 1000)) == len(knots(table, 1000, spacing="karras", clean_counts=True)) == 1001
 
 
