@@ -120,6 +120,51 @@ def test_bad_metadata_is_one_line_naming_file_and_line(tmp_path: Path, lines: li
     assert "\n" not in str(raised.value)
 
 
+def test_a_sidecar_that_is_not_utf8_costs_its_own_picture_not_the_run(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "d.png", "d.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "b.txt").write_bytes("\ufeffa dog\nun caf".encode() + b"\xe9")
+    (tmp_path / "b.caption").write_text("a dog")
+    (tmp_path / "c.txt").write_bytes("a cup".encode("utf-16"))
+    (tmp_path / "d.txt").write_bytes("two".encode("utf-16-le"))  # whose every other byte is 0, and all are UTF-8
+    folder = read_folder(tmp_path)
+    told = {(picture.path.name, picture.captions) for picture in folder.pictures}
+    assert told == {("a.png", ("a cat",)), ("b.png", ("a dog",))}  # of b.png the other sidecar holds
+    first, second, third = (
+        f"{name}.txt is not UTF-8 text ({where}); save it as UTF-8"
+        for name, where in (("b", "line 2, byte 15"), ("c", "line 1, byte 0"), ("d", "line 1, byte 1"))
+    )
+    assert {(problem.path.name, problem.kind, problem.reason) for problem in folder.problems} == {
+        ("b.txt", "unreadable", first),
+        ("c.txt", "unreadable", second),
+        ("d.txt", "unreadable", third),
+        ("c.png", "without caption", second),
+        ("d.png", "without caption", third),
+        ("d.jpg", "without caption", third),
+    }
+    ledger = write_ledger(folder, 8)
+    assert ledger.files == {"used": 2, "description": 2, "without caption": 3, "unreadable": 3}
+    assert sum(ledger.files.values()) == len(list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_table_in_another_code_is_one_line_that_names_file_and_line(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "a.png")
+    form = name.endswith("csv")
+    rows = ["file_name,text", "a.png,café"] if form else ["", json.dumps({"file_name": "a.png", "text": "café"})]
+    text = "\r\n".join(rows).replace("\\u00e9", "é")
+    table = tmp_path / name
+    for code, where in (("latin-1", "line 2, "), ("utf-16", "line 1, byte 0"), ("utf-16-be", "line 1, byte ")):
+        table.write_bytes(text.encode(code))
+        with pytest.raises(InputError) as refused:
+            read_folder(tmp_path)
+        line = str(refused.value)
+        assert line.startswith(f"{table} is not UTF-8 text ({where}") and "\n" not in line
+    table.write_bytes(text.encode("utf-8-sig"))
+    assert read_folder(tmp_path).pictures[0].captions == ("café",)
+
+
 def test_folders_without_anything_to_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_folder(tmp_path / "none")
@@ -318,7 +363,7 @@ def test_a_name_that_is_not_utf8_is_a_name_as_others(tmp_path: Path) -> None:
     folder = hold_out(read_folder(root), "test", 0.3)
     assert len(folder.pictures) == 3 and folder.select("test")
     page = keep_ledger(write_ledger(folder, 8), tmp_path / "state")
-    assert "caf" in page.read_text() and "caf" in (tmp_path / "state" / "ledger.json").read_text()
+    assert "<b>caf\\udce9.png</b>" in page.read_text() and "caf" in (tmp_path / "state" / "ledger.json").read_text()
     (problem,) = (problem for problem in read_folder(root, "names").problems if problem.kind == "without caption")
     assert problem.path.name == f"{odd}.png" and problem.reason == "its name is not UTF-8"
 

@@ -240,6 +240,35 @@ def test_the_verb_prints_writes_and_refuses(folder: Path) -> None:
     assert named.returncode == 0 and "9  pictures" in named.stdout
 
 
+def test_the_verb_replaces_its_own_reports_alone(folder: Path) -> None:
+    table, page = folder.parent / "ledger.json", folder.parent / "ledger.html"
+    table.touch()
+    asked = [str(folder), "--json", str(table), "--html", str(page)]
+    assert run(*asked).returncode == 0
+    written = page.read_text(), table.read_text()
+    (folder / "more.txt").write_text("more")
+    assert run(*asked).returncode == 0
+    assert page.read_text() != written[0] and table.read_text() != written[1]
+    for option, there in (("--json", page), ("--html", table), ("--html", folder / "plain.png"), ("--json", folder)):
+        refused = run(str(folder), option, str(there))
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not refused.stdout
+        assert f"{there} is " in refused.stderr and "name another place" in refused.stderr
+    with Image.open(folder / "plain.png") as picture:
+        picture.load()
+    table.write_text("")
+    (folder.parent / "link").symlink_to(folder.parent)
+    for same in (table, folder.parent / "link" / table.name):
+        both = run(str(folder), "--json", str(table), "--html", str(same))
+        assert both.returncode == 2 and both.stderr.endswith("name two files\n") and not table.read_text()
+
+
+def test_the_verb_says_before_it_looks_that_a_report_cannot_be_written(folder: Path) -> None:
+    plain = folder / "plain.txt"
+    for option in ("--json", "--html"):
+        refused = run(str(folder / "nowhere"), option, str(plain / "report"))
+        assert refused.returncode == 2 and f"{plain} is a file, not a folder" in refused.stderr
+
+
 def test_the_verb_counts_with_the_tokenizer_of_weights(folder: Path) -> None:
     from tokenizers import Tokenizer
 

@@ -1,6 +1,7 @@
 """Shards at an address are read as those on a disk are, in bounded room, and fetched again only where they must be."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from latentgen.data import load_pixels, read_folder, remote, write_ledger
+from latentgen.data.picture import PROFILED, content_of
 from latentgen.errors import InputError
 from tests.forked import verb
 from tests.shards import Served, png, tar, webshards
@@ -36,7 +38,7 @@ def test_shards_at_an_address_are_those_on_the_disk(served: Served, tmp_path: Pa
     assert [p.path.name for p in there.pictures] == [p.path.name for p in here.pictures]
     for far, near in zip(there.pictures, here.pictures, strict=True):
         assert (far.captions, far.split, far.attributes) == (near.captions, near.split, near.attributes)
-        assert far.read() == near.read() and far.digest() == near.digest()
+        assert far.read() == near.read() and far.content() == near.content()
     assert sorted(served.fetched) == ["000.tar", "001.tar", "002.tar"] and len(said) == 3
     arrays = [load_pixels(some, 8, tmp_path / name).array for some, name in ((there, "far"), (here, "near"))]
     np.testing.assert_array_equal(*arrays)
@@ -76,6 +78,19 @@ def test_what_is_kept_stays_within_its_bound_and_is_listed_without_being_fetched
     monkeypatch.setenv(remote.LIMIT, "much")
     with pytest.raises(InputError, match="give a number of GiB"):
         read_folder(address).pictures[0].read()
+
+
+def test_a_shard_listed_before_profiles_were_heeded_is_decoded_anew_once(served: Served, tmp_path: Path) -> None:
+    address = Path(f"{served.url}/000.tar")
+    pictures = read_folder(address).pictures
+    assert [picture.content() for picture in pictures] == [content_of(picture.read()) for picture in pictures]
+    (listing,) = (tmp_path / "kept").rglob("*.json")
+    told = json.loads(listing.read_text())
+    del told["profiles"]
+    listing.write_text(json.dumps(told))
+    count = len(served.fetched)
+    assert all(p.content() == content_of(p.read()) + PROFILED for p in read_folder(address).pictures)
+    assert len(served.fetched) == count
 
 
 def test_a_shard_that_changed_at_its_address_is_another(served: Served, tmp_path: Path) -> None:

@@ -59,6 +59,27 @@ def test_a_pattern_names_its_shards_and_no_others(tmp_path: Path) -> None:
         read_folder(folder / "{000..004.tar")
 
 
+def test_capitals_of_an_ending_make_no_difference_in_a_shard(tmp_path: Path) -> None:
+    place = tar(
+        tmp_path / "a.tar",
+        ("1.PNG", png((1, 0, 0))),
+        ("1.TXT", b"one"),
+        ("2.PNG", png((2, 0, 0))),
+        ("2.JSON", b'{"text": "two", "n": 2}'),
+    )
+    found = read_folder(place)
+    assert [picture.captions for picture in found.pictures] == [("one",), ("two",)] and found.problems == ()
+    assert found.pictures[1].attributes == {"n": 2}
+
+
+def test_shards_in_folders_that_are_named_as_splits_are_in_them(tmp_path: Path) -> None:
+    for place, number in (("train/0.tar", 1), ("test/0.tar", 2), ("val.tar", 3), ("train/test.tar", 4)):
+        said = b'{"text": "x", "split": "kept"}' if number == 4 else b'{"text": "x"}'
+        tar(tmp_path / place, ("test/1.png", png((number, 0, 0))), ("test/1.json", said))
+    found = {picture.file.relative_to(tmp_path).as_posix(): picture.split for picture in read_folder(tmp_path).pictures}
+    assert found == {"train/0.tar": "train", "test/0.tar": "test", "val.tar": "train", "train/test.tar": "kept"}
+
+
 def test_members_that_are_named_from_the_root_stand_below_the_shard(tmp_path: Path) -> None:
     place = tar(tmp_path / "a.tar", ("/x/1.png", png((1, 0, 0))), ("/x/1.txt", b"one"))
     (picture,) = read_folder(place).pictures

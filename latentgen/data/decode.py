@@ -1,19 +1,26 @@
-"""A file's picture as people see it: upright, on a background, in 8-bit RGB; of an animated file the first frame."""
+"""A file's picture as people see it: upright, on a background, in 8-bit sRGB; of an animated file the first frame."""
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from latentgen.data.colours import to_srgb
 from latentgen.data.picture import Picture
 from latentgen.errors import InputError
 
 BACKGROUND = "white"
 WHITE_16 = 2**16 - 1
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG
+SHORT_TEXT = 1000  # bytes, which hold less than a megabyte even compressed
+Seen = TypeVar("Seen")
 SHEETS_HELD = 4  # decoded files kept at hand for the pictures that lie in them
 
 
@@ -45,6 +52,7 @@ class Opener:
 
     def __init__(self, background: str = BACKGROUND) -> None:
         self.colour = read_colour(background)
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what is too large is an error
         self._sheet: Callable[[Path], tuple[Image.Image, int]] = lru_cache(SHEETS_HELD)(_sheet)
 
     def open(self, picture: Picture, draft: int | None = None) -> Opened:
@@ -55,20 +63,26 @@ class Opener:
         try:
             if picture.box is not None:
                 return self._part(picture)
-            with Image.open(picture.path if picture.stored is None else io.BytesIO(picture.read())) as image:
-                frames, size = getattr(image, "n_frames", 1), image.size
-                if draft is not None:
-                    image.draft(None, (draft, draft))  # decoded at a half, quarter or eighth
-                upright = ImageOps.exif_transpose(image)
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                return self._opened(upright, image.mode, frames, size[::-1] if turned else size)
+            file = picture.path if picture.stored is None else io.BytesIO(picture.read())
+            return _look(file, lambda image: self._whole(image, draft))
         except (CannotDecode, InputError):  # the second is of what is not the picture's fault
             raise
         except Exception as error:  # decoders raise whatever they like on a broken file
             if isinstance(error, Image.UnidentifiedImageError):
                 raise CannotDecode("is not a picture that can be read") from error
+            if isinstance(error, Image.DecompressionBombError):
+                most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+                raise CannotDecode(f"has more than {most} megapixels, which are not opened; make it smaller") from error
             words = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CannotDecode(f"cannot be decoded: {words}") from error
+
+    def _whole(self, image: Image.Image, draft: int | None) -> Opened:
+        frames, size = getattr(image, "n_frames", 1), image.size
+        if draft is not None:
+            image.draft(None, (draft, draft))  # decoded at a half, quarter or eighth
+        upright = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return self._opened(upright, image.mode, frames, size[::-1] if turned else size)
 
     def _part(self, picture: Picture) -> Opened:
         whole, frames = self._sheet(picture.path)
@@ -81,7 +95,7 @@ class Opener:
         return self._opened(part, whole.mode, frames, part.size)
 
     def _opened(self, image: Image.Image, mode: str, frames: int, size: tuple[int, int]) -> Opened:
-        return Opened(to_rgb(image, self.colour), mode, frames, image.has_transparency_data, size)
+        return Opened(to_rgb(to_srgb(image), self.colour), mode, frames, image.has_transparency_data, size)
 
 
 def to_rgb(image: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -120,8 +134,35 @@ def _range(values: np.ndarray) -> str:
 
 def _sheet(path: Path) -> tuple[Image.Image, int]:
     """A file whole and upright in memory, and its count of frames."""
-    with Image.open(path) as image:
+
+    def whole(image: Image.Image) -> tuple[Image.Image, int]:
         frames = getattr(image, "n_frames", 1)
         upright = ImageOps.exif_transpose(image)
         upright.load()
         return upright, frames
+
+    return _look(path, whole)
+
+
+def _look(file: Path | io.BytesIO, see: Callable[[Image.Image], Seen]) -> Seen:
+    """What `see` sees in an opened file; in a PNG whose texts are longer than Pillow reads, without those."""
+    try:
+        with Image.open(file) as image:
+            return see(image)
+    except ValueError as error:
+        if "MAX_TEXT" not in str(error):
+            raise
+    data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+    with Image.open(io.BytesIO(_without_texts(data))) as image:
+        return see(image)
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG without its longer texts; anything else as it is."""
+    kept, at = [png[: len(PNG)]], len(PNG)
+    while png.startswith(PNG) and at + 12 <= len(png):  # of a chunk: 4 bytes of length, 4 of kind, content, 4 of sum
+        length = int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] not in TEXTS or length <= SHORT_TEXT:
+            kept.append(png[at : at + 12 + length])
+        at += 12 + length
+    return b"".join([*kept, png[at:]])

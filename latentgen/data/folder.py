@@ -10,17 +10,20 @@ is either used or listed with the reason.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from latentgen.data.metadata import NAMES, clean_captions, is_torn, read_metadata, read_text
+from latentgen.data.names import composed, split_of
 from latentgen.data.picture import Picture, Problem
 from latentgen.errors import InputError
 
 SIDECARS = (".txt", ".caption")
-PICTURES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_JPEG, _PNG = {".jfif", ".jpe", ".jpeg", ".jpg"}, {".apng", ".png"}
+PICTURES = frozenset({*_JPEG, *_PNG, ".avif", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 SOURCES = ("files", "names")  # of captions: tables and sidecars, or the names of the picture files
 _NUMBER = re.compile(r"[\s(\[]*\b\d+[)\]]*$")  # at a name's end: "red apple 02", "red apple (2)"
 
@@ -30,7 +33,8 @@ class CaptionedFolder:
     """The pictures of one folder in the order of its description, and the files in it that are not used.
 
     descriptions: the files that the captions were read from. containers: files that hold many pictures, of which each
-    is told by a name below its file. files: those there are; None is all below `root`.
+    is told by a name below its file. files: those there are; None is all below `root`. remark: a line for people where
+    pictures are in a split by the folder they are in; else "".
     """
 
     root: Path
@@ -39,6 +43,7 @@ class CaptionedFolder:
     descriptions: tuple[Path, ...] = ()
     containers: tuple[Path, ...] = ()
     files: tuple[Path, ...] | None = None
+    remark: str = ""
 
     def select(self, split: str) -> tuple[Picture, ...]:
         """The pictures of one split ("train", "test", ...), in order; empty if the folder has no such split."""
@@ -59,7 +64,8 @@ def read_files(root: Path, captions: str = "files") -> CaptionedFolder:
     found = [path for path in files if path.suffix.lower() in PICTURES]
     if not found:
         raise InputError(f"{root} holds no pictures; put {listing(PICTURES)} files there")
-    pictures, problems, descriptions = _from_names(found) if captions == "names" else _from_files(found, files)
+    named = captions == "names"
+    pictures, problems, descriptions = _from_names(found) if named else _from_files(found, files)
     if not pictures:
         first = next((f" ({p.reason})" for p in problems if p.kind == "without caption" and ";" in p.reason), "")
         raise InputError(
@@ -68,6 +74,21 @@ def read_files(root: Path, captions: str = "files") -> CaptionedFolder:
         )
     problems += [problem for problem in beyond if not is_hidden(problem.path.relative_to(root))]
     return CaptionedFolder(root, tuple(pictures), tuple(problems), tuple(descriptions))
+
+
+def in_splits(folder: CaptionedFolder, by_name: bool) -> CaptionedFolder:
+    """The folder with each picture that is told no split ("") in "train"; by_name: in that of the folder it is in."""
+
+    def split_for(path: Path) -> str:
+        return split_of(folder.root, path) if by_name else "train"
+
+    pictures = tuple(p if p.split else replace(p, split=split_for(p.path)) for p in folder.pictures)
+    problems = tuple(p if p.split else replace(p, split=split_for(p.path)) for p in folder.problems)
+    untold = (picture.split for picture, as_read in zip(pictures, folder.pictures, strict=True) if not as_read.split)
+    counts = sorted(Counter(split for split in untold if split != "train").items())
+    placed = ", ".join(f"{count} {split!r}" for split, count in counts)
+    remark = f"data: pictures in a split by their folder: {placed}" if counts else ""
+    return replace(folder, pictures=pictures, problems=problems, remark=remark)
 
 
 def walk(root: Path) -> tuple[list[Path], list[Problem]]:
@@ -118,10 +139,10 @@ def _from_names(found: Sequence[Path]) -> tuple[list[Picture], list[Problem], li
     pictures, problems = [], []
     for path, caption in said:
         if caption and not is_torn(caption):
-            pictures.append(Picture(path, (caption,)))
+            pictures.append(Picture(path, (caption,), ""))
         else:
             reason = "its name is not UTF-8" if caption else "its name holds no words"
-            problems.append(Problem(path, reason, "without caption"))
+            problems.append(Problem(path, reason, "without caption", split=""))
     return pictures, problems, []
 
 
@@ -141,8 +162,10 @@ def _from_files(found: Sequence[Path], files: Sequence[Path]) -> tuple[list[Pict
         problems += unused
     described = {picture.path for picture in pictures} | {problem.path for problem in problems}
     table_names = " or ".join(sorted({table.name for table in tables}))
-    beside, unnamed, sidecars = _from_sidecars([path for path in found if path not in described], files, table_names)
-    stray = [path for path in files if path.suffix in SIDECARS and path not in sidecars] if not tables else []
+    rest = [path for path in found if path not in described]
+    beside, unnamed, sidecars = _from_sidecars(rest, files, table_names)
+    told = {*sidecars, *(problem.path for problem in unnamed)}
+    stray = [path for path in files if path.suffix.lower() in SIDECARS and path not in told] if not tables else []
     unnamed += [Problem(path, "no picture of that name beside it", "not a picture") for path in stray]
     return pictures + beside, problems + unnamed, tables + sidecars
 
@@ -150,21 +173,41 @@ def _from_files(found: Sequence[Path], files: Sequence[Path]) -> tuple[list[Pict
 def _from_sidecars(
     found: Sequence[Path], files: Sequence[Path], tables: str
 ) -> tuple[list[Picture], list[Problem], list[Path]]:
-    available = set(files)
+    beside = _beside(found, files)
+    lines: dict[Path, list[str]] = {}
+    broken: dict[Path, str] = {}
+    for path in dict.fromkeys(sidecar for own in beside.values() for sidecar in own):
+        try:
+            lines[path] = read_text(path).splitlines()
+        except InputError as error:
+            broken[path] = str(error).removeprefix(f"{path.parent}{os.sep}")
     pictures: list[Picture] = []
-    problems: list[Problem] = []
-    used: list[Path] = []
-    for path in found:
-        sidecars = [path.with_suffix(suffix) for suffix in SIDECARS if path.with_suffix(suffix) in available]
-        captions = clean_captions([line for sidecar in sidecars for line in read_text(sidecar).splitlines()])
-        used += sidecars
+    problems = [Problem(path, reason) for path, reason in broken.items()]
+    for path, sidecars in beside.items():
+        captions = clean_captions([line for sidecar in sidecars for line in lines.get(sidecar, ())])
         if captions:
-            pictures.append(Picture(path, captions))
+            pictures.append(Picture(path, captions, ""))
+        elif torn := [broken[sidecar] for sidecar in sidecars if sidecar in broken]:
+            problems.append(Problem(path, torn[0], "without caption", split=""))
         elif sidecars:
             reason = f"{sidecars[0].name} is empty; write what {path.name} shows, one caption a line"
-            problems.append(Problem(path, reason, "without caption"))
+            problems.append(Problem(path, reason, "without caption", split=""))
         else:
             missing = f"no caption file beside it; write {path.with_suffix('.txt').name}"
             reason = f"no line of {tables} names it" if tables else missing
-            problems.append(Problem(path, reason, "without caption"))
-    return pictures, problems, used
+            problems.append(Problem(path, reason, "without caption", split=""))
+    return pictures, problems, list(lines)
+
+
+def _beside(found: Sequence[Path], files: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Of each picture its sidecars, .txt first: of its own name, else of the same with accents in another form."""
+    alike: dict[str, list[Path]] = {}
+    for path in sorted(files, key=lambda path: path.suffix.lower() != SIDECARS[0]):
+        if path.suffix.lower() in SIDECARS:
+            alike.setdefault(composed(path.with_suffix("")), []).append(path)
+    beside: dict[Path, list[Path]] = {}
+    for path in found:
+        stem = path.with_suffix("")
+        near = alike.get(composed(stem), [])
+        beside[path] = [sidecar for sidecar in near if sidecar.with_suffix("") == stem] or near
+    return beside

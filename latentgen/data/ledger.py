@@ -26,7 +26,7 @@ STATUSES = {
     "container": "files that hold many pictures: each member or row is counted by itself",
     "without caption": "pictures that nothing describes: left out",
     "does not fit": "pictures that would be cut or enlarged more than the recipe allows: left out",
-    "unreadable": "pictures that cannot be decoded: left out",
+    "unreadable": "files that cannot be read or decoded: left out",
     "not a picture": "other files: not read",
     "hidden": "names that start with a dot: not read",
 }

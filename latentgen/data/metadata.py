@@ -7,13 +7,16 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from latentgen.data.names import Found
 from latentgen.data.picture import Box, Picture, Problem
 from latentgen.errors import InputError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a .csv; some spreadsheets write the second
 Row = tuple[str, dict[str, Any]]  # where it stands, for people; its columns
 
 
@@ -23,19 +26,22 @@ def read_metadata(metadata: Path, found: Sequence[Path]) -> tuple[list[Picture],
     Raises InputError for a table that cannot be read, a column of the wrong kind, and a row that names a missing
     picture.
     """
-    known = set(found)
+    known = Found(found)
     pictures: dict[tuple[Path, Box | None], Picture] = {}
     problems: list[Problem] = []
     missing: list[tuple[str, str]] = []
     rows = 0
     for where, columns in _rows(metadata):
         rows += 1
-        picture = _entry(columns, metadata.parent, f"{metadata} {where}")
+        named = _entry(columns, metadata.parent, f"{metadata} {where}")
+        place = _place(named.path, metadata.parent, known, f"{metadata} {where}")
+        if place is None:
+            missing.append((where, str(named.path.relative_to(metadata.parent))))
+            continue
+        picture = replace(named, path=place)
         if (picture.path, picture.box) in pictures:
             again = f"named again in {metadata.name} {where}; the first entry is used"
             problems.append(Problem(picture.path, again, "named again", picture.box))
-        elif picture.path not in known and not picture.path.is_file():
-            missing.append((where, str(picture.path.relative_to(metadata.parent))))
         elif not picture.captions:
             reason = f'{metadata.name} {where}: {picture.path.name} has no caption; write "text": "what it shows"'
             problems.append(Problem(picture.path, reason, "without caption", picture.box, split=picture.split))
@@ -54,13 +60,25 @@ def clean_captions(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises InputError for one that is not UTF-8."""
+    """A text file, its lines ended by newlines. Raises InputError for one that is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        text = decoded(path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); make it readable") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decoded(data: bytes, name: Path | str) -> str:
+    """The text of a file, without a byte order mark. Raises InputError for bytes that are not UTF-8."""
+    start = data.find(0)  # in no text, but at every letter of UTF-16
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        start = error.start if start < 0 else min(start, error.start)
+    if start >= 0:
+        line = data[:start].count(b"\n") + 1
+        raise InputError(f"{name} is not UTF-8 text (line {line}, byte {start}); save it as UTF-8")
+    return text.removeprefix("\ufeff")
 
 
 def _rows(metadata: Path) -> Iterator[Row]:
@@ -84,23 +102,33 @@ def _json_rows(metadata: Path) -> Iterator[Row]:
 
 def _csv_rows(metadata: Path) -> Iterator[Row]:
     """Cells are text; of `captions` and `box` a cell that starts with a bracket is a JSON list."""
-    reader = csv.DictReader(io.StringIO(read_text(metadata), newline=""), strict=True, skipinitialspace=True)
+    text = read_text(metadata)
+    reader: csv.DictReader[str] | None = None
     try:
+        between = _separator(text)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=between, strict=True, skipinitialspace=True)
         _check_columns(metadata, reader.fieldnames or ())
         for cells in reader:
             where = f"line {reader.line_num}"
             if None in cells:
                 raise InputError(
-                    f'{metadata} {where} has more cells than columns; write a comma in quotes: "red, round"'
+                    f"{metadata} {where} has more cells than columns; write {SEPARATORS[between]} in quotes: "
+                    f'"red{between} round"'
                 )
             columns: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
             for name in {"captions", "box"} & columns.keys():
                 columns[name] = _listed(columns[name], f"{metadata} {where}: {name}")
             yield where, columns
     except csv.Error as error:
-        raise InputError(
-            f"{metadata} line {reader.reader.line_num} is not CSV ({error}); save it as comma-separated"
-        ) from None
+        number = reader.reader.line_num if reader is not None else 1
+        raise InputError(f"{metadata} line {number} is not CSV ({error}); save it as comma-separated") from None
+
+
+def _separator(text: str) -> str:
+    """What stands between the names of the columns; a comma where nothing gives a column of files."""
+    head = text.partition("\n")[0]
+    names = {between: next(csv.reader([head], delimiter=between, skipinitialspace=True), []) for between in SEPARATORS}
+    return next((between for between in SEPARATORS if "file_name" in names[between]), ",")
 
 
 def _listed(cell: str, what: str) -> Any:
@@ -135,18 +163,42 @@ def _check_columns(metadata: Path, names: Sequence[str]) -> None:
 
 
 def _entry(columns: dict[str, Any], root: Path, where: str) -> Picture:
-    """One row as a Picture, whose captions may be none; `where` names file and line for the error."""
+    """One row as a Picture, whose captions may be none and whose split may be ""; `where` names file and line."""
     name = columns.pop("file_name", None)
     if not isinstance(name, str) or not name:
         raise InputError(f'{where} has no file_name; write "file_name": "images/cat.png"')
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{where}: {name} lies outside the folder; give a path relative to {root}")
+        raise _outside(name, root, where)
     captions = clean_captions(entry_captions(columns, name, where))
     split = columns.pop("split", None)
     if not isinstance(split, str | None):
         raise InputError(f'{where}: split of {name} is not a string; write "split": "train"')
     box = _box(columns.pop("box", None), f"{where}: box of {name}")
-    return Picture(root / name, captions, split or "train", columns, box)
+    return Picture(root / name, captions, split or "", columns, box)
+
+
+def _place(named: Path, root: Path, known: Found, where: str) -> Path | None:
+    """The file that a row means: as it is named, else by Windows' folders, else with accents or capitals otherwise."""
+    if (known_as := _known(named, known)) is not None:
+        return known_as
+    name = str(named.relative_to(root))
+    if "\\" in name:
+        windows = PureWindowsPath(name)
+        if windows.anchor or ".." in windows.parts:
+            raise _outside(name, root, where)
+        return _known(root.joinpath(*windows.parts), known)
+    return None
+
+
+def _known(named: Path, known: Found) -> Path | None:
+    """A file by its own spelling; whether it is there is asked last, as some file systems say so of any spelling."""
+    if named in known:
+        return named
+    return known.alike(named) or (named if named.is_file() else None)
+
+
+def _outside(name: str, root: Path, where: str) -> InputError:
+    return InputError(f"{where}: {name} lies outside the folder; give a path relative to {root}")
 
 
 def entry_captions(columns: dict[str, Any], name: str, where: str) -> list[str]:

@@ -49,7 +49,7 @@ def keep_ledger(ledger: Ledger, folder: Path) -> Path:
     table, page = folder / "ledger.json", folder / "ledger.html"
     told = ledger.as_json().encode(errors="backslashreplace")  # names of files need not be UTF-8
     if not (table.is_file() and page.is_file() and table.read_bytes() == told):
-        write_file(page, write_page(ledger).encode(errors="backslashreplace"))
+        write_file(page, write_page(ledger).encode())
         write_file(table, told)
     return page
 

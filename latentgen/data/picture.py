@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the file
+PROFILED = b"; in sRGB"
 Kind = Literal["unreadable", "without caption", "not a picture", "named again", "hidden", "does not fit"]
 
 
@@ -17,6 +18,15 @@ def stamp_of(path: Path) -> list[int]:
     except OSError:
         return [0, 0]
     return [status.st_mtime_ns, status.st_size]
+
+
+def content_of(data: bytes) -> bytes:
+    """What a picture's file is known by: its SHA-256, and a mark where it may hold a colour profile.
+
+    The mark is for pixels that were kept before profiles were heeded: those of other files are still right.
+    """
+    profiled = b"acsp" in data or b"iCCP" in data  # in every profile; and in a PNG, which compresses it
+    return hashlib.sha256(data).digest() + (PROFILED if profiled else b"")
 
 
 class Stored(Protocol):
@@ -33,16 +43,16 @@ class Stored(Protocol):
     def read(self) -> bytes:
         """The bytes, as a picture file would have them. Raises OSError."""
 
-    def digest(self) -> bytes:
-        """Their SHA-256. Raises OSError."""
+    def content(self) -> bytes:
+        """`content_of` them. Raises OSError."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """One picture and what is said of it; the captions are non-empty, the first is the main one.
 
-    box: the part of the file that it is; None is all of it. stored: where its bytes stand if `path` is no file on the
-    disk but a name below one (shard.tar/0001.jpg); None is the file `path`.
+    split: "" while nothing says it. box: the part of the file that it is; None is all of it. stored: where its bytes
+    stand if `path` is no file on the disk but a name below one (shard.tar/0001.jpg); None is the file `path`.
     """
 
     path: Path
@@ -66,9 +76,9 @@ class Picture:
         """The bytes of its picture file. Raises OSError."""
         return self.stored.read() if self.stored is not None else self.path.read_bytes()
 
-    def digest(self) -> bytes:
-        """The SHA-256 of its picture file, 32 bytes. Raises OSError."""
-        return self.stored.digest() if self.stored is not None else hashlib.sha256(self.read()).digest()
+    def content(self) -> bytes:
+        """`content_of` its picture file. Raises OSError."""
+        return self.stored.content() if self.stored is not None else content_of(self.read())
 
 
 @dataclass(frozen=True)

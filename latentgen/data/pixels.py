@@ -45,10 +45,10 @@ def load_pixels(
 
     size: (width, height) in pixels, or the side of a square.
 
-    A picture is turned upright (EXIF), laid on `background` if transparent, brought to 8-bit RGB, resized with Lanczos
-    to cover that size, and centre-cropped. The cache is keyed by the bytes of the files, their order, the transform
-    and the size, never by names or dates; of a set that has changed only what is new is decoded. A picture that cannot
-    be read costs a line in `problems`, not the run.
+    A picture is turned upright (EXIF), brought to sRGB from its colour profile, laid on `background` if transparent,
+    brought to 8-bit RGB, resized with Lanczos to cover that size, and centre-cropped. The cache is keyed by the bytes
+    of the files, their order, the transform and the size, never by names or dates; of a set that has changed only what
+    is new is decoded. A picture that cannot be read costs a line in `problems`, not the run.
 
     Raises InputError if `background` is no colour, if no picture is given or readable, or if the cache cannot be
     written.
@@ -91,7 +91,7 @@ def _keys(pictures: Sequence[Picture], shape: Shape, opener: Opener, pool: Execu
     each = digest.copy()
     keys: list[bytes] = []
     files = {picture.path: picture for picture in pictures}
-    content = dict(zip(files, pool.map(_file_digest, files.values()), strict=True))
+    content = dict(zip(files, pool.map(_content, files.values()), strict=True))
     for picture in pictures:
         told = content[picture.path] + (repr(picture.box).encode() if picture.box else b"")
         digest.update(told)
@@ -101,10 +101,10 @@ def _keys(pictures: Sequence[Picture], shape: Shape, opener: Opener, pool: Execu
     return digest.hexdigest()[:32], keys
 
 
-def _file_digest(picture: Picture) -> bytes:
-    """32 bytes; a file that cannot be read has a digest of its own, so that it is decoded anew once it can."""
+def _content(picture: Picture) -> bytes:
+    """What its file is known by; one that cannot be read by the reason, so that it is decoded anew once it can."""
     try:
-        return picture.digest()
+        return picture.content()
     except OSError as error:
         return hashlib.sha256(f"unreadable: {error.strerror}".encode()).digest()
 

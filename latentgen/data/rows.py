@@ -4,7 +4,7 @@ One column holds pictures (the feature `Image`); captions are in `text`, `captio
 table, and every other column is kept. Of a DatasetDict each part is a split of its own name.
 """
 
-import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from latentgen.data.folder import CaptionedFolder
 from latentgen.data.metadata import clean_captions, entry_captions
-from latentgen.data.picture import Picture, Problem, stamp_of
+from latentgen.data.picture import Picture, Problem, content_of, stamp_of
 from latentgen.errors import InputError
 
 MARKS = ("dataset_dict.json", "state.json")  # one of them stands in a folder that save_to_disk wrote
@@ -33,9 +33,9 @@ class Row:
         """What changes when its table does."""
         return stamp_of(self.container)
 
-    def digest(self) -> bytes:
-        """The SHA-256 of its bytes."""
-        return hashlib.sha256(self.read()).digest()
+    def content(self) -> bytes:
+        """What its bytes are known by."""
+        return content_of(self.read())
 
     def read(self) -> bytes:
         """The bytes of the picture's file. Raises OSError, also where the row holds none."""
@@ -107,7 +107,7 @@ def _names(root: Path, part: Any) -> Iterator[tuple[Path, Path]]:
     import pyarrow
 
     for cached in part.cache_files:
-        file = root / Path(cached["filename"]).relative_to(root.absolute())
+        file = root / Path(cached["filename"]).relative_to(os.path.normpath(root.absolute()))  # as datasets names it
         with pyarrow.memory_map(str(file)) as source:
             count = sum(batch.num_rows for batch in pyarrow.ipc.open_stream(source))
         for row in range(count):

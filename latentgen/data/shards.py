@@ -7,7 +7,6 @@ Every member is used or listed; a broken description costs its own sample, not t
 when their members are read (`data.remote`).
 """
 
-import hashlib
 import json
 import re
 import tarfile
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from latentgen.data.folder import PICTURES, SIDECARS, CaptionedFolder, caption_of_name, is_hidden
-from latentgen.data.metadata import clean_captions, entry_captions
-from latentgen.data.picture import Picture, Problem, stamp_of
+from latentgen.data.metadata import clean_captions, decoded, entry_captions
+from latentgen.data.picture import PROFILED, Picture, Problem, content_of, stamp_of
 from latentgen.data.remote import RemoteTar, as_told
 from latentgen.errors import InputError
 
@@ -33,7 +32,7 @@ class Member:
     tar: Path | RemoteTar
     offset: int
     length: int
-    sha256: str = ""
+    known: str = ""  # its content, in hex
     text: str | None = field(default=None, repr=False)  # its bytes, each a character, of what captions are in
 
     @property
@@ -58,9 +57,9 @@ class Member:
             raise OSError(f"{self.tar.name} ends before its member does")
         return data
 
-    def digest(self) -> bytes:
-        """The SHA-256 of its bytes, without reading them where it is known."""
-        return bytes.fromhex(self.sha256) if self.sha256 else hashlib.sha256(self.read()).digest()
+    def content(self) -> bytes:
+        """What its bytes are known by, without reading them where it is written down."""
+        return bytes.fromhex(self.known) if self.known else content_of(self.read())
 
 
 @dataclass
@@ -123,7 +122,7 @@ def read_shards(
     read = _Read()
     for tar in tars:
         for key, sample in _samples(tar, read):
-            _judge(key, sample, captions, read)
+            _judge(root, key, sample, captions, read)
     for path in (path for path in others if not is_hidden(path.relative_to(root))):
         why = "compressed: members cannot be read where they stand; unpack it to .tar"
         pressed = path.name.endswith(PRESSED)
@@ -156,11 +155,11 @@ def _samples(tar: Path | RemoteTar, read: _Read) -> Iterator[tuple[str, _Sample]
             read.refuse(path, kind, "not a picture")
         elif is_hidden(Path(name)):
             read.refuse(path, "its name starts with a dot", "hidden")
-        elif parts is None or (path.suffix.lower() not in PICTURES and path.suffix not in (*SIDECARS, ".json")):
+        elif parts is None or path.suffix.lower() not in (*PICTURES, *SIDECARS, ".json"):
             read.refuse(path, "neither a picture that is read nor a caption", "not a picture")
         else:
             sample = samples.setdefault(parts[1], _Sample())
-            text, table = path.suffix in SIDECARS, path.suffix == ".json"
+            text, table = path.suffix.lower() in SIDECARS, path.suffix.lower() == ".json"
             (sample.texts if text else sample.tables if table else sample.pictures).append((path, member))
     yield from samples.items()
 
@@ -195,9 +194,11 @@ def _scan(path: Path) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _written_down(tar: RemoteTar) -> Iterator[list[Any]]:
-    """As `_scan`, and the SHA-256 and text of each member: the shard is fetched only where it was never listed."""
+    """As `_scan`, and the content and text of each member: the shard is fetched only where it was never listed."""
     told = tar.listed(_list)
-    yield from told["members"]
+    unknown = "" if "profiles" in told else PROFILED.hex()  # listed when nobody looked whether there are any
+    for *place, content, text in told["members"]:
+        yield [*place, content + unknown, text]
     if told["broken"]:
         raise tarfile.ReadError(told["broken"])
 
@@ -210,15 +211,15 @@ def _list(path: Path) -> dict[str, Any]:
             for name, why, offset, length in _scan(path):
                 file.seek(offset)
                 data = file.read(length)
-                said = Path(name).suffix in (*SIDECARS, ".json") and not why
+                said = Path(name).suffix.lower() in (*SIDECARS, ".json") and not why
                 text = data.decode("latin-1") if said else None
-                members.append([name, why, offset, length, hashlib.sha256(data).hexdigest(), text])
+                members.append([name, why, offset, length, content_of(data).hex(), text])
         except (tarfile.TarError, OSError, ValueError) as error:
             broken = str(error)
-    return {"members": members, "broken": broken}
+    return {"members": members, "broken": broken, "profiles": True}
 
 
-def _judge(key: str, sample: _Sample, captions: str, read: _Read) -> None:
+def _judge(root: Path, key: str, sample: _Sample, captions: str, read: _Read) -> None:
     """One sample becomes a picture, or each of its members is listed."""
     if not sample.pictures:
         for path, _ in (*sample.texts, *sample.tables):
@@ -229,7 +230,7 @@ def _judge(key: str, sample: _Sample, captions: str, read: _Read) -> None:
         read.refuse(other, f"a second picture of {key}; {path.name} is used", "not a picture")
     lines, columns, why = _described(sample, read)
     said = clean_captions([caption_of_name(Path(key).name)] if captions == "names" else lines)
-    split = columns.pop("split", None) or "train"
+    split = columns.pop("split", None) or ""
     if said:
         read.pictures.append(Picture(path, said, split, columns, stored=member))
     else:
@@ -245,8 +246,8 @@ def _described(sample: _Sample, read: _Read) -> tuple[list[str], dict[str, Any],
     why = ""
     for path, member in (*sample.texts, *sample.tables):
         try:
-            text = member.read().decode("utf-8-sig")
-            if path.suffix == ".json":
+            text = decoded(member.read(), path.name)
+            if path.suffix.lower() == ".json":
                 found = json.loads(text)
                 if not isinstance(found, dict):
                     raise InputError(f"{path.name} is not a JSON object")
@@ -257,8 +258,7 @@ def _described(sample: _Sample, read: _Read) -> tuple[list[str], dict[str, Any],
             else:
                 lines += text.splitlines()
             read.descriptions.append(path)
-        except (ValueError, OSError, InputError) as error:
-            words = f"{path.name} is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-            why = f"{path.name} is not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else words
+        except (ValueError, OSError) as error:  # of the first are errors of JSON, and those for people
+            why = f"{path.name} is not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
             read.refuse(path, why, "unreadable")
     return lines, columns, why

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentgen.data.folder import PICTURES, SOURCES, CaptionedFolder, is_hidden, listing, read_files, walk
+from latentgen.data.folder import PICTURES, SOURCES, CaptionedFolder, in_splits, is_hidden, listing, read_files, walk
 from latentgen.data.remote import Say, Store, address_of
 from latentgen.data.rows import is_saved, read_rows
 from latentgen.data.shards import PRESSED, TAR, expand, is_pattern, read_shards, tars_of
@@ -19,17 +19,21 @@ def _to_stderr(line: object) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def read_folder(root: Path, captions: str = "files", say: Say = _to_stderr) -> CaptionedFolder:
+def read_folder(root: Path, captions: str = "files", say: Say = _to_stderr, *, folders: bool = True) -> CaptionedFolder:
     """Reads the captions of a source; no picture is opened.
 
     root: a folder of pictures (see `data.folder`), a folder of tar shards, one tar or a brace pattern of them
     (shards/{000..012}.tar; see `data.shards`), the address of one or of such a pattern (https://…/{000..012}.tar; see
     `data.remote`), or a folder that `datasets` saved (`data.rows`). captions: "files", or "names" for those that are
-    said by the names of the pictures. say: told what is fetched.
+    said by the names of the pictures. say: told what is fetched. folders: whether those named train, test, validation,
+    valid or val are splits, where nothing else says the split of a picture.
 
     Raises InputError for a source that is missing, that cannot be read, or holds no captioned picture.
     """
-    root = Path(root)
+    return in_splits(_read(Path(root), captions, say), folders)
+
+
+def _read(root: Path, captions: str, say: Say) -> CaptionedFolder:
     if captions not in SOURCES:
         raise InputError(f"captions is {captions!r}; it can be {listing(SOURCES)}")
     address = address_of(str(root)) if not root.exists() else None

@@ -19,7 +19,7 @@ from latentgen.data.decode import CannotDecode, Opener
 from latentgen.data.picture import Picture
 from latentgen.durable import write_file
 
-FORM = 2  # of the kept facts: raised when what they mean changes
+FORM = 3  # of the kept facts: raised when what they mean changes
 DRAFT = 64  # pixels; a large JPEG is read at an eighth for the marks
 STEP = 2  # of 255: brighter by no more is not brighter, so that the noise of a JPEG's flat parts says nothing
 Progress = Callable[[int, int], None]

@@ -40,10 +40,10 @@ class Augmentation:
         own = [key_of(picture) for picture in pixels]
         return tuple(Varied(pixels, n, may & (n % 2 == 1), self, own) for n in range(1, self.versions))
 
-    @staticmethod
-    def line(may: np.ndarray) -> str:
-        """What is mirrored and what is not, for people."""
-        return f"data: {may.sum()} pictures are mirrored too, {(~may).sum()} are not, for words of their captions"
+    def line(self, may: np.ndarray) -> str:
+        """How many versions there are, what is mirrored and what is not, for people."""
+        mirrored = f"{may.sum()} pictures are mirrored too, {(~may).sum()} are not, for words of their captions"
+        return f"data: {self.versions} versions of each picture{f'; {mirrored}' if self.mirror else ''}"
 
     def may_mirror(self, pictures: Sequence[Picture]) -> np.ndarray:
         """Which pictures may be mirrored: (N,) bool."""

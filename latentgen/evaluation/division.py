@@ -1,6 +1,7 @@
 """Which pictures a model has not been trained on: those that the recipe beside its weights holds out.
 
-Weights without a recipe were made elsewhere; of a folder where no picture is marked, a twentieth is then held out.
+Weights without a recipe were made elsewhere; of a folder where no picture is marked as held out (nor in a folder that
+is named so), a twentieth is then.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 from latentgen.checkpoint import read_json
 from latentgen.data import Picture, hold_out, read_folder
 from latentgen.data.decode import BACKGROUND
+from latentgen.data.picture import Box
 from latentgen.errors import InputError
 
 
@@ -17,13 +19,15 @@ from latentgen.errors import InputError
 class Division:
     """How a folder is read and divided, as a recipe's [data] says it.
 
-    split: what is held out; part: of the pictures, where none is in that split; captions: "files" or "names".
+    split: what is held out; part: of the pictures, where none is in that split; captions: "files" or "names". folders:
+    whether folders with the names of splits are splits, as each run took them; held out is what was so for all of them.
     """
 
     split: str = "test"
     part: float = 0.05
     captions: str = "files"
     background: str = BACKGROUND
+    folders: tuple[bool, ...] = (True,)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,14 @@ def trained_with(weights: Path) -> list[Division]:
     files = ((weights / "recipe.json", "data"), (weights / "finetune.json", "settings"))
     told: list[dict[str, Any] | None] = [read_json(file).get(section) for file, section in files if file.is_file()]
     names = {"held_out": "split", "hold_out": "part", "captions": "captions", "background": "background"}
-    return [Division(**{names[key]: value for key, value in run.items() if key in names}) for run in told if run]
+    return [
+        Division(
+            **{names[key]: value for key, value in run.items() if key in names},
+            folders=(bool(run.get("folders")),),  # runs that do not say it took no folder for a split
+        )
+        for run in told
+        if run
+    ]
 
 
 def division_of(weights: Path, asked: Asked) -> tuple[Division, str]:
@@ -53,7 +64,8 @@ def division_of(weights: Path, asked: Asked) -> tuple[Division, str]:
     last = runs[-1] if runs else Division()
     least = min((run.part for run in runs if run.split == last.split), default=last.part)
     given = {key: value for key, value in vars(asked).items() if value is not None}
-    division = replace(last, **{"part": least, **given})
+    folders = tuple(sorted({way for run in runs or [last] for way in run.folders}))
+    division = replace(last, **{"part": least, "folders": folders, **given})
     if not 0 <= division.part < 1:
         raise InputError(f"--hold-out is {division.part:g}; it must be 0 or more and below 1, as 0.05")
     for run in runs:
@@ -65,5 +77,12 @@ def division_of(weights: Path, asked: Asked) -> tuple[Division, str]:
 
 def divided(root: Path, division: Division) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:
     """The pictures held out, and all others, which are those a training run takes."""
-    folder = hold_out(read_folder(root, division.captions), division.split, division.part)
-    return folder.select(division.split), tuple(each for each in folder.pictures if each.split != division.split)
+
+    def key(picture: Picture) -> tuple[Path, Box | None]:
+        return picture.path, picture.box
+
+    read = [read_folder(root, division.captions, folders=way) for way in division.folders]
+    ways = [hold_out(folder, division.split, division.part) for folder in read]
+    held = set.intersection(*({key(picture) for picture in way.select(division.split)} for way in ways))
+    pictures = ways[-1].pictures
+    return tuple(p for p in pictures if key(p) in held), tuple(p for p in pictures if key(p) not in held)

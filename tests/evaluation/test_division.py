@@ -19,9 +19,10 @@ from latentgen.training.intake import divide, read_pictures
 from latentgen.tuning import run as tuning
 from latentgen.tuning.run import Bench
 from latentgen.tuning.run import Order as Tuning
+from tests.shards import png, tar
 
 ICONS = Path(__file__).parents[1] / "data" / "icons"
-RECIPE = {"folder": "pictures", "size": 32, "held_out": "test", "hold_out": 0.02, "captions": "files"}
+RECIPE = {"folder": "pictures", "size": 32, "held_out": "test", "hold_out": 0.02, "captions": "files", "folders": True}
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,49 @@ def test_what_is_judged_is_what_a_training_run_held_out(
     assert (sorted(held), sorted(training)) == tuple(map(sorted, held_in_training(unmarked, tmp_path, split, part)))
 
 
+@pytest.mark.parametrize("kind", ["files", "shards", "rows"])
+def test_the_division_is_the_same_by_whatever_path_the_pictures_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    place = tmp_path / "a" / "pictures"
+    pictures = [(f"{k}.png", f"number {k}", png((k, 0, 0))) for k in range(30)]
+    if kind == "rows":
+        datasets = pytest.importorskip("datasets")
+        datasets.disable_progress_bars()
+        columns = {
+            "image": [{"bytes": data, "path": None} for *_, data in pictures],
+            "text": [t for _, t, _ in pictures],
+        }
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(place)
+    for number, (name, text, data) in enumerate(pictures if kind == "files" else ()):
+        folder = place / str(number % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+        (folder / name).with_suffix(".txt").write_text(text)
+    for part in range(3 if kind == "shards" else 0):
+        own = pictures[part::3]
+        both = [
+            (f"{Path(name).stem}.{end}", data)
+            for name, text, png in own
+            for end, data in (("png", png), ("txt", text.encode()))
+        ]
+        tar(place / f"{part}.tar", *both)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "linked").symlink_to(place)
+    shutil.copytree(place, tmp_path / "b" / "moved")
+    monkeypatch.chdir(tmp_path / "b")
+    roots = ["../a/pictures", f"{tmp_path}/b/../a/pictures/", "linked", "./linked/", tmp_path / "b" / "moved", "moved"]
+    roots += [f"{root}/{{0..2}}.tar" for root in roots if kind == "shards"]
+    found = [{each.captions for each in divided(Path(root), Division(part=0.3))[0]} for root in [place, *roots]]
+    assert 3 <= len(found[0]) <= 20
+    assert all(held == found[0] for held in found)
+
+
 def test_what_was_fine_tuned_whole_is_judged_by_what_that_run_held_out(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps({"data": RECIPE}))
     settings = {"method": "full", "held_out": "val", "hold_out": 0.0, "captions": "names", "background": "black"}
+    settings["folders"] = True
     (tmp_path / "finetune.json").write_text(json.dumps({"method": "full", "settings": settings}))
     division, remark = division_of(tmp_path, Asked())
     assert division == Division("val", 0.0, "names", "black")
@@ -88,6 +129,7 @@ def test_what_was_fine_tuned_whole_is_judged_by_what_neither_run_was_trained_on(
 ) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps({"data": {**RECIPE, "hold_out": first}}))
     settings = {"method": "full", "held_out": "test", "hold_out": later, "captions": "files", "background": "white"}
+    settings["folders"] = True
     (tmp_path / "finetune.json").write_text(json.dumps({"method": "full", "settings": settings}))
     division, remark = division_of(tmp_path, Asked())
     held = {picture.path for picture in divided(unmarked, division)[0]}
@@ -106,6 +148,31 @@ def test_an_option_overrides_the_recipe_and_a_line_says_so_where_trained_picture
         assert remark.endswith("its recipe says hold_out = 0.02, held_out = 'test'")
     with pytest.raises(InputError, match="--hold-out is 1"):
         division_of(tmp_path, Asked(part=1.0))
+
+
+def test_recipes_that_do_not_say_it_took_no_folder_for_a_split(tmp_path: Path) -> None:
+    names = [f"{part}/{k}.png" for part, count in (("test", 34), ("train", 66)) for k in range(count)]
+    for name in names:
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png((0, 0, 0)))
+        path.with_suffix(".txt").write_text(name)
+
+    def held(**files: dict[str, object]) -> set[str]:
+        weights = tmp_path / "-".join(files)
+        weights.mkdir(exist_ok=True)
+        for file, content in files.items():
+            (weights / f"{file}.json").write_text(json.dumps(content))
+        division, remark = division_of(weights, Asked())
+        found, others = divided(tmp_path / "pictures", division)
+        assert remark == "" and len(found) + len(others) == len(names)
+        return {picture.captions[0] for picture in found}
+
+    old = {key: value for key, value in RECIPE.items() if key != "folders"}
+    by_hash, by_folder = held(recipe={"data": old}), held(recipe={"data": RECIPE})
+    assert by_folder == {name for name in names if name.startswith("test/")} != by_hash and len(by_hash) < 10
+    both = held(recipe={"data": old}, finetune={"method": "full", "settings": RECIPE})
+    assert both == by_hash & by_folder  # what neither run was trained on
 
 
 def test_evaluate_and_tune_judge_on_what_the_recipe_holds_out(

@@ -58,6 +58,7 @@ def test_an_evaluation_writes_a_page_and_figures_and_goes_on_from_its_cache(
     assert said.count("curves: guidance_scale") == 4 and "over steps" in page
     assert "rendering" in said
     code, said = run(*arguments)
+    assert code == 0, said
     assert "rendering" not in said
 
 
@@ -79,6 +80,7 @@ def test_where_inception_judges_the_frechet_distance_is_the_fid(
     [
         (["--pictures", 1], "an evaluation needs 3 or more"),
         (["--out", "report.pdf"], "is no .html"),
+        (["--out", Path(__file__) / "r.html"], "test_run.py is a file, not a folder"),
         (["--guidances", "1,b"], "--guidances is '1,b'"),
         (["--step-counts", "0"], "whole numbers of 1 or more"),
         (["--curve-pictures", 1], "a curve needs 2 or more"),
@@ -96,3 +98,13 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert code == 2
     assert line in said
     assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["r.html", "r.json"])
+def test_a_file_that_is_no_report_is_not_replaced(
+    run: Callable[..., tuple[object, str]], folder: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("[1]")
+    code, said = run(folder, "--data", ICONS, "--out", tmp_path / "r.html")
+    assert code == 2 and said.count("\n") == 1 and f"{name} is there and is no such report" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["[1]"]
