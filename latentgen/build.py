@@ -20,7 +20,7 @@ from latentgen.durable import alone, remove_leftovers, write_file
 from latentgen.foundations import Foundations, loop_of
 from latentgen.models import create
 from latentgen.models.onnx.export import write_graphs
-from latentgen.recipe import Recipe, read_kind, read_recipe
+from latentgen.recipe import Recipe, Unet, read_kind, read_recipe
 from latentgen.training import board, finish
 from latentgen.training.autoencoder import AdversaryLoss
 from latentgen.training.cache import content_of
@@ -60,6 +60,19 @@ def scheduler_config(recipe: Recipe) -> Mapping[str, Any]:
     return finish.scheduler_config(recipe.unet.schedule, recipe.unet.prediction)
 
 
+def asked_unet(what: Unet) -> dict[str, Any]:
+    """The form a recipe asks of the U-Net."""
+    form: dict[str, Any] = what.model_dump(include={"channels", "layers", "head_width"})
+    return form | {key: value for key in ("pooled", "dropout") if (value := getattr(what, key))}
+
+
+def unet_form(recipe: Recipe, vae: Any, text_width: int) -> dict[str, Any]:
+    """All that `create.unet` is given: the form asked for, and what follows from the VAE's config and the texts."""
+    side = recipe.data.size // 2 ** (len(vae.block_out_channels) - 1)
+    follows = {"latent_channels": vae.latent_channels, "latent_size": side, "text_width": text_width}
+    return {**asked_unet(recipe.unet), **follows}
+
+
 class Run(Foundations):
     """One run of a recipe, from the data to a weights folder."""
 
@@ -89,7 +102,7 @@ class Run(Foundations):
         what, data = self.recipe.unet, self.data
         vae, text = self.vae, self.text_encoder
         upstream = (content_of(vae), content_of(text), data.fingerprint)
-        form = self._asked_unet
+        form = asked_unet(what)
         goal = what.model_dump(include={"schedule", "prediction", "weighting", "caption_dropout"})
         goal |= {key: value for key in ("align", "disperse") if (value := getattr(what, key))}
         if what.times != "uniform":
@@ -132,27 +145,15 @@ class Run(Foundations):
         sided = SIDED if asked.sided is None else asked.sided
         what = Augmentation(asked.versions, asked.mirror, asked.scale, sided, self.recipe.seed)
         may, shaped = what.may_mirror(data.pictures), data.shaped
-        if what.mirror:
-            self.report(what.line(may))
+        self.report(what.line(may))
         if shaped is None:
             return tuple(self._latents(version) for version in what.others(data.pixels, may))
         of_bucket = [what.others(own, may[shaped.bucket == n]) for n, own in enumerate(shaped.pixels)]
         return tuple(self._bucketed(shaped, arrays) for arrays in zip(*of_bucket, strict=True))
 
     @property
-    def _asked_unet(self) -> dict[str, Any]:
-        """The form the recipe asks of the U-Net."""
-        what = self.recipe.unet
-        form: dict[str, Any] = what.model_dump(include={"channels", "layers", "head_width"})
-        return form | {key: value for key in ("pooled", "dropout") if (value := getattr(what, key))}
-
-    @property
     def _unet_form(self) -> dict[str, Any]:
-        """All that `create.unet` is given: the form asked for, and what follows from VAE and text encoder."""
-        config = self.vae.config
-        side = self.recipe.data.size // 2 ** (len(config.block_out_channels) - 1)
-        follows = {"latent_channels": config.latent_channels, "latent_size": side}
-        return {**self._asked_unet, **follows, "text_width": self.text_encoder.config.hidden_size}
+        return unet_form(self.recipe, self.vae.config, self.text_encoder.config.hidden_size)
 
     def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
         """The U-Net before its first step."""

@@ -7,19 +7,21 @@ the decoder, which is trained on for the new U-Net where the recipe asks for tha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentgen.build import Run, scheduler_config
+import torch
+
+from latentgen.build import Run, scheduler_config, unet_form
 from latentgen.checkpoint import Checkpoint, open_folder
 from latentgen.diffusion.schedule import from_config
 from latentgen.errors import InputError
 from latentgen.models import create
-from latentgen.models.loading import load_part
-from latentgen.recipe import read_recipe
+from latentgen.models.loading import load_part, without_weights
+from latentgen.recipe import Recipe, Unet, read_recipe
 from latentgen.training.finish import Before
 from latentgen.training.stage import Report
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from latentgen.training.intake import TrainingData
 
-ALIKE = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "num_train_timesteps")
+ALIKE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
 def train_on(
@@ -50,7 +52,61 @@ def train_on(
     what = read_recipe(recipe)
     place = out or Path("weights") / what.name
     refuse_itself(start, place)
-    return Continuation(what, place, data or what.data.folder, report, open_folder(start), only).all()
+    return Continuation(what, place, data or what.data.folder, report, open_start(what, start), only).all()
+
+
+def open_start(recipe: Recipe, start: Path) -> Checkpoint:
+    """The weights folder that a recipe goes on from. Raises InputError where its networks are not the recipe's.
+
+    No weights are read, so that it is said before anything is computed.
+    """
+    found = open_folder(start)
+    if found.has_second:
+        raise InputError(f"{start} has two text encoders; training goes on from one with a single one")
+    asked, trained = scheduler_config(recipe), found.config("scheduler")
+    schedules = [(f"unet.schedule ({key})", asked[key], trained.get(key)) for key in ALIKE if key in asked]
+    vae, unet = without_weights(found, "vae"), without_weights(found, "unet")
+    width = int(found.config("text_encoder").get("hidden_size", 512))  # transformers' own where it says none
+    for key, said, own in (
+        ("unet.prediction", recipe.unet.prediction, from_config(trained).prediction.name),
+        *schedules,
+        *_told_of(recipe.unet, unet.config),
+        *_sides_of(recipe, vae.config),
+    ):
+        if said != own:
+            raise InputError(f"the recipe says {key} = {said}, {start} has {own}; write the same")
+    with torch.device("meta"):
+        fresh = create.unet(**unet_form(recipe, vae.config, width))
+    asked, trained = _form(fresh), _form(unet)  # heads do not show in the shapes of the weights
+    for key, value in asked.items():
+        if value != trained.get(key):
+            raise InputError(
+                f"the U-Net of {start} is of no form that [unet] can ask for: its {key} is {trained.get(key)}, where "
+                f"training makes {value}; go on from weights of latentgen train"
+            )
+    return found
+
+
+def _told_of(asked: Unet, config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each key of [unet] that is the network's form: its name, what the recipe says, what a U-Net's config tells."""
+    channels, heads = list(config["block_out_channels"]), config["num_attention_heads"] or config["attention_head_dim"]
+    counts = [heads] * len(channels) if isinstance(heads, int) else heads
+    widths = [width // count for width, count in zip(channels, counts, strict=True)]
+    yield "unet.channels", list(asked.channels), channels
+    yield "unet.layers", asked.layers, config["layers_per_block"]
+    yield "unet.head_width", asked.head_width, widths[0] if len(set(widths)) == 1 else widths
+    yield "unet.pooled", asked.pooled, config["addition_embed_type"] == "text"
+    yield "unet.dropout", asked.dropout, config["dropout"]
+
+
+def _sides_of(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """As `_told_of`, vae.channels, where how often they halve a side tells which sides pictures may have.
+
+    What else the recipe says of CLIP and VAE is not used: they are taken as they are.
+    """
+    asked, own = list(recipe.vae.channels), list(config["block_out_channels"])
+    if len(asked) != len(own) and (recipe.data.buckets is not None or recipe.data.size % 2 ** (len(own) - 1)):
+        yield "vae.channels", asked, own
 
 
 def refuse_itself(start: Path, out: Path) -> None:
@@ -67,7 +123,7 @@ def _form(unet: UNet2DConditionModel) -> dict[str, Any]:
 
 @dataclass
 class Continuation(Run):
-    """A run of a recipe's last stages. The recipe's U-Net has to be of the form of the one it goes on from.
+    """A run of a recipe's last stages, which `open_start` has found to be of the form of what it goes on from.
 
     only: the one stage that is run, "decoder"; None is all there are.
     """
@@ -76,12 +132,11 @@ class Continuation(Run):
     only: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.only == "decoder" and self.recipe.decoder is None:
             raise InputError("--only decoder needs a [decoder] in the recipe; add it, with its [decoder.train]")
         if self.recipe.unet.align:
             raise InputError("align needs CLIP's image tower, which a finished folder does not hold; set align = 0")
-        if self.start.has_second:
-            raise InputError(f"{self.start.folder} has two text encoders; training goes on from one with a single one")
 
     @cached_property
     def data(self) -> TrainingData:
@@ -93,7 +148,13 @@ class Continuation(Run):
                 f"data: pictures are held out that {self.start.folder.name} may have been trained on: its recipe says "
                 f"hold_out = {part:g}, held_out = {split!r}; write the same"
             )
-        return super().data
+        data, folders = super().data, bool(told.get("folders"))  # of before the key: none was taken for a split
+        if told and folders != now.folders and (folders or self.placed):
+            self.report(
+                f"data: pictures are held out that {self.start.folder.name} may have been trained on: it took folders "
+                f"{'' if folders else 'not '}for splits; write folders = {str(folders).lower()} in [data]"
+            )
+        return data
 
     @cached_property
     def words(self) -> CLIPTokenizer:
@@ -130,28 +191,8 @@ class Continuation(Run):
         return unet.to(self.accelerator.device), self._before.figures.get("unet", {})
 
     def _first_unet(self, form: Mapping[str, Any]) -> UNet2DConditionModel:
-        asked, trained = scheduler_config(self.recipe), self.start.config("scheduler")
-        for key in ALIKE:
-            if key in asked and asked[key] != trained.get(key):
-                raise InputError(
-                    f"the recipe says {key} = {asked[key]!r}, {self.start.folder} was trained with "
-                    f"{trained.get(key)!r}; write the same"
-                )
-        learns, learned = (from_config(config).prediction.name for config in (asked, trained))
-        if learns != learned:
-            raise InputError(
-                f"the recipe predicts {learns}, {self.start.folder} was trained on {learned}; write the same"
-            )
         fresh = create.unet(**form)
-        unet: UNet2DConditionModel = load_part(self.start, "unet")
-        asked, trained = _form(fresh), _form(unet)  # heads do not show in the shapes of the weights
-        for key, value in asked.items():
-            if value != trained.get(key):
-                raise InputError(
-                    f"the U-Net of {self.start.folder} has not the form of the recipe's [unet]: its {key} is "
-                    f"{trained.get(key)}, the recipe's {value}; write its form there"
-                )
-        fresh.load_state_dict(unet.state_dict())  # in the memory format that trains fastest
+        fresh.load_state_dict(load_part(self.start, "unet").state_dict())  # in the memory format that trains fastest
         return fresh
 
     def _started(self) -> tuple[str, ...]:

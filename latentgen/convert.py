@@ -10,6 +10,7 @@ import numpy as np
 from latentgen.checkpoint import (
     OPENCLIP,
     SingleFile,
+    check_prediction,
     find,
     open_checkpoint,
     open_folder,
@@ -19,6 +20,7 @@ from latentgen.checkpoint import (
 from latentgen.checkpoint.folder import DEFAULTS
 from latentgen.checkpoint.tokenizers import OPENCLIP_PAD, copy_tokenizer
 from latentgen.checkpoint.write_single import remove_all, write_single
+from latentgen.durable import new_place
 from latentgen.errors import InputError
 from latentgen.models.onnx.places import why_not
 from latentgen.pipeline import Pipeline
@@ -36,14 +38,19 @@ def convert(
     "v_prediction", which the target shall say instead of what the source does. Weights keep their stored type.
     What latentgen.json says (defaults, sample_size) goes along. Returns the target and the largest difference between
     both: of rendered latents and pictures, and of the weights that encode pictures. Raises InputError for a target that
-    is there, forms that are the same, a network the layout cannot say, and a result that renders otherwise (which is
-    then removed).
+    is there or is being written, forms that are the same, a tokenizer or a prediction_type that the source has no use
+    for, a network the layout cannot say, and a result that renders otherwise (which is then removed).
     """
-    if target.exists():
-        raise InputError(f"{target} is already there; name a new place")
-    known = open_checkpoint(find(source), tokenizer=tokenizer)
     if prediction_type not in (None, *PREDICTIONS):
         raise InputError(f"prediction_type {prediction_type!r} is not known; it can be {' or '.join(PREDICTIONS)}")
+    with new_place(target):
+        return target, _convert(source, target, tokenizer, prediction_type)
+
+
+def _convert(source: str | Path, target: Path, tokenizer: str | Path | None, prediction_type: str | None) -> float:
+    """The largest difference."""
+    known = open_checkpoint(find(source), tokenizer=tokenizer)
+    check_prediction(known.folder, known.config("scheduler"), prediction_type)
     told = {} if prediction_type is None else {"prediction_type": prediction_type}
     into_file = target.suffix == ".safetensors"
     if isinstance(known, SingleFile) == into_file:
@@ -63,7 +70,7 @@ def convert(
     except BaseException:
         remove_all(made)
         raise
-    return target, difference
+    return difference
 
 
 def _fill(known: SingleFile, aside: Path, told: Mapping[str, Any]) -> None:
@@ -94,8 +101,9 @@ def _difference(source: str | Path, target: Path, tokenizer: str | Path | None, 
     from latentgen.models.latent import Latent  # imports torch
 
     found: list[dict[str, np.ndarray]] = []
-    for place, told in ((source, prediction_type), (target, None)):
-        pipe = Pipeline.from_pretrained(place, device="cpu", tokenizer=tokenizer, prediction_type=told, engine="torch")
+    said: dict[str, Any] = {"tokenizer": tokenizer, "prediction_type": prediction_type}  # which the target says itself
+    for place, told in ((source, said), (target, {})):
+        pipe = Pipeline.from_pretrained(place, device="cpu", engine="torch", **told)
         side = 8 * pipe.terms.factor
         drawn = pipe(
             "a red apple",

@@ -10,15 +10,18 @@ import secrets
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from latentgen.errors import InputError
+from latentgen.stopping import half_done
 
 MANIFEST = "manifest.json"
 _LEFT = re.compile(r"\..+\.(npy|keys|json)\.\d+|\..+\.writing")  # files that are renamed when they are whole
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a file that somebody else holds
 
 
 def user_cache() -> Path:
@@ -38,19 +41,79 @@ def write_file(target: Path, data: bytes) -> None:
     Parent folders are made. Raises InputError when the place cannot be written or the disk is full.
     """
     with saying_what_failed(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.writing")  # known before it is there
+        check_plain(target)
+        with _whole(target.parent, data) as aside:
+            aside.replace(target)
+
+
+def check_plain(target: Path) -> None:
+    """Refuse a place of something that is no file to replace: a folder; /dev/null, which a rename would replace."""
+    if target.exists() and not target.is_file():
+        raise InputError(f"cannot write {target}: it is no plain file; name another place")
+
+
+def write_free(folder: Path, names: Iterable[str], data: bytes) -> Path:
+    """Put `data` into `folder` under the first of `names` that is not there; its path.
+
+    Nothing is replaced, however many processes write there at once. The file is whole from the first; on a file system
+    without hard links an empty one holds its name just before. Raises InputError as `write_file`, and where no
+    name is free.
+    """
+    with saying_what_failed(folder), _whole(folder, data) as aside:
+        for name in names:
+            if _place(aside, folder / name):
+                return folder / name
+    raise InputError(f"no name is free in {folder}; name another place")
+
+
+@contextmanager
+def _whole(folder: Path, data: bytes) -> Iterator[Path]:
+    """A file in `folder`, which is made, that holds `data` and is on the disk; the folder is synced afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{secrets.token_hex(8)}.writing"  # known before it is there
+    with half_done():
         try:
             with aside.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(target)
+            yield aside
         finally:
             aside.unlink(missing_ok=True)
-        sync_folder(target.parent)
+    sync_folder(folder)
+
+
+def _place(aside: Path, target: Path) -> bool:
+    """Give a whole file another name, if that is free; it may keep the old one too."""
+    try:
+        os.link(aside, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: the name is taken by an empty file first
+        try:
+            target.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        try:
+            aside.replace(target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    return True
+
+
+def check_writable(folder: Path) -> None:
+    """Say now, rather than after long work, that nothing can be written there."""
+    existing = folder.absolute()
+    with saying_what_failed(folder):  # as below a folder that may not be searched
+        while not existing.exists():
+            if existing == existing.parent:
+                raise InputError(f"cannot write into {folder}: there is no {existing}; name another place")
+            existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"cannot write into {folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {folder}: {existing} may not be written; name another place")
 
 
 def write_folder(target: Path, write: Callable[[Path], None], *, prove: bool = False) -> Path:
@@ -66,7 +129,7 @@ def write_folder(target: Path, write: Callable[[Path], None], *, prove: bool = F
     """
     target = Path(target).resolve()  # through a link: what it points to is replaced, not the link
     aside = target.with_name(f".{target.name}.writing")
-    with saying_what_failed(target):
+    with half_done(), saying_what_failed(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
         if target.exists() and not target.is_dir():
@@ -119,20 +182,79 @@ def remove_leftovers(folder: Path) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Hold `folder` (made if need be) for this process; the system lets go of it however the process ends.
 
-    Raises InputError when another process holds it. Where the system has no flock (Windows) nothing is held.
+    Raises InputError when another process holds it, or may, as the file system has no locks. Where the system itself
+    has none (Windows) nothing is held.
     """
-    with saying_what_failed(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    with file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"another run trains in {folder}; wait for it, or give another --out") from None
+    refusal = f"another run trains in {folder}; wait for it, or give another --out"
+    with _held(folder, folder / ".lock", refusal, surely=True):
         yield
+
+
+@contextmanager
+def new_place(target: Path) -> Iterator[None]:
+    """Hold a place where nothing is yet, for this process to write; a lock lies beside it as long.
+
+    A file "model.safetensors" and a folder "model" are one place, as the tokenizers of the one go into the other.
+    Folders above it are made, and stay if something is written. Raises InputError where something is there, and when
+    another process holds it. Where there are no locks (Windows, some network drives) nothing is held.
+    """
+    _check_new(target)
+    stem = target.with_suffix("") if target.suffix == ".safetensors" else target
+    lock = stem.with_name(f".{stem.name}.lock")
+    above = [folder for folder in lock.parents if not folder.exists()]
+    refusal = f"another latentgen writes {target} now; wait for it, or name a new place"
+    with half_done():
+        try:
+            with _held(target, lock, refusal, surely=False):
+                try:
+                    _check_new(target)
+                    yield
+                finally:
+                    with suppress(OSError):
+                        lock.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # one with something in it stays
+                for folder in above:
+                    folder.rmdir()
+
+
+def _check_new(target: Path) -> None:
+    with saying_what_failed(target):
+        if target.exists():
+            raise InputError(f"{target} is already there; name a new place")
+
+
+@contextmanager
+def _held(place: Path, lock: Path, refusal: str, *, surely: bool) -> Iterator[None]:
+    """Hold a place by a lock's file, which is made. Raises an InputError of this line when another process holds it.
+
+    surely: also where the file system has no locks; else nothing is held there.
+    """
+    with saying_what_failed(place):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # it has no flock, and removes no file that is open
+        yield
+        return
+    import fcntl
+
+    with saying_what_failed(place):
+        file = lock.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if surely or error.errno in _TAKEN:
+                raise InputError(refusal) from None
+        if not _is_at(lock, file):  # who held it has removed it, and perhaps somebody else made it anew
+            raise InputError(refusal)
+        yield
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def recover(target: Path) -> None:

@@ -42,6 +42,7 @@ from latentgen.training.intake import (
 )
 from latentgen.training.layout import LayoutObjective
 from latentgen.training.loop import LoopSettings
+from latentgen.training.optimizer import check_optimizers
 from latentgen.training.precision import accelerator_for
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
 
@@ -75,7 +76,11 @@ class Foundations:
     folder: Path
     say: Report
     ledger: Ledger = field(init=False, repr=False)
+    placed: str = field(default="", init=False, repr=False)  # of the pictures: how many are in a split by their folder
     keeps: ClassVar[bool] = True  # what it finds out; a rehearsal does not
+
+    def __post_init__(self) -> None:
+        check_optimizers(section.train.optimizer for _, section in self.recipe if hasattr(section, "train"))
 
     @cached_property
     def state(self) -> Path:
@@ -113,6 +118,7 @@ class Foundations:
                 background=what.background,
                 held_out=what.held_out,
                 part=what.hold_out,
+                folders=what.folders,
                 buckets=shapes,
             )
             if self.accelerator.is_main_process:
@@ -124,8 +130,9 @@ class Foundations:
             with self.accelerator.main_process_first():
                 data = in_shapes(data, folder.root, self.buckets, self.state / "cache", what.background)
             self.report(f"data: buckets {data.shaped_line}")
-        if remark:
-            self.report(remark)
+        self.placed = folder.remark
+        for line in filter(None, (folder.remark, remark)):
+            self.report(line)
         for line in unknown_weights(data.pictures, what.weights):
             self.report(line)
         self.report(

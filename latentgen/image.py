@@ -65,11 +65,12 @@ def chunks(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
 def describe(settings: Mapping[str, Any]) -> str:
     """The settings in the form that picture viewers of the field show."""
     weights = settings.get("weights") or {}
+    drawn = not {"generator", "latents"} & {*(settings.get("brought") or ())}  # else another's noise, of no seed
     facts = {
         "Steps": settings["num_inference_steps"],
         "Sampler": settings["sampler"],
         "CFG scale": settings["guidance_scale"],
-        "Seed": settings["seed"],
+        "Seed": settings["seed"] if drawn else None,
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": weights.get("name"),
         "Model hash": (weights.get("sha256") or "")[:10] or None,

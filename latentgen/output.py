@@ -14,6 +14,9 @@ from latentgen.checkpoint import Checkpoint
 class Output:
     """What a call gives. images: PIL pictures, or an array as `output_type` says. seeds: one for each picture.
 
+    Where a generator or latents were brought, the seeds say nothing of the first noise. `out[0]` is out.images, as of
+    diffusers' outputs.
+
     settings: all it takes to make the pictures again, JSON-ready; prompt, negative_prompt and seed are lists with an
     entry for each picture. `of(k)` is what picture k's PNG says.
     """
@@ -21,6 +24,9 @@ class Output:
     images: Any
     seeds: tuple[int, ...]
     settings: Mapping[str, Any]
+
+    def __getitem__(self, place: int) -> Any:
+        return (self.images,)[place]
 
     def of(self, k: int) -> dict[str, Any]:
         """The settings of picture k alone, and beside whom it was rendered where it was not alone."""

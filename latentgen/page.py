@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -41,11 +42,18 @@ svg .grid { stroke: var(--line) } pre { background: var(--box); padding: 1rem; o
 """
 
 
+HEAD = (
+    '<!doctype html><html lang=en><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+)
+BEGINS = rf"{re.escape(HEAD)}<title>[^<]*</title><style>\n:root {{ color-scheme: light dark; --ink"  # every page here
+
+
 def document(title: str, body: Iterable[str], extra_style: str = "") -> str:
-    """The whole page. title is text; body is HTML."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{html.escape(title)}</title><style>{STYLE}{extra_style}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    """The whole page. title is text; body is HTML. What is no character (in names of files) is told by its number."""
+    head = f"{HEAD}<title>{html.escape(title)}</title><style>{STYLE}{extra_style}</style></head>"
+    page = f"{head}<body>{''.join(body)}</body></html>\n"
+    return page.encode(errors="backslashreplace").decode()
 
 
 def table(rows: Iterable[str]) -> str:

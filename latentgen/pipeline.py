@@ -5,37 +5,42 @@ Ho & Salimans 2022 (classifier-free guidance). `Pipeline.__call__` is the method
 Argument names are those of diffusers' StableDiffusionPipeline; torch is imported when weights are loaded, not before.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never, SupportsFloat, SupportsIndex
 
 import numpy as np
 import PIL
 
 from latentgen import __version__
-from latentgen.checkpoint import find, open_checkpoint
+from latentgen.checkpoint import check_prediction, find, open_checkpoint
+from latentgen.conditions import PromptCut as PromptCut
+from latentgen.conditions import conditions_of
 from latentgen.diffusion.array import Array
-from latentgen.diffusion.denoiser import Condition, Denoiser, Network, told_scale
+from latentgen.diffusion.denoiser import Denoiser, Network
 from latentgen.diffusion.noise import Noise
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.plan import from_config
-from latentgen.diffusion.schedule.reading import as_pipelines_take, known
+from latentgen.diffusion.schedule.reading import as_pipelines_take, config_of, known
 from latentgen.errors import InputError
-from latentgen.guiding import engine_of, guided_as, snapshot_of, steered
+from latentgen.guiding import check_weaker, computing, engine_of, guided_as, snapshot_of, steered, under_way, walks_of
 from latentgen.image import Picture, to_bytes
 from latentgen.models.engine import Engine, open_engine
 from latentgen.models.finite import check_finite
-from latentgen.models.lengths import check_embeds, encoded_apart, of_one_length
 from latentgen.models.lora import Loras, TakesLoras
 from latentgen.models.memory import caching, decoded, in_groups, need_of, of_one_walk, pictures_at_a_time, tile_of
 from latentgen.models.words import TakesWords
 from latentgen.output import Output, as_tensor, identity, on_host, picture_settings
-from latentgen.request import Assumed, Projected, Request, Terms, assumed, check_call, read_request, way_of
+from latentgen.request import Assumed, Request, Terms, assumed, check_call, read_request, way_of
 from latentgen.request import terms_of as terms_of
+from latentgen.values import finite, flag
 
 if TYPE_CHECKING:
     from latentgen.models.latent import Latent
@@ -43,12 +48,7 @@ if TYPE_CHECKING:
     from latentgen.models.onnx.text import OnnxText, TwoOnnxTexts
     from latentgen.models.text import TextEncoder, TwoTextEncoders
 
-Given = tuple[Any, Any]  # states and pooled states that somebody brought, or None
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Array]], dict[str, Array] | None]
-
-
-class PromptCut(UserWarning):
-    """A prompt is longer than what may be read of it: the message says which words are not seen."""
 
 
 @dataclass(eq=False)
@@ -56,7 +56,7 @@ class Pipeline(TakesLoras, TakesWords):
     """A text encoder, a denoising network and an autoencoder, with the schedule they were trained in.
 
     scheduler: a diffusers scheduler config. terms: what the weights allow and their defaults. weights, machine: what
-    is said of them in the settings. `interrupt = True`, set from a callback, ends the run after that step.
+    is said of them in the settings.
     """
 
     text: "TextEncoder | TwoTextEncoders | OnnxText | TwoOnnxTexts"
@@ -69,10 +69,8 @@ class Pipeline(TakesLoras, TakesWords):
     loras: Loras | None = None
     perturbed: Network | None = None
     cached: Callable[[int], Network] | None = None
-    interrupt: bool = False
     words: list[dict[str, Any]] = field(default_factory=list)  # the new words it was taught, as the settings say them
     told: Mapping[str, Any] = field(default_factory=dict)  # tokenizer, prediction_type: what it was opened with
-    _steered: bool = field(default=False, repr=False)  # whether a callback changed the course of the last call
     _torch: Callable[[], Engine] | None = field(default=None, repr=False)  # what the engine here cannot do, this can
 
     @classmethod
@@ -85,9 +83,10 @@ class Pipeline(TakesLoras, TakesWords):
         tokenizer: str | Path | None = None,
         prediction_type: str | None = None,
         engine: str = "auto",
-        threads: int | None = None,
-        loras: Sequence[Mapping[str, Any]] = (),
+        threads: SupportsIndex | None = None,
+        loras: Sequence[str | Path | Mapping[str, Any]] = (),
         compile: bool = False,
+        **others: Never,
     ) -> "Pipeline":
         """Open a Stable Diffusion 1, 2 or XL checkpoint, or (None) the embedded default.
 
@@ -97,15 +96,18 @@ class Pipeline(TakesLoras, TakesWords):
         a single file, which holds none. prediction_type: "epsilon" or "v_prediction" instead of what the scheduler's
         config says; of single files of Stable Diffusion 2 nothing tells, and v is assumed. engine: "onnx" (ONNX
         Runtime, on a CPU, arrays are NumPy's), "torch", or "auto", which is onnx where it can run this and torch where
-        it cannot, or once a LoRA or perturbed attention is asked for. threads: of a CPU; None is one for each core.
-        loras: to open it with, each the arguments of `load_lora`; so "onnx" can run them too, fused into graphs of
+        it cannot, or once a LoRA or perturbed attention is asked for. threads: of a CPU; None is one for each core;
+        those of torch are the process's, and a picture's settings say how many there were.
+        loras: to open it with, each a path or `load_lora`'s arguments; so "onnx" can run them too, fused into graphs of
         their own, whose export is kept in the cache. compile: torch.compile of the U-Net, in the torch engine.
-        Raises InputError with one line.
+        others: arguments of diffusers that change nothing here (hints.py). Raises InputError with one line.
         """
+        _take("from_pretrained", others)
         checkpoint = open_checkpoint(find(path), tokenizer=tokenizer, verify=False)  # the engine does
         terms = terms_of(checkpoint)
         if prediction_type is not None:
             Prediction(prediction_type)  # known, before anything is loaded
+            check_prediction(checkpoint.folder, checkpoint.config("scheduler"), prediction_type)
         for line in assumed(checkpoint, prediction_type):
             warnings.warn(line, Assumed, stacklevel=2)
         where: dict[str, Any] = {"dtype": dtype, "threads": threads, "loras": loras}
@@ -131,42 +133,53 @@ class Pipeline(TakesLoras, TakesWords):
         text_encoder: Any,
         vae: Any,
         unet: Any,
-        scheduler_config: Mapping[str, Any],
+        scheduler_config: Any,
         extras: Mapping[str, Any] | None = None,
     ) -> "Pipeline":
         """From objects at hand (a training run's, say), as `checkpoint.save_pipeline` takes them.
 
-        extras: what latentgen.json would hold. The modules are in eval mode, on one device; no gradient is recorded.
+        scheduler_config: or diffusers' scheduler itself. extras: what latentgen.json would hold. The modules are in
+        eval mode, on one device; no gradient is recorded.
         """
+        from latentgen.models.feature_cache import feature_caches
         from latentgen.models.latent import Latent
         from latentgen.models.lora.layers import module_loras
-        from latentgen.models.network import unet_network
+        from latentgen.models.network import perturbed_network, unet_network
         from latentgen.models.text import TextEncoder
 
-        sampler = from_config(known(scheduler_config)).sampler
+        scheduler = config_of(scheduler_config)
+        sampler = from_config(known(scheduler)).sampler
         terms = Terms.read(unet.config, vae.config, [text_encoder.config.to_dict()], sampler, extras)
         network = unet_network(unet, gradients=False)
-        loras = module_loras(unet=unet, text_encoder=text_encoder)
-        return cls(TextEncoder(tokenizer, text_encoder), network, Latent(vae), scheduler_config, terms, loras=loras)
+        return cls(
+            TextEncoder(tokenizer, text_encoder),
+            network,
+            Latent(vae),
+            scheduler,
+            terms,
+            loras=module_loras(unet=unet, text_encoder=text_encoder),
+            perturbed=perturbed_network(unet),
+            cached=feature_caches(network),
+        )
 
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_projection: Projected | None = None,
-        condition_annealing: tuple[float, float, float] | None = None,
-        pag_scale: float = 0.0,
+        num_inference_steps: SupportsIndex | None = None,
+        guidance_scale: SupportsFloat | None = None,
+        guidance_rescale: SupportsFloat = 0.0,
+        guidance_interval: Iterable[float] | None = None,
+        guidance_projection: Iterable[float | None] | None = None,
+        condition_annealing: Iterable[float] | None = None,
+        pag_scale: SupportsFloat = 0.0,
         weaker: "Pipeline | None" = None,
-        weaker_scale: float = 2.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
+        weaker_scale: SupportsFloat = 2.0,
+        height: SupportsIndex | None = None,
+        width: SupportsIndex | None = None,
+        num_images_per_prompt: SupportsIndex = 1,
+        seed: SupportsIndex | Iterable[SupportsIndex] | None = None,
         sampler: str | None = None,
         generator: Any = None,
         latents: Array | None = None,
@@ -174,16 +187,17 @@ class Pipeline(TakesLoras, TakesWords):
         negative_prompt_embeds: Array | None = None,
         pooled_prompt_embeds: Array | None = None,
         negative_pooled_prompt_embeds: Array | None = None,
-        prompt_weights: bool = True,
-        max_embeddings_multiples: int | None = None,
-        clip_skip: int | None = None,
-        timesteps: Sequence[float] | None = None,
-        eta: float = 0.0,
-        batch: int | str = "auto",
-        vae_tiling: bool | None = None,
-        feature_cache: int = 1,
+        prompt_weights: bool | np.bool_ = True,
+        max_embeddings_multiples: SupportsIndex | None = None,
+        clip_skip: SupportsIndex | None = None,
+        timesteps: Iterable[float] | None = None,
+        eta: SupportsFloat = 0.0,
+        batch: SupportsIndex | str = "auto",
+        vae_tiling: bool | np.bool_ | None = None,
+        feature_cache: SupportsIndex = 1,
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
+        **others: Never,
     ) -> Output:
         """Render one picture for each prompt, times num_images_per_prompt.
 
@@ -211,12 +225,15 @@ class Pipeline(TakesLoras, TakesWords):
         1536·1024 pixels. feature_cache: n computes the deep layers at every n-th step only (Ma et al. 2024); 1 is off.
         output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w).
         callback_on_step_end(pipe, index, time, {"latents": x}) is called after each step and may return other latents.
+        others: arguments of diffusers that change nothing here (hints.py).
         Raises InputError, one line, for what cannot be rendered; warns (PromptCut) of words that are cut.
         """
         arrays = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         arrays |= {"pooled_prompt_embeds": pooled_prompt_embeds}
         arrays |= {"negative_pooled_prompt_embeds": negative_pooled_prompt_embeds}
+        _take("a call", others)
         check_call(output_type, callback_on_step_end, **arrays)
+        tiling = None if vae_tiling is None else flag("vae_tiling", vae_tiling)
         if latents is not None and height is None and width is None and len(latents.shape) == 4:
             height, width = (int(side) * self.terms.factor for side in latents.shape[2:])
         request = read_request(
@@ -232,7 +249,7 @@ class Pipeline(TakesLoras, TakesWords):
             n=num_images_per_prompt,
             seed=seed,
             sampler=sampler,
-            embedded=None if prompt_embeds is None else len(prompt_embeds),
+            embedded=None if prompt_embeds is None else (*prompt_embeds.shape, 1)[0],
             prompt_weights=prompt_weights,
             max_embeddings_multiples=max_embeddings_multiples,
             interval=guidance_interval,
@@ -244,36 +261,43 @@ class Pipeline(TakesLoras, TakesWords):
             timesteps=timesteps,
             eta=eta,
         )
+        pictures_at_a_time(batch, 1, 1)  # that it is a number or "auto", before another engine is opened
+        weaker_scale = finite("weaker_scale", weaker_scale, 0.0, math.inf)
+        if weaker is not None:
+            check_weaker(weaker, self)
+        plan, knots = way_of(self.scheduler, request)
+        noise = self._noise(request, generator, seed)
         cached = request.feature_cache > 1
         lacking = (request.pag and self.perturbed is None) or (cached and self.cached is None)
         if lacking or (request.clip_skip and not self.text.skips):
             self._use_torch()
-        if isinstance(weaker, Pipeline) and engine_of(weaker) != engine_of(self):
+        if weaker is not None and engine_of(weaker) != engine_of(self):
             self._use_torch()
             weaker._use_torch()
-        at_a_time = self.at_a_time(request, batch)
-        plan, knots = way_of(self.scheduler, request)
-        noise = self._noise(request, generator, seed)
-        self.interrupt = self._steered = False
-
         given = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
-        condition, negative = self._encode(request, *given)
-        x = self._draw(request, noise, latents) * float(plan.initial_scale(knots[0]))
+        own = copy(self)  # its parts as they are now: a callback, or another thread, may have it change engines
+        at_a_time = own.at_a_time(request, batch)
+        condition, negative = conditions_of(own, request, *given)
+        x = own._draw(request, noise, latents) * float(plan.initial_scale(knots[0]))
         rows = at_a_time * (1 if negative is None else 2)
-        network = caching(self.cached, request.feature_cache) if cached else of_one_walk(self.network)
+        network = caching(own.cached, request.feature_cache) if cached else of_one_walk(own.network)
         denoiser = Denoiser(in_groups(network, rows), plan.schedule, plan.prediction)
-        snapshot = None if weaker is None else snapshot_of(weaker, self, rows), weaker_scale
-        told = (condition, negative), rows, noise, self.perturbed, snapshot
-        x = steered(self, plan, guided_as(request, plan, knots, denoiser, *told), x, knots, noise, callback_on_step_end)
-        check_finite(x, "latents", (self.machine or {}).get("dtype"))
-        brought = {"generator": generator, "weaker": weaker, "callback_on_step_end": self._steered or None} | arrays
-        settings = self._settings(request, sorted(key for key, value in brought.items() if value is not None))
+        snapshot = None if weaker is None else snapshot_of(weaker, own, rows), weaker_scale
+        told = (condition, negative), rows, noise, own.perturbed, snapshot
+        denoise = guided_as(request, plan, knots, denoiser, *told)
+        with under_way(self) as walk:
+            x, turned = steered(self, walk, plan, denoise, x, knots, noise, callback_on_step_end)
+        check_finite(x, "latents", (own.machine or {}).get("dtype"))
+        brought = {"generator": generator, "weaker": weaker} | arrays
+        if turned:
+            brought["interrupt" if callback_on_step_end is None else "callback_on_step_end"] = True
+        settings = own._settings(request, sorted(key for key, value in brought.items() if value is not None))
         settings |= {"at_a_time": at_a_time} if at_a_time < len(request) else {}
-        settings |= {} if vae_tiling is None else {"vae_tiling": vae_tiling}
-        settings |= {"feature_cache": feature_cache} if cached else {}
-        return self._decode(x, request, output_type, settings, at_a_time)
+        settings |= {} if tiling is None else {"vae_tiling": tiling}
+        settings |= {"feature_cache": request.feature_cache} if cached else {}
+        return own._decode(x, request, output_type, settings, at_a_time)
 
-    def at_a_time(self, request: Request, batch: int | str = "auto") -> int:
+    def at_a_time(self, request: Request, batch: SupportsIndex | str = "auto") -> int:
         """How many pictures the networks compute at a time: a number, or "auto", as the free memory allows."""
         height, width = request.height // self.terms.factor, request.width // self.terms.factor
         need = need_of(*self.terms.configs, height, width, request.scale > 1, self.text.length)
@@ -288,44 +312,6 @@ class Pipeline(TakesLoras, TakesWords):
         from latentgen.models.latent import GeneratorNoise
 
         return GeneratorNoise.of(generator, len(request))
-
-    def _encode(self, request: Request, given: Given, given_negative: Given) -> tuple[Condition, Condition | None]:
-        """The condition (B, L, D) and, where guidance is on, the one to be guided away from."""
-        for text in dict.fromkeys((*request.prompts, *request.negatives)):
-            self._say_what_is_cut(text, request)
-        condition = self._states(request, request.prompts, given, "prompt_embeds", request.clip_skip)
-        if request.told:
-            guided = np.tile(told_scale(request.guidance, request.told), (len(request), 1))
-            condition = replace(condition, guided=self.latent.array(guided))
-        if request.scale <= 1:
-            return condition, None
-        if given_negative[0] is not None and any(request.negatives):
-            raise InputError("a negative prompt and negative_prompt_embeds were both given; give one of them")
-        negative = self._states(request, request.negatives, given_negative, "negative_prompt_embeds")
-        if given_negative[0] is None and not request.said and hasattr(self.text, "empty"):
-            empty = self.text.empty(negative)
-            brought = empty.pooled if given_negative[1] is None else negative.pooled
-            negative = replace(negative, states=empty.states, pooled=brought)
-        return of_one_length(condition, negative)
-
-    def _states(self, request: Request, prompts: Sequence[str], given: Given, name: str, skip: int = 0) -> Condition:
-        states, pooled = given
-        width, count = self.terms.configs[0].get("cross_attention_dim"), len(request)
-        check_embeds(name, count // request.each, width, states, pooled)
-        states, pooled = (None if e is None else e[[k * len(e) // count for k in range(count)]] for e in given)
-        if states is None:
-            how: dict[str, Any] = {"weights": request.prompt_weights, "limit": request.max_embeddings_multiples}
-            chunks = {text: len(self.text.lay(text, **how).chunks) for text in dict.fromkeys(prompts)}
-            read = partial(self.text.encode, **how, skip=skip)
-            told = encoded_apart(read, prompts, [chunks[text] for text in prompts])
-            told = told if pooled is None else self.text.given(told.states, pooled)
-        else:
-            told = self.text.given(states, pooled)
-        if told.pooled is None:
-            return told
-        size = (request.height, request.width)
-        sizes = np.tile(np.array([*size, 0, 0, *size], dtype=np.float32), (len(request), 1))
-        return replace(told, sizes=self.latent.array(sizes))
 
     def _draw(self, request: Request, noise: Any, latents: Array | None) -> Array:
         """Standard normal latents (B, C, height/factor, width/factor), drawn on the host or brought."""
@@ -354,27 +340,13 @@ class Pipeline(TakesLoras, TakesWords):
 
     def _settings(self, request: Request, brought: list[str]) -> dict[str, Any]:
         return {
-            "prompt": list(request.prompts),
-            "negative_prompt": list(request.negatives),
-            "seed": list(request.seeds),
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
-            "guidance_rescale": request.rescale,
-            "guidance_interval": request.interval,
-            "guidance_projection": request.projection,
-            **request.seldom,
-            "pag_scale": request.pag,
-            "sampler": request.sampler,
-            "height": request.height,
-            "width": request.width,
-            "prompt_weights": request.prompt_weights,
-            "max_embeddings_multiples": request.max_embeddings_multiples,
+            **request.settings,
             **({"negative_said": True} if request.said and not all(request.negatives) else {}),
             "weights": self.weights,
             **self.told,
             "latentgen": __version__,
             "pillow": PIL.__version__,
-            **(self.machine or {}),
+            **computing(self),
             **({"loras": self.loras.settings()} if self.loras is not None and self.loras.loaded else {}),
             **({"words": list(self.words)} if self.words else {}),
             **({"brought": brought} if brought else {}),
@@ -382,18 +354,59 @@ class Pipeline(TakesLoras, TakesWords):
 
     def _use_torch(self) -> None:
         """Go on with torch, where the engine was left to be chosen and what is asked for takes torch."""
-        if self._torch is not None:
-            for name, value in vars(self._torch()).items():
-                setattr(self, name, value)
-            self._torch = None
+        if self._torch is None:
+            return
+        from latentgen.models.loading import one_at_a_time
+
+        with one_at_a_time():
+            if self._torch is not None:  # no other thread was here first
+                vars(self).update({**vars(self._torch()), "_torch": None})  # at once, whoever takes a copy
 
     def _loras(self) -> Loras:
         if self.loras is None:
             self._use_torch()
         return super()._loras()
 
-    def _say_what_is_cut(self, text: str, request: Request) -> None:
-        laid = self.text.lay(text, weights=request.prompt_weights, limit=request.max_embeddings_multiples)
-        if laid.lost:
-            counted = f"the prompt has {laid.count} tokens, of which {laid.used} are used"
-            warnings.warn(f"{counted}; not seen: {laid.lost!r}", PromptCut, stacklevel=4)
+    def _loaded(self) -> Loras:
+        fused = (self.machine or {}).get("loras")
+        return Loras({}) if self.loras is None and not fused else self._loras()
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to True, a call ends after its step: the own one from a callback, from another thread all under way."""
+        return any(walk.interrupted for walk in walks_of(self))
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        for walk in walks_of(self):
+            walk.interrupted = bool(value)
+
+    _interrupt = interrupt  # as diffusers' callbacks write it
+
+    if not TYPE_CHECKING:  # by themselves checkers know which attributes there are
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not hasattr(type(self), name) and name not in self.__dataclass_fields__:
+                from latentgen.hints import HINTS
+
+                if name in HINTS or get_close_matches(name, ["interrupt"], cutoff=0.8):  # what would do nothing here
+                    self.__getattr__(name)
+            super().__setattr__(name, value)
+
+        def __getattr__(self, name: str) -> Never:
+            from latentgen.hints import lacking
+
+            raise AttributeError(lacking(name), name=name, obj=self)
+
+    def __copy__(self) -> "Pipeline":
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+
+def _take(place: str, others: Mapping[str, Any]) -> None:
+    """What is the same here as in diffusers passes; the rest is said."""
+    if others:
+        from latentgen.hints import take
+
+        take(place, others)

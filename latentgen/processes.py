@@ -8,12 +8,13 @@ process group is made. A process of its own imports no torch here.
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from latentgen.errors import InputError
+from latentgen.stopping import half_done
 
 T = TypeVar("T")
 MEETING = timedelta(minutes=10)  # until all processes have started and the first has decided
@@ -74,18 +75,25 @@ class Processes:
                 self._set(name, "done")
 
     @contextmanager
-    def to_the_end(self) -> Iterator[None]:
-        """Inside, this process's own share is done; the first leaves when all have, or raises where one has not."""
+    def to_the_end(self) -> Iterator[dict[str, Any]]:
+        """Inside, this process's own share is done; the first leaves when all have, or raises where one has not.
+
+        Yields a dictionary for what is done, plain JSON; the first's holds what all have put in, once it has left.
+        """
+        done: dict[str, Any] = {}
         try:
-            yield
+            with nullcontext() if self.store is None else half_done():
+                yield done
         except BaseException:
-            self._set(f"ended-{self.rank}", "failed")
+            self._set(f"ended-{self.rank}", json.dumps(None))
             raise
-        self._set(f"ended-{self.rank}", "done")
+        self._set(f"ended-{self.rank}", json.dumps(done))
         for other in range(1, self.count) if self.rank == 0 else ():
             self._wait(f"ended-{other}", PATIENCE)
-            if self.store.get(self._key(f"ended-{other}")) != b"done":
+            told = json.loads(self.store.get(self._key(f"ended-{other}")))
+            if told is None:
                 raise InputError(f"process {other} of {self.count} ended before its pictures were written; it says why")
+            done.update(told)
 
     def _heard(self) -> None:
         """Stay, as the keeper of the store may, until the others know; not for long, as one may never start."""

@@ -1,23 +1,16 @@
 """Recipes: strict TOML into frozen objects. A key that is not known is an error that names the nearest right one."""
 
-import difflib
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from latentgen.errors import InputError
+from latentgen.fields import Above, Amount, Below, Endless, Number, Part, Positive, Scale, Whole, explained, is_written
 
-Positive = Annotated[int, Field(ge=1)]
-Part = Annotated[float, Field(ge=0, le=1)]
-Below = Annotated[float, Field(ge=0, lt=1)]  # a part, but not all
-Model = TypeVar("Model", bound=BaseModel)
-Amount = Annotated[float, Field(ge=0)]
-Scale = Annotated[float, Field(ge=0.5, le=2)]
 SamplerName = Literal[  # those of `diffusion.sampling`, which would bring in numpy
     "dpmpp-2m",
     "unipc",
@@ -43,7 +36,7 @@ KINDS = ("latent", "pixels")  # of recipes: a text-to-image model in latents; `l
 class Section(BaseModel):
     """A table of a recipe: strict, frozen, no key that is not known."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class Train(Section):
@@ -55,19 +48,33 @@ class Train(Section):
 
     steps: Positive
     batch: Positive
-    rate: Annotated[float, Field(gt=0)]
+    rate: Above
     warmup: Positive = 100
     decay: Part = 0.3
     weight_decay: Amount = 0.01
     betas: tuple[Below, Below] = (0.9, 0.99)
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    clip: Annotated[Endless, Field(gt=0)] = 1.0
+    ema: Below = 0.999
     decay_shape: Literal["linear", "cosine"] = "linear"
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd", "muon"] = "adamw"
     accumulate: Positive = 1
     activation_checkpointing: bool = False
-    averages: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = ()
+    averages: tuple[Annotated[Number, Field(gt=0, lt=0.288)], ...] = ()
     kept_averages: Positive = 16
+
+    @model_validator(mode="after")
+    def _heard_by_the_loop(self, info: ValidationInfo) -> Self:
+        if not is_written(info):
+            return self
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate is {self.accumulate}; it must divide the batch of {self.batch}")
+        if self.optimizer == "adafactor" and self.betas != Train.model_fields["betas"].default:
+            raise ValueError('betas are not adafactor\'s, which has none; take them away, or write optimizer = "adamw"')
+        if self.decay_shape != "linear" and not self.decay:
+            raise ValueError("decay_shape is of a rate that falls, and decay is 0; take one of them away")
+        if not self.averages and self.kept_averages != Train.model_fields["kept_averages"].default:
+            raise ValueError("kept_averages is of averages, and there are none; write averages too, or neither")
+        return self
 
 
 class Buckets(Section):
@@ -78,7 +85,7 @@ class Buckets(Section):
     """
 
     step: Positive | None = None
-    ratio: Annotated[float, Field(ge=1)] = 2.0
+    ratio: Annotated[Number, Field(ge=1)] = 2.0
     largest_crop: Part = 0.1
     upscale: bool = False
 
@@ -86,8 +93,9 @@ class Buckets(Section):
 class Data(Section):
     """The captioned folder, the side in pixels, and which split is kept for testing.
 
-    `hold_out`: where no picture is marked so, this part of them is, by a hash of the file names. `captions`: from
-    "files" (tables and sidecars) or from the "names" of the pictures. `background`: the colour under transparent ones.
+    `folders`: those named train, test or validation are splits, where nothing else says a picture's. `hold_out`: where
+    no picture is in that split then, this part of them is, by a hash of the file names. `captions`: from "files"
+    (tables and sidecars) or from the "names" of the pictures. `background`: the colour under transparent ones.
     `weights` says how often pictures are seen: a column of the metadata, its values, a factor each (1 where unnamed).
     `buckets`: the U-Net learns from pictures in nearly their own shape; CLIP and VAE learn from squares out of them.
     `upscale`: whether pictures with a side below `size` are enlarged, or left out and listed; buckets have their own.
@@ -96,9 +104,10 @@ class Data(Section):
     folder: Path
     size: Positive
     held_out: str = "test"
-    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    hold_out: Below = 0.05
     captions: Literal["files", "names"] = "files"
     background: str = "white"
+    folders: bool = True
     weights: dict[str, dict[str, Amount]] = {}
     buckets: Buckets | None = None
     upscale: bool = False
@@ -108,7 +117,7 @@ class Tokenizer(Section):
     """A byte-level BPE; `context` in tokens, start and end included."""
 
     vocabulary: Positive
-    context: Annotated[int, Field(ge=4)] = 77
+    context: Annotated[Whole, Field(ge=4)] = 77
 
 
 class Clip(Section):
@@ -119,8 +128,14 @@ class Clip(Section):
     patch: Positive
     text_layers: Positive
     image_layers: Positive
-    gate: dict[str, float] = {}
+    gate: dict[str, Endless] = {}
     train: Train
+
+    @model_validator(mode="after")
+    def _compares_its_batch(self, info: ValidationInfo) -> Self:
+        if self.train.accumulate > 1 and is_written(info):
+            raise ValueError("CLIP compares the pictures of a batch with each other; leave accumulate at 1")
+        return self
 
 
 class Layout(Section):
@@ -128,16 +143,17 @@ class Layout(Section):
     holds its other states near what CLIP made of them.
     """
 
-    grid: Annotated[int, Field(ge=2, le=8)] = 4
+    grid: Annotated[Whole, Field(ge=2, le=8)] = 4
     keep: Amount = 0.02
     caption_dropout: Part = 0.1
-    gate: dict[str, float] = {}
+    gate: dict[str, Endless] = {}
     train: Train
 
 
-def _matching_needs_an_adversary(loss: Any) -> Any:
-    if loss.matching and not loss.adversary:
-        raise ValueError("matching is of an adversary's layers; set adversary above 0 too")
+def _of_an_adversary(loss: Any, info: ValidationInfo) -> Any:
+    key = "matching" if loss.matching else "adversary_start" if loss.adversary_start and is_written(info) else None
+    if key and not loss.adversary:
+        raise ValueError(f"{key} is of an adversary, and there is none; set adversary above 0 too")
     return loss
 
 
@@ -147,11 +163,11 @@ class VaeLoss(Section):
     kl: Amount = 5e-4
     perceptual: Amount = 0.1
     adversary: Amount = 0.0
-    adversary_start: Annotated[int, Field(ge=0)] = 0
+    adversary_start: Annotated[Whole, Field(ge=0)] = 0
     matching: Amount = 0.0
     equivariance: Part = 0.0
 
-    _alone = model_validator(mode="after")(_matching_needs_an_adversary)
+    _alone = model_validator(mode="after")(_of_an_adversary)
 
 
 class Vae(Section):
@@ -162,7 +178,7 @@ class Vae(Section):
     layers: Positive = 1
     groups: Positive = 8
     loss: VaeLoss = VaeLoss()
-    gate: dict[str, float] = {}
+    gate: dict[str, Endless] = {}
     train: Train
 
 
@@ -170,10 +186,10 @@ class DecoderLoss(Section):
     """Weights of the decoder's terms beside L1, as the VAE's."""
 
     adversary: Amount = 0.0
-    adversary_start: Annotated[int, Field(ge=0)] = 0
+    adversary_start: Annotated[Whole, Field(ge=0)] = 0
     matching: Amount = 0.0
 
-    _alone = model_validator(mode="after")(_matching_needs_an_adversary)
+    _alone = model_validator(mode="after")(_of_an_adversary)
 
 
 class Decoder(Section):
@@ -183,31 +199,36 @@ class Decoder(Section):
 
     noise: Amount = 0.3
     drawn: Part = 0.5
-    depth: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    depth: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     loss: DecoderLoss = DecoderLoss()
-    gate: dict[str, float] = {}
+    gate: dict[str, Endless] = {}
     train: Train
 
 
 class Augment(Section):
     """Each picture in so many `versions`, the first as it is (`data.variants`). The others are made smaller or larger
     by a factor between the two of `scale`, and where `mirror` asks for it every second is mirrored, but for pictures
-    whose captions have one of the words of `sided` (None: left, right, letters and the like).
+    whose captions have one of the words of `sided` (None: left, right, letters and the like). Left out, `versions` is
+    4, and 2 where they are mirrored alone.
     """
 
-    versions: Annotated[int, Field(ge=2)] = 4
     mirror: bool = False
     scale: tuple[Scale, Scale] = (1.0, 1.0)
     sided: tuple[str, ...] | None = None
+    versions: Annotated[Whole, Field(ge=2)] = Field(
+        default_factory=lambda told: 2 if told.get("mirror") and told.get("scale") == (1.0, 1.0) else 4
+    )
 
     @model_validator(mode="after")
-    def _changes_something(self) -> Self:
+    def _changes_something(self, info: ValidationInfo) -> Self:
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale is {list(self.scale)}; write the smaller factor first")
         if self.scale == (1.0, 1.0) and not self.mirror:
             raise ValueError("every version would be the same; set mirror = true, or scale = [0.9, 1.0]")
         if self.scale == (1.0, 1.0) and self.versions > 2:
-            raise ValueError("a mirrored picture is one version more; set versions = 2, or a scale too")
+            raise ValueError("a mirrored picture is one version more; set versions = 2 or none, or a scale too")
+        if self.sided is not None and not self.mirror and is_written(info):
+            raise ValueError("sided says which pictures are not mirrored, and none is; set mirror = true too")
         return self
 
 
@@ -232,28 +253,26 @@ class Unet(Section):
     prediction: Literal["eps", "x0", "v", "flow"] = "v"
     weighting: Literal["simple", "min-snr", "p2", "sigmoid", "bound", "edm"] = "simple"
     times: Literal["uniform", "logit-normal", "lognormal-sigma"] = "uniform"
-    times_mean: float | None = None
-    times_std: Annotated[float, Field(gt=0)] | None = None
+    times_mean: Number | None = None
+    times_std: Above | None = None
     caption_dropout: Part = 0.1
     caption_orders: Positive = 1
-    caption_keep: Annotated[int, Field(ge=0)] = 1
+    caption_keep: Annotated[Whole, Field(ge=0)] = 1
     long_captions: Part | None = None
     align: Amount = 0.0
     disperse: Amount = 0.0
     augment: Augment | None = None
-    gate: dict[str, float] = {}
+    gate: dict[str, Endless] = {}
     train: Train
 
     @model_validator(mode="after")
-    def _belong_together(self) -> Self:
+    def _belong_together(self, info: ValidationInfo) -> Self:
         if (self.schedule == "flow") != (self.prediction == "flow"):
             raise ValueError('schedule = "flow" and prediction = "flow" belong together; write both or neither')
         if self.times == "uniform" and (self.times_mean, self.times_std) != (None, None):
             raise ValueError('times_mean and times_std are of times = "logit-normal", say; write that too')
-        return self
-
-    @model_validator(mode="after")
-    def _aligned_as_they_are(self) -> Self:
+        if self.disperse and self.train.accumulate > 1 and is_written(info):
+            raise ValueError("disperse compares the pictures of a batch with each other; leave accumulate at 1")
         if self.align and self.augment:
             raise ValueError("align compares pictures as they are, augment varies them; take one of them away")
         return self
@@ -264,7 +283,7 @@ class Sample(Section):
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     columns: Positive = 8
-    seed: int = 0
+    seed: Whole = 0
 
 
 class Defaults(Section):
@@ -278,8 +297,8 @@ class Defaults(Section):
 class Pace(Section):
     """When a stage looks up from its work."""
 
-    log_seconds: Amount = 10.0
-    save_seconds: Amount = 300.0
+    log_seconds: Annotated[Endless, Field(ge=0)] = 10.0
+    save_seconds: Annotated[Endless, Field(ge=0)] = 300.0
     validate_steps: Positive = 500
 
 
@@ -292,7 +311,7 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-    seed: int = 0
+    seed: Whole = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     data: Data
     tokenizer: Tokenizer
@@ -314,6 +333,7 @@ class Recipe(Section):
                 self.data.size % factor,
                 f"data.size {self.data.size} is no multiple of {factor}, as vae.channels halve it",
             ),
+            (self.clip.patch > self.data.size, f"clip.patch {self.clip.patch} is more than data.size {self.data.size}"),
             (self.clip.width % self.clip.heads, f"clip.width {self.clip.width} is no multiple of clip.heads"),
             (
                 any(c % self.vae.groups for c in self.vae.channels),
@@ -350,7 +370,7 @@ def read_as(form: type[Form], path: Path, changes: Mapping[str, Any] = MappingPr
     table = {**read_table(path), **changes}
     if "kind" not in form.model_fields and table.get("kind") == KINDS[0]:
         del table["kind"]
-    return explained(form, table, f"recipe {path}")
+    return explained(form, table, f"recipe {path}", written=True)
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -365,52 +385,3 @@ def read_table(path: Path) -> dict[str, Any]:
         raise InputError(f"recipe {path} is not TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} cannot be read ({error}); give a .toml file") from None
-
-
-def explained(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """The values as the model has them. Raises InputError, naming the key, for the first thing that is not right."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{where}: {_explain(error, model)}") from None
-
-
-def _explain(error: ValidationError, whole: type[BaseModel]) -> str:
-    """The first thing wrong, in words, unknown keys first: they are most often the cause of the rest."""
-    flaws = sorted(error.errors(), key=lambda flaw: flaw["type"] != "extra_forbidden")
-    flaw = flaws[0]
-    where = ".".join(str(part) for part in flaw["loc"])
-    more = f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
-    if flaw["type"] == "extra_forbidden":
-        *section, key = (str(part) for part in flaw["loc"])
-        known = _keys(whole, section)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        right = f"did you mean {near[0]!r}?" if near else f"it can be one of: {', '.join(known)}"
-        place = f"[{'.'.join(section)}]" if section else "the top level"
-        return f"unknown key {key!r} in {place}; {right}{more}"
-    if flaw["type"] == "missing":
-        return f"{where} is missing; write it{more}"
-    if flaw["type"] == "value_error":  # said by a section of itself
-        return f"{where}: {flaw['ctx']['error']}{more}"
-    hint = _near(flaw["input"], flaw["ctx"]["expected"]) if flaw["type"] == "literal_error" else ""
-    return f"{where} is {flaw['input']!r}: {flaw['msg'][0].lower()}{flaw['msg'][1:]}{hint}{more}"
-
-
-def _near(given: object, expected: str) -> str:
-    """The word nearest to what was given, of those that pydantic lists in quotes."""
-    near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", expected), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _keys(whole: type[BaseModel], section: list[str]) -> list[str]:
-    """The keys a section may hold."""
-    model: Any = whole
-    for name in section:
-        field = model.model_fields.get(name)
-        if field is None:
-            return []
-        kinds = [field.annotation, *get_args(field.annotation)]
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if model is None:
-            return []
-    return [field.alias or name for name, field in model.model_fields.items()]

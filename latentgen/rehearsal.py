@@ -20,18 +20,19 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.build import Run
-from latentgen.checkpoint import open_folder
-from latentgen.continuation import Continuation, refuse_itself
+from latentgen.continuation import Continuation, open_start, refuse_itself
 from latentgen.errors import InputError
 from latentgen.pixels.build import PixelRun
 from latentgen.pixels.objective import PixelObjective
 from latentgen.pixels.recipe import read_pixel_recipe
 from latentgen.recipe import Train, read_kind, read_recipe
+from latentgen.stopping import half_done
 from latentgen.training.cache import Items
 from latentgen.training.contention import Contention
 from latentgen.training.draw import Draw
 from latentgen.training.finish import check_places
 from latentgen.training.loop import LoopSettings, NotFinite, TrainState, fit, order_of, recompute_where_asked
+from latentgen.training.memory import saying_what_saves
 from latentgen.training.sharding import any_of
 from latentgen.training.stage import Report, duration
 
@@ -96,7 +97,7 @@ def rehearse(
         if start is not None:
             refuse_itself(start, final)
         given = (what, final, data or what.data.folder, report)
-        run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_folder(start), only)
+        run = Rehearsal(*given) if start is None else RehearsedContinuation(*given, open_start(what, start), only)
     check_places(final, run.folder, run.recipe.data.captions)
     with _scratch(run.accelerator) as run.state:
         run.all()
@@ -114,7 +115,7 @@ def rehearse(
 def _scratch(accelerator: Accelerator) -> Iterator[Path]:
     """A temporary folder that all processes share; the first removes it when all are done."""
     first = accelerator.is_main_process
-    with tempfile.TemporaryDirectory(prefix="latentgen-") if first else nullcontext("") as made:
+    with half_done(), tempfile.TemporaryDirectory(prefix="latentgen-") if first else nullcontext("") as made:
         (place,) = broadcast_object_list([made])
         yield Path(place)
         accelerator.wait_for_everyone()
@@ -197,12 +198,13 @@ def measure(name: str, objective: Any, what: Train, gate: Mapping[str, float], a
     recompute_where_asked(name, objective.module, settings)
     alone = _restart_peak()
     state = TrainState.start(objective.module, settings)
-    gflop = gflop_of(objective, settings, accelerator)
-    contention = Contention.on(accelerator.device, WATCHED)
-    try:
-        rate = samples_per_second(objective, state, settings, accelerator)
-    except NotFinite as broken:
-        raise InputError(f"{name}: {broken}; lower the rate") from None
+    with saying_what_saves(name, objective, settings, accelerator):
+        gflop = gflop_of(objective, settings, accelerator)
+        contention = Contention.on(accelerator.device, WATCHED)
+        try:
+            rate = samples_per_second(objective, state, settings, accelerator)
+        except NotFinite as broken:
+            raise InputError(f"{name}: {broken}; lower the rate") from None
     contended = contention.line()
     check_gate(name, gate, {**objective.validate(), "steps": 0.0, "skipped": 0.0})
     objective.sheet()

@@ -6,11 +6,9 @@ for, and a picture that was made in a batch names its company, which `replay` re
 the same machine gives the same file, byte for byte.
 """
 
-import os
-import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from latentgen.checkpoint import find, open_checkpoint
 from latentgen.diffusion.prediction import Prediction
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule.reading import as_pipelines_take
-from latentgen.durable import sha256, write_file
+from latentgen.durable import sha256
 from latentgen.errors import InputError
 from latentgen.image import read_settings
 from latentgen.models.lora import read_lora
@@ -26,6 +24,7 @@ from latentgen.models.memory import pictures_at_a_time
 from latentgen.models.precision import type_name
 from latentgen.models.prompt import embedding_file
 from latentgen.pipeline import Pipeline, terms_of
+from latentgen.placing import places_of, replay_place, write_picture, write_replay
 from latentgen.processes import Processes
 from latentgen.request import Request, read_request, way_of
 
@@ -34,6 +33,7 @@ GUIDING = (
     "guidance_interval", "guidance_projection", "condition_annealing", "pag_scale", "vae_tiling", "feature_cache",
     "clip_skip", "timesteps", "eta",
 )  # fmt: skip
+MACHINE = ("latentgen", "engine", "torch", "onnxruntime", "pillow", "device", "dtype", "threads")  # may change bits
 WHOLE = (0.0, 1.0)  # of the way: no interval
 ALONE = Processes()
 Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pictures
@@ -43,12 +43,12 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all), over all pi
 class Order:
     """What `latentgen render` was asked for; None is the weights' own default.
 
-    size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory holds. loras: (file or
-    folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling, compile,
-    guidance_interval, prediction_type, tokenizer, dtype, clip_skip, timesteps, eta: as the pipeline's.
+    prompts: one or more. size: (width, height) in pixels. batch: pictures at a time, or "auto", as many as memory
+    holds. loras: (file or folder, weight) of each. words: files of new words' embeddings. feature_cache, vae_tiling,
+    compile, guidance_interval, prediction_type, tokenizer, dtype, clip_skip, timesteps, eta: as the pipeline's.
     """
 
-    prompts: Sequence[str]
+    prompts: str | Sequence[str]
     negative: str = ""
     steps: int | None = None
     guidance: float | None = None
@@ -73,11 +73,15 @@ class Order:
     timesteps: Sequence[float] | None = None
     eta: float = 0.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):  # one, and not one for each letter
+            object.__setattr__(self, "prompts", [self.prompts])
+
 
 def render(
     order: Order,
-    out: Path | None = None,
-    weights: str | None = None,
+    out: str | Path | None = None,
+    weights: str | Path | None = None,
     progress: Progress | None = None,
     among: Processes = ALONE,
 ) -> Iterator[Path]:
@@ -90,9 +94,10 @@ def render(
     yields all, in order, when all are written. Names and bytes are those of one process, but for the bytes of a batch
     of "auto", which is chosen anew in each.
     """
+    out = None if out is None else Path(out)
     request, targets = _planned(order, out, weights, among)
     loras = [{"path": path, "weight": weight} for path, weight in order.loras]
-    with among.to_the_end():
+    with among.to_the_end() as written:
         with among.first_here_first():
             told: dict[str, Any] = {key: getattr(order, key) for key in ("tokenizer", "prediction_type", "dtype")}
             pipe = Pipeline.from_pretrained(weights, engine=order.engine, loras=loras, compile=order.compile, **told)
@@ -105,20 +110,23 @@ def render(
             made = pictures(pipe, settings, progress, done, total)
             done += len(rows) * request.steps
             for row, picture in zip(rows, made, strict=True):
-                write_file(targets[row], picture.png())
+                place = write_picture(targets[row], out, request.prompts[row], request.seeds[row], picture.png())
+                written[str(row)] = str(place)
                 if among.rank or among.count == 1:
-                    yield targets[row]
+                    yield place
     if among.rank == 0 and among.count > 1:
-        yield from targets
+        yield from (Path(written[str(row)]) for row in range(len(request)))
 
 
-def _planned(order: Order, out: Path | None, weights: str | None, among: Processes) -> tuple[Request, Sequence[Path]]:
+def _planned(
+    order: Order, out: Path | None, weights: str | Path | None, among: Processes
+) -> tuple[Request, Sequence[Path]]:
     """The checked request and each picture's place; of several processes the first decides on fresh seeds and names."""
 
     def decide() -> dict[str, Any]:
         request = _request(order, weights, order.seed)
         pictures_at_a_time(order.batch, 1, 1)  # that it is a number or "auto"
-        targets = places(out, request)
+        targets = places_of(out, request.prompts, request.seeds)
         for path, _ in order.loras:
             read_lora(path)
         return {"seeds": list(request.seeds), "places": list(map(str, targets))}
@@ -127,7 +135,7 @@ def _planned(order: Order, out: Path | None, weights: str | None, among: Process
     return _request(order, weights, decided["seeds"]), [Path(place) for place in decided["places"]]
 
 
-def _request(order: Order, weights: str | None, seed: int | Sequence[int] | None) -> Request:
+def _request(order: Order, weights: str | Path | None, seed: int | Sequence[int] | None) -> Request:
     if order.prediction_type is not None:
         Prediction(order.prediction_type)
     if order.dtype is not None:
@@ -209,19 +217,30 @@ def replay(
 ) -> tuple[Path, list[str]]:
     """Make a picture again from what its PNG says; out: a .png file, a folder, or None for NAME-replay.png beside it.
 
+    A file that is named is replaced; else a name that is not free is numbered, as `render` does.
     loras, words: where its LoRAs and new words are now, in any order, if they are not where they were.
     Returns the new file and remarks: whether it is the same byte for byte, and what has changed if it is not. Raises
     InputError where the picture does not say enough, or the weights at hand are not those it was made with.
     """
+    return replayed(picture, out, partial(_again, picture, weights, progress, loras, words))
+
+
+def replayed(
+    picture: Path, out: Path | None, again: Callable[[Mapping[str, Any]], tuple[bytes, Mapping[str, Any]]]
+) -> tuple[Path, list[str]]:
+    """As `replay`, with what makes the bytes, and the new settings, from a picture's settings."""
     settings = read_settings(picture)
     target = replay_place(picture, out)
     try:
-        made, changes = _again(settings, picture, weights, progress, loras, words)
+        made, now = again(settings)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{picture}: its settings are not whole ({error}); it cannot be made again") from error
-    same = made == picture.read_bytes()
-    write_file(target, made)
-    return target, ["the same file, byte for byte"] if same else [*changes, "the new file differs from the old one"]
+    remarks = ["the same file, byte for byte"]
+    if made != picture.read_bytes():
+        changed = [key for key in MACHINE if settings.get(key) != now.get(key)]
+        remarks = [f"{key} was {settings.get(key)}, is {now.get(key, 'absent')}" for key in changed]
+        remarks.append("the new file differs from the old one")
+    return write_replay(target, out, made), remarks
 
 
 def pictures(
@@ -249,79 +268,22 @@ def pictures(
     return rendered
 
 
-def places(out: Path | None, request: Request) -> list[Path]:
-    """Where each picture goes. Raises InputError where nothing can be written there."""
-    return places_of(out, request.prompts, request.seeds)
-
-
-def places_of(out: Path | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
-    """`places` of so many pictures, each of a prompt and a seed."""
-    if out is not None and out.suffix and not out.is_dir():
-        if out.suffix.lower() != ".png":
-            raise InputError(f"{out} is no PNG; pictures are written as .png, which holds how they were made")
-        _check_writable(out.parent)
-        if len(seeds) == 1:
-            return [out]
-        digits = len(str(len(seeds)))
-        return [out.with_name(f"{out.stem}-{k + 1:0{digits}}{out.suffix}") for k in range(len(seeds))]
-    folder = out or Path()
-    _check_writable(folder)
-    chosen: list[Path] = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        chosen.append(_free(folder, f"{slug(prompt)}-{seed}", chosen))
-    return chosen
-
-
-def replay_place(picture: Path, out: Path | None) -> Path:
-    """Where a replayed picture goes."""
-    target = out or picture.with_name(f"{picture.stem}-replay.png")
-    if target.is_dir() or not target.suffix:
-        target = target / picture.name
-        if target.resolve() == picture.resolve():
-            target = picture.with_name(f"{picture.stem}-replay.png")
-    if target.suffix.lower() != ".png":
-        raise InputError(f"{target} is no PNG; pictures are written as .png, which holds how they were made")
-    _check_writable(target.parent)
-    return target
-
-
-def slug(prompt: str) -> str:
-    """A prompt as part of a file's name."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:40].rstrip("-_") or "picture"
-
-
-def _free(folder: Path, stem: str, taken: Sequence[Path]) -> Path:
-    """STEM.png, or the first of STEM-2.png, STEM-3.png … that is not there yet."""
-    path, number = folder / f"{stem}.png", 1
-    while path.exists() or path in taken:
-        number += 1
-        path = folder / f"{stem}-{number}.png"
-    return path
-
-
-def _check_writable(folder: Path) -> None:
-    """Say now, rather than after the rendering, that nothing can be written there."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"cannot write into {folder}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write into {folder}: {existing} may not be written; name another place with --out")
-
-
 def _loras_again(recorded: Sequence[Mapping[str, Any]], picture: Path, places: Sequence[str]) -> list[str]:
     """Where the LoRAs of a picture are now; an InputError where one is not there, or is another."""
-    here = {known: place for place in places for known in _known(place)}
+    known = {place: _known(place) for place in places}
+    here = {hashed: place for place, both in known.items() for hashed in both}
+    for place, both in known.items():
+        if not any(lora["sha256"] in both for lora in recorded):
+            raise not_of(picture, f"--lora {place}", [f"{lora['name']} ({lora['sha256'][:12]})" for lora in recorded])
     found = []
     for lora in recorded:
         named = f"{picture} was made with LoRA {lora['name']} ({lora['sha256'][:12]})"
         place = here.get(lora["sha256"], lora["path"])
         if not Path(place).expanduser().exists():
             raise InputError(f"{named}, not found at {place}; name its file with --lora")
-        known = _known(place)
-        if lora["sha256"] not in known:
-            raise InputError(f"{named}, and {place} is another ({known[0][:12]}); name the right file with --lora")
+        both = known.get(place) or _known(place)
+        if lora["sha256"] not in both:
+            raise InputError(f"{named}, and {place} is another ({both[0][:12]}); name the right file with --lora")
         found.append(place)
     return found
 
@@ -338,8 +300,12 @@ def _words_again(settings: Mapping[str, Any], picture: Path, places: Sequence[st
         if not embedding_file(place).is_file():
             raise InputError(f"--word {place} is not there; name the file of a new word, or its folder")
     here = {sha256(file): file for file in map(embedding_file, places)}
+    recorded = settings.get("words") or ()
+    for place in here.keys() - {known["sha256"] for known in recorded}:
+        names = [f"{known['word']} ({known['sha256'][:12]})" for known in recorded]
+        raise not_of(picture, f"--word {here[place]}", names)
     found = []
-    for known in settings.get("words") or ():
+    for known in recorded:
         named = f"{picture} was made with the word {known['word']} ({known['sha256'][:12]})"
         file = here.get(known["sha256"]) or embedding_file(known["path"])
         if not file.is_file() or sha256(file) != known["sha256"]:
@@ -348,20 +314,23 @@ def _words_again(settings: Mapping[str, Any], picture: Path, places: Sequence[st
     return found
 
 
+def not_of(picture: Path, given: str, made_with: Sequence[str]) -> InputError:
+    """What was given for a replay and is nothing that the picture was made with."""
+    rest = f"which was made with {', '.join(made_with)}" if made_with else "which was made with none"
+    return InputError(f"{given} is not of {picture}, {rest}; leave it away, or name the right file")
+
+
 def _again(
-    settings: Mapping[str, Any],
     picture: Path,
     weights: str | None,
     progress: Progress | None,
     loras: Sequence[str],
     words: Sequence[str],
-) -> tuple[bytes, list[str]]:
-    """The bytes of a picture made again from its settings, and what of the machine has changed since."""
+    settings: Mapping[str, Any],
+) -> tuple[bytes, Mapping[str, Any]]:
+    """The bytes of a picture made again from its settings, and the new ones."""
     if settings.get("kind") == "pixels":
-        options = {"seed": "--seed", "steps": "--steps", "guidance": "--guidance", "sampler": "--sampler"}
-        words = [word for key, option in options.items() if key in settings for word in (option, str(settings[key]))]
-        command = shlex.join(("latentgen", "render", settings["prompt"], *words, "--weights", settings["folder"]))
-        raise InputError(f"{picture} is a pixel model's, which replay does not make again; do: {command}")
+        raise InputError(f"{picture} is a pixel model's, which latentgen.pixels.render.replay makes again")
     if settings.get("brought"):
         brought = ", ".join(settings["brought"])
         raise InputError(
@@ -372,7 +341,9 @@ def _again(
     folder = weights if weights is not None else recorded.get("path")
     told: dict[str, Any] = {key: settings.get(key) for key in ("tokenizer", "prediction_type")}
     try:
-        checkpoint = open_checkpoint(find(folder), tokenizer=told["tokenizer"], verify=False)
+        place = find(folder)
+        told["tokenizer"] = told["tokenizer"] if place.is_file() else None  # which older pictures of folders say too
+        checkpoint = open_checkpoint(place, tokenizer=told["tokenizer"], verify=False)
     except InputError as error:
         if weights is None and folder is not None and not Path(folder).exists():
             raise InputError(
@@ -387,6 +358,7 @@ def _again(
             "name the right folder with --weights"
         )
     placed = _loras_again(settings.get("loras") or (), picture, loras)
+    files = _words_again(settings, picture, words)
     company = settings.get("batch") or {"row": 0, **{key: [settings[key]] for key in EACH}}
     engine = str(settings.get("engine", "torch"))  # older pictures do not say, and are torch's
     loras_again = [
@@ -398,13 +370,9 @@ def _again(
         asked["device"] = "cpu"  # and not a GPU's other bits, where there is one now
     pipe = Pipeline.from_pretrained(folder, engine=engine, compile=bool(settings.get("compile")), **asked, **told)
     pipe.weights = recorded  # the same weights, under the name and path by which the picture knows them
-    for known, file in zip(settings.get("words") or (), _words_again(settings, picture, words), strict=True):
+    for known, file in zip(settings.get("words") or (), files, strict=True):
         pipe.load_textual_inversion(file, known["word"], known_as=known["path"])
     row = int(company["row"])
     together = {**settings, **{key: company[key] for key in EACH}}
     again = pictures(pipe, together, progress)[row]
-    machine = ("latentgen", "engine", "torch", "onnxruntime", "pillow", "device", "dtype", "threads")
-    old, new = settings, again.settings
-    return again.png(), [
-        f"{key} was {old.get(key)}, is {new.get(key, 'absent')}" for key in machine if old.get(key) != new.get(key)
-    ]
+    return again.png(), again.settings

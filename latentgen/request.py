@@ -6,17 +6,19 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 
 from latentgen.checkpoint import Checkpoint, SingleFile, refuse_other_kinds
 from latentgen.diffusion.schedule.plan import Plan, from_config
-from latentgen.diffusion.schedule.reading import is_known, known, plan_for
+from latentgen.diffusion.schedule.reading import SCHEDULERS, is_known, known, plan_for
 from latentgen.errors import InputError
+from latentgen.values import check_array, finite, flag, kind, listed, shown, whole
 
 Projected = tuple[float, float | None] | tuple[float, float | None, float]  # eta, norm and momentum
 LARGEST_SEED = 2**64 - 1
+LARGEST_SIDE = MOST_PICTURES = 2**16  # pixels, and pictures of a prompt: more than any memory holds
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -163,6 +165,27 @@ class Request:
         return {name: value for name, value in (told | {"eta": self.eta}).items() if value}
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What a picture's settings say of it; prompts and seeds as lists."""
+        return {
+            "prompt": list(self.prompts),
+            "negative_prompt": list(self.negatives),
+            "seed": list(self.seeds),
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "guidance_rescale": self.rescale,
+            "guidance_interval": self.interval,
+            "guidance_projection": self.projection,
+            **self.seldom,
+            "pag_scale": self.pag,
+            "sampler": self.sampler,
+            "height": self.height,
+            "width": self.width,
+            "prompt_weights": self.prompt_weights,
+            "max_embeddings_multiples": self.max_embeddings_multiples,
+        }
+
+    @property
     def scale(self) -> float:
         """Of classifier-free guidance: 1, which is off, where the network itself is told the scale."""
         return 1.0 if self.told else max(self.guidance, 1.0)
@@ -174,25 +197,25 @@ def read_request(
     prompt: str | Sequence[str] | None,
     negative_prompt: str | Sequence[str] | None = None,
     *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    rescale: float = 0.0,
-    height: int | None = None,
-    width: int | None = None,
-    n: int = 1,
-    seed: int | Sequence[int] | None = None,
+    steps: SupportsIndex | None = None,
+    guidance: SupportsFloat | None = None,
+    rescale: SupportsFloat = 0.0,
+    height: SupportsIndex | None = None,
+    width: SupportsIndex | None = None,
+    n: SupportsIndex = 1,
+    seed: SupportsIndex | Iterable[SupportsIndex] | None = None,
     sampler: str | None = None,
     embedded: int | None = None,
-    prompt_weights: bool = True,
-    max_embeddings_multiples: int | None = None,
-    interval: Sequence[float] | None = None,
-    projection: Sequence[float | None] | None = None,
-    annealing: Sequence[float] | None = None,
-    pag: float = 0.0,
-    feature_cache: int = 1,
-    clip_skip: int | None = None,
-    timesteps: Sequence[float] | None = None,
-    eta: float = 0.0,
+    prompt_weights: bool | np.bool_ = True,
+    max_embeddings_multiples: SupportsIndex | None = None,
+    interval: Iterable[float] | None = None,
+    projection: Iterable[float | None] | None = None,
+    annealing: Iterable[float] | None = None,
+    pag: SupportsFloat = 0.0,
+    feature_cache: SupportsIndex = 1,
+    clip_skip: SupportsIndex | None = None,
+    timesteps: Iterable[float] | None = None,
+    eta: SupportsFloat = 0.0,
 ) -> Request:
     """Check an order against what the weights allow, and fill in what was not said.
 
@@ -200,7 +223,7 @@ def read_request(
     seed + k; a list names each; None draws a fresh first one. embedded: how many prompts came as embeddings instead.
     Raises InputError, one line that says what is wrong and what would be right.
     """
-    pictures = _whole("num_images_per_prompt", n, 1)
+    pictures = whole("num_images_per_prompt", n, 1, MOST_PICTURES)
     prompts = _prompts(prompt, embedded)
     negatives = _negatives(negative_prompt, len(prompts))
     count = len(prompts) * pictures
@@ -208,28 +231,28 @@ def read_request(
         raise InputError(
             "these weights are told the guidance scale and know no negative prompt; leave the negative prompt out"
         )
-    walked = None if timesteps is None else _timesteps(_listed(timesteps), steps)
+    walked = None if timesteps is None else _timesteps(listed(timesteps), steps)
     named = nearest_sampler(terms.sampler if sampler is None else sampler, samplers)
     return Request(
         prompts=tuple(text for text in prompts for _ in range(pictures)),
         negatives=tuple(text for text in negatives for _ in range(pictures)),
         seeds=_seeds(seed, count),
-        steps=len(walked) if walked else _whole("num_inference_steps", terms.steps if steps is None else steps, 1),
-        guidance=_finite("guidance_scale", terms.guidance if guidance is None else guidance, 0.0, math.inf),
-        rescale=_finite("guidance_rescale", rescale, 0.0, 1.0),
+        steps=len(walked) if walked else whole("num_inference_steps", terms.steps if steps is None else steps, 1),
+        guidance=finite("guidance_scale", terms.guidance if guidance is None else guidance, 0.0, math.inf),
+        rescale=finite("guidance_rescale", rescale, 0.0, 1.0),
         sampler=named,
         height=_side("height", terms.size if height is None else height, terms.factor),
         width=_side("width", terms.size if width is None else width, terms.factor),
-        prompt_weights=bool(prompt_weights),
+        prompt_weights=flag("prompt_weights", prompt_weights),
         max_embeddings_multiples=None
         if max_embeddings_multiples is None
-        else _whole("max_embeddings_multiples", max_embeddings_multiples, 1),
-        interval=terms.interval if interval is None else _interval(_listed(interval)),
-        projection=None if projection is None else _projection(_listed(projection)),
-        annealing=None if annealing is None else _annealing(_listed(annealing)),
-        pag=_finite("pag_scale", pag, 0.0, math.inf),
+        else whole("max_embeddings_multiples", max_embeddings_multiples, 1),
+        interval=terms.interval if interval is None else _interval(listed(interval)),
+        projection=None if projection is None else _projection(listed(projection)),
+        annealing=None if annealing is None else _annealing(listed(annealing)),
+        pag=finite("pag_scale", pag, 0.0, math.inf),
         said=negative_prompt is not None,
-        feature_cache=_whole("feature_cache", feature_cache, 1),
+        feature_cache=whole("feature_cache", feature_cache, 1),
         told=terms.told,
         clip_skip=_skip(clip_skip, terms.skippable),
         timesteps=walked,
@@ -248,26 +271,22 @@ def way_of(scheduler: Mapping[str, Any], request: Request) -> tuple[Plan, np.nda
 
 def check_call(output_type: str, callback: Any, **arrays: Any) -> None:
     """Raises InputError for a kind of output, a callback or arrays that are none; None is what was not brought."""
-    if output_type not in OUTPUT_TYPES:
-        raise InputError(f"output_type {output_type!r} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type {shown(output_type)} is not known; it can be one of: {', '.join(OUTPUT_TYPES)}")
     if callback is not None and not callable(callback):
-        raise InputError(f"callback_on_step_end is {_kind(callback)}; it must be a function of four arguments")
+        raise InputError(f"callback_on_step_end is {kind(callback)}; it must be a function of four arguments")
     for name, value in arrays.items():
-        if value is not None and not hasattr(value, "shape"):
-            raise InputError(f"{name}: {_kind(value)}; it must be an array or a tensor")
-
-
-def _listed(parts: Any) -> list[Any]:
-    """The values of a setting that has several; one value alone as a list of itself, which is then too short."""
-    return list(parts) if isinstance(parts, Iterable) else [parts]
+        if value is not None:
+            check_array(name, value)
 
 
 def _interval(parts: Sequence[float]) -> tuple[float, float] | None:
     """None for the whole of the way: guidance is then not bounded at all."""
-    ends = tuple(_finite("guidance_interval", part, 0.0, 1.0) for part in parts)
+    ends = tuple(finite("guidance_interval", part, 0.0, 1.0) for part in parts)
     if len(ends) != 2 or ends[0] >= ends[1]:
         raise InputError(
-            f"guidance_interval is {list(parts)}; it must be two parts of the way, as (0.1, 0.8): 0 is noise, 1 clean"
+            f"guidance_interval is {shown(list(parts))}; it must be two parts of the way, as (0.1, 0.8): "
+            "0 is noise, 1 clean"
         )
     return None if ends == (0.0, 1.0) else (ends[0], ends[1])
 
@@ -275,34 +294,35 @@ def _interval(parts: Sequence[float]) -> tuple[float, float] | None:
 def _projection(parts: Sequence[float | None]) -> Projected:
     if len(parts) not in (2, 3) or parts[0] is None or (parts[-1] is None and len(parts) == 3):
         raise InputError(
-            f"guidance_projection is {list(parts)}; it must be (eta, norm) or (eta, norm, momentum), as (0, 15) or "
-            "(0, None, -0.5)"
+            f"guidance_projection is {shown(list(parts))}; it must be (eta, norm) or (eta, norm, momentum), as "
+            "(0, 15) or (0, None, -0.5)"
         )
-    norm = None if parts[1] is None else _finite("guidance_projection's norm", parts[1], 1e-6, math.inf)
-    eta = _finite("guidance_projection's eta", parts[0], 0.0, 1.0)
-    return (eta, norm) if len(parts) == 2 else (eta, norm, _finite("its momentum", parts[2], -0.99, 0.99))
+    norm = None if parts[1] is None else finite("guidance_projection's norm", parts[1], 1e-6, math.inf)
+    eta = finite("guidance_projection's eta", parts[0], 0.0, 1.0)
+    return (eta, norm) if len(parts) == 2 else (eta, norm, finite("its momentum", parts[2], -0.99, 0.99))
 
 
-def _timesteps(parts: Sequence[Any], steps: int | None) -> tuple[float, ...]:
+def _timesteps(parts: Sequence[Any], steps: Any) -> tuple[float, ...]:
     """Falling ones; that the schedule has them is seen where it is known."""
-    walked = tuple(_finite("a timestep", part, 0.0, math.inf) for part in parts)
+    walked = tuple(finite("a timestep", part, 0.0, math.inf) for part in parts)
     if not walked or any(later >= earlier for earlier, later in pairwise(walked)):
-        raise InputError(f"timesteps are {list(parts)}; they must fall from step to step, as [999, 850, 736]")
-    if steps not in (None, len(walked)):
-        raise InputError(f"num_inference_steps is {steps} and there are {len(walked)} timesteps; leave the former away")
+        raise InputError(f"timesteps are {shown(list(parts))}; they must fall from step to step, as [999, 850, 736]")
+    if steps is not None and whole("num_inference_steps", steps, 1) != len(walked):
+        said = f"num_inference_steps is {shown(steps)} and there are {len(walked)} timesteps"
+        raise InputError(f"{said}; leave the former away")
     return walked
 
 
 def _skip(clip_skip: Any, most: int) -> int:
     """How many layers of the text encoder are left away, at most `most`."""
-    skip = 0 if clip_skip is None else _whole("clip_skip", clip_skip, 0)
+    skip = 0 if clip_skip is None else whole("clip_skip", clip_skip, 0)
     if skip > most:
-        raise InputError(f"clip_skip is {skip}; this text encoder can do without {most} layers at most")
+        raise InputError(f"clip_skip is {shown(skip)}; this text encoder can do without {most} layers at most")
     return skip
 
 
 def _eta(value: Any, sampler: str) -> float:
-    eta = _finite("eta", value, 0.0, 1.0)
+    eta = finite("eta", value, 0.0, 1.0)
     if eta and sampler != "ddim":
         raise InputError(f"eta is {eta:g}, and only the sampler 'ddim' has one; {sampler!r} is as noisy as it is")
     return eta
@@ -311,23 +331,25 @@ def _eta(value: Any, sampler: str) -> float:
 def _annealing(parts: Sequence[float]) -> tuple[float, float, float]:
     if len(parts) != 3:
         raise InputError(
-            f"condition_annealing is {list(parts)}; it must be (low, high, scale), as (0.6, 0.9, 0.1): the times "
-            "between which noise of that scale fades from the condition"
+            f"condition_annealing is {shown(list(parts))}; it must be (low, high, scale), as (0.6, 0.9, 0.1): "
+            "the times between which noise of that scale fades from the condition"
         )
-    low, high = (_finite("condition_annealing's times", part, 0.0, 1.0) for part in parts[:2])
+    low, high = (finite("condition_annealing's times", part, 0.0, 1.0) for part in parts[:2])
     if low >= high:
         raise InputError(f"condition_annealing's times are {low:g} and {high:g}; the lower one comes first")
-    return low, high, _finite("condition_annealing's scale", parts[2], 0.0, math.inf)
+    return low, high, finite("condition_annealing's scale", parts[2], 0.0, math.inf)
 
 
 def nearest_sampler(name: str, samplers: Iterable[str]) -> str:
-    """The name itself where it is known; else an InputError that names the nearest right one."""
+    """The name itself where it is known; else an InputError with the nearest, or those of diffusers' scheduler."""
     known = sorted(samplers)
-    if name in known:
+    if isinstance(name, str) and name in known:
         return name
-    near = difflib.get_close_matches(str(name).lower().replace("_", "-").replace("+", "p"), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"unknown sampler {name!r}; {hint}there are: {', '.join(known)}")
+    near = [own for own in known if SCHEDULERS.get(own, {}).get("_class_name") in (str(name), type(name).__name__)]
+    said = str(name).lower().replace("_", "-").replace("+", "p")
+    near = near or difflib.get_close_matches(said, known, n=1, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise InputError(f"unknown sampler {shown(name)}; {hint}there are: {', '.join(known)}")
 
 
 def _prompts(prompt: str | Sequence[str] | None, embedded: int | None) -> tuple[str, ...]:
@@ -340,12 +362,12 @@ def _prompts(prompt: str | Sequence[str] | None, embedded: int | None) -> tuple[
     if isinstance(prompt, str):
         return _readable((prompt,))
     if prompt is None or not isinstance(prompt, Sequence):
-        raise InputError(f"the prompt is {_kind(prompt)}; it must be a string or a list of strings")
+        raise InputError(f"the prompt is {kind(prompt)}; it must be a string or a list of strings")
     if not prompt:
         raise InputError("the list of prompts is empty; give one prompt or more")
     for position, text in enumerate(prompt):
         if not isinstance(text, str):
-            raise InputError(f"prompt {position + 1} is {_kind(text)}; every prompt must be a string")
+            raise InputError(f"prompt {position + 1} is {kind(text)}; every prompt must be a string")
     return _readable(prompt)
 
 
@@ -353,7 +375,7 @@ def _negatives(negative: str | Sequence[str] | None, prompts: int) -> tuple[str,
     if negative is None or isinstance(negative, str):
         return _readable((negative or "",)) * prompts
     if not isinstance(negative, Sequence) or not all(isinstance(text, str) for text in negative):
-        raise InputError(f"the negative prompt is {_kind(negative)}; it must be a string or a list of strings")
+        raise InputError(f"the negative prompt is {kind(negative)}; it must be a string or a list of strings")
     if len(negative) != prompts:
         raise InputError(f"{len(negative)} negative prompts for {prompts} prompts; give one for all, or one for each")
     return _readable(negative)
@@ -363,58 +385,31 @@ def _readable(texts: Sequence[str]) -> tuple[str, ...]:
     """The texts, if all are Unicode: what a shell hands on of other codes is not."""
     torn = next((text for text in texts if text.encode(errors="ignore").decode() != text), None)
     if torn is not None:
-        raise InputError(f"the prompt {torn!r} is not valid Unicode; write it in UTF-8")
+        raise InputError(f"the prompt {shown(torn)} is not valid Unicode; write it in UTF-8")
     return tuple(texts)
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+def _seeds(seed: Any, count: int) -> tuple[int, ...]:
     if seed is None:
         seed = secrets.randbits(32)
     if hasattr(seed, "tolist"):  # numbers of an array's or a tensor's kind
         seed = seed.tolist()
-    if not isinstance(seed, Sequence):
-        first = _whole("seed", seed, 0)
+    if not isinstance(seed, Iterable) or isinstance(seed, bytes | bytearray | str):
+        first = whole("seed", seed, 0)
         seeds = tuple(range(first, first + count))
     else:
-        seeds = tuple(_whole("a seed", each, 0) for each in seed)
+        seeds = tuple(whole("a seed", each, 0) for each in seed)
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} pictures; give one for each, or a single first one")
     if max(seeds) > LARGEST_SEED:
-        raise InputError(f"seed {max(seeds)} is too large; a seed is a whole number from 0 to 2**64 − 1")
+        raise InputError(f"seed {shown(max(seeds))} is too large; a seed is a whole number from 0 to 2**64 − 1")
     return seeds
 
 
-def _side(name: str, value: int, factor: int) -> int:
-    size = _whole(name, value, 1)
+def _side(name: str, value: Any, factor: int) -> int:
+    size = whole(name, value, 1, LARGEST_SIDE)
     if size % factor:
         low, high = size // factor * factor, (size // factor + 1) * factor
         near = f"{low} and {high}" if low else str(high)
         raise InputError(f"{name} {size} is not a multiple of {factor}; the nearest that are: {near}")
     return size
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    try:
-        number = int(value.__index__())
-    except (AttributeError, TypeError):  # of arrays it is there, and raises
-        number = None
-    if number is None or isinstance(value, bool):
-        raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
-    if number < least:
-        raise InputError(f"{name} is {number}; it must be {least} or more")
-    return number
-
-
-def _finite(name: str, value: Any, low: float, high: float) -> float:
-    limits = f"a number of {low:g} or more" if high == math.inf else f"a number from {low:g} to {high:g}"
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} is {value!r}; it must be {limits}") from error
-    if not math.isfinite(number) or not low <= number <= high:
-        raise InputError(f"{name} is {number:g}; it must be {limits}")
-    return number
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"{value!r} ({type(value).__name__})"

@@ -21,10 +21,10 @@ import torch
 from latentgen.checkpoint import read_json
 from latentgen.diffusion.likelihood import Bits, bits
 from latentgen.errors import InputError
+from latentgen.fields import explained
 from latentgen.pixels.build import PixelRun
 from latentgen.pixels.recipe import PixelRecipe
 from latentgen.pixels.weights import load_pixels
-from latentgen.recipe import explained
 
 COLUMNS = ("bound, between", "ODE, between", "reconstruction", "bound, whole", "ODE, whole", "ODE, uniform")
 

@@ -22,7 +22,8 @@ from latentgen.durable import write_file
 from latentgen.errors import InputError
 from latentgen.evaluation.metrics import Figure
 from latentgen.evaluation.run import Order, evaluate
-from latentgen.recipe import Recipe, explained, read_recipe
+from latentgen.fields import explained
+from latentgen.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(

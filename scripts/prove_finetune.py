@@ -32,8 +32,9 @@ from latentgen.errors import InputError
 from latentgen.evaluation.encoders import Encoder, open_judge
 from latentgen.evaluation.metrics import frechet_figure, mean_figure
 from latentgen.evaluation.neighbours import Labels, find
+from latentgen.fields import explained
 from latentgen.finetuning import Finetune
-from latentgen.recipe import explained, read_table
+from latentgen.recipe import read_table
 from latentgen.training.sheet import contact_sheet
 
 TOKEN, WORD, CLASS = "zwx", "<my-robot>", "robot"

@@ -7,7 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import json
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 
 from latentgen.checkpoint import save_pipeline
 from latentgen.models.onnx.export import write_graphs
+from latentgen.stopping import stop_at_once
 
 CORPUS = [
     "a red apple on a white table",
@@ -221,3 +225,23 @@ def two(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     given = {**parts, "tokenizer": words, "text_encoder": tower(words, 16)}
     config = {**SCHEDULE, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
     return save_pipeline(tmp_path_factory.mktemp("two") / "two", **given, scheduler_config=config)
+
+
+@pytest.fixture
+def ctrl_c_in_import_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Told a module's name: who imports it next meets the command's Ctrl-C. SystemExit is its end at once."""
+
+    def of(name: str) -> None:
+        class Watch(MetaPathFinder):
+            def find_spec(self, found: str, *_: Any) -> None:
+                if found == name:
+                    signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(sys, "meta_path", [Watch(), *sys.meta_path])
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop_at_once()
+    yield of
+    signal.signal(signal.SIGINT, before)

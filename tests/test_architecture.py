@@ -14,11 +14,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "latentgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SHARED = {"errors", "durable", "image", "page", "processes"}  # leaves that anyone may use
+# leaves that anyone may use
+SHARED = {"errors", "durable", "fields", "hints", "image", "page", "processes", "stopping", "values"}
 MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "__init__": {"pipeline", "output", "errors", "finetuning"},
     "errors": set(),
     "durable": set(),
+    "fields": set(),
+    "hints": set(),
+    "values": set(),
     "image": set(),
     "page": set(),
     "processes": set(),
@@ -28,9 +32,12 @@ MAY_USE = {  # room -> rooms it may import; what is not listed is a back edge
     "data": set(),
     "models": {"diffusion", "checkpoint"},
     "output": {"checkpoint"},
+    "conditions": {"diffusion", "models", "request"},
     "guiding": {"diffusion", "models", "request"},
-    "pipeline": {"diffusion", "models", "checkpoint", "request", "output", "guiding"},
-    "render": {"diffusion", "models", "checkpoint", "request", "pipeline", "output"},
+    "pipeline": {"diffusion", "models", "checkpoint", "request", "output", "conditions", "guiding"},
+    "placing": set(),
+    "stopping": set(),
+    "render": {"diffusion", "models", "checkpoint", "request", "pipeline", "output", "placing"},
     "evaluation": {"diffusion", "models", "checkpoint", "request", "pipeline", "output", "data"},
     "training": {"diffusion", "models", "data", "checkpoint"},
     "recipe": set(),
@@ -172,6 +179,13 @@ def test_nothing_is_unpickled(path: Path) -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
             allowed = [ast.unparse(key.value) for key in node.keywords if key.arg == "allow_pickle"]
             assert allowed == ["False"], f"{relative(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_tensors_are_saved_in_one_place_which_sees_to_who_may_read_them(path: Path) -> None:
+    if relative(path) != "latentgen/checkpoint/tensors.py":
+        assert not [call for call in calls(path) if call.rpartition(".")[2] == "save_file"]
+        assert "safe_serialization" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

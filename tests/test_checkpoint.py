@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import logging as of_diffusers
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as of_transformers
 
 from latentgen import InputError, Pipeline, checkpoint
 from latentgen.checkpoint import default_weights, find, open_checkpoint, open_folder, places, save_pipeline
+from latentgen.checkpoint.tensors import save_tensors
 from latentgen.convert import convert
 from latentgen.diffusion.schedule.reading import plan_for
 from latentgen.models.engine import EngineNote
@@ -97,15 +101,20 @@ def test_a_folder_in_fp16_naming_opens(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_a_network_in_shards_opens(copy: Path, parts: dict[str, Any], variant: str | None) -> None:
+def test_a_network_in_shards_opens_and_says_nothing(
+    copy: Path, parts: dict[str, Any], variant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     unlisted(copy)
     (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
     parts["unet"].save_pretrained(copy / "unet", variant=variant, max_shard_size="100KB")
     opened = open_folder(copy)
     assert len(opened.weights["unet"]) > 1 and opened.variant == variant
+    capsys.readouterr()
     one, other = opened.fingerprint, (copy / "unet").glob("*.index*.json")
     whole = Pipeline.from_pretrained(copy, engine="torch")("a red apple", seed=1, num_inference_steps=2)
-    assert whole.seeds == (1,)
+    assert whole.seeds == (1,) and capsys.readouterr().err == ""
+    for kind in (of_diffusers, of_transformers):
+        assert kind.is_progress_bar_enabled()  # as before
     (index,) = other
     index.write_text(index.read_text() + " ")
     assert open_folder(copy).fingerprint != one  # it is read
@@ -197,7 +206,16 @@ BROKEN: list[tuple[Callable[[Path], Any], bool, str]] = [
     ),
     (rewrite("unet/config.json", in_channels=9), False, "an inpainting model .its U-Net takes 9 channels in"),
     (rewrite("unet/config.json", cross_attention_dim=99), False, "attends to a width of 99"),
-    (rewrite("unet/config.json", block_out_channels=[16, 64]), False, "does not fit its config.json"),
+    (
+        rewrite("unet/config.json", block_out_channels=[16, 64]),
+        False,
+        r"does not fit its config.json: down_blocks.1.resnets.0.conv1.bias is \(32,\), and \(64,\) by it",
+    ),
+    (
+        rewrite("text_encoder/config.json", max_position_embeddings=77),
+        False,
+        r"embeddings.position_embedding.weight is \(16, 16\), and \(77, 16\) by it",
+    ),
     (rewrite("unet/config.json", layers_per_block=2), False, "its weights lack|does not fit"),
     (rewrite("text_encoder/config.json", num_hidden_layers=3), False, "its weights lack|does not fit"),
     (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"), False, "tokenizer"),
@@ -221,8 +239,38 @@ def test_a_folder_that_is_not_whole_gets_one_line(
     if not listed:
         unlisted(copy)
     damage(copy)
-    with pytest.raises(InputError, match=line) as caught:
+    with warnings.catch_warnings(record=True) as said, pytest.raises(InputError, match=line) as caught:
         Pipeline.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+    assert not any("torch runs it instead" in str(each.message) for each in said)  # it does not
+
+
+UNKNOWN = {"model.diffusion_model.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+ENDLESS = {"text_encoder": {}, "vae": {"latent_channels": math.inf}, "unet": {}, "scheduler": {}}
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ([1], "is torn"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["a", "b"]}}, "is torn"),
+        ({"a": {"dtype": "F32", "data_offsets": [0, 0]}}, "is torn"),
+        ({"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 0]}}, "is torn"),
+        ({"a": {"dtype": "F32", "shape": ["b"], "data_offsets": [0, 0]}}, "is torn"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, math.inf]}}, "is torn"),
+        ({**UNKNOWN, "__metadata__": 3}, "is torn"),
+        ({**UNKNOWN, "__metadata__": {"latentgen": "{"}}, "tells no configs that can be used"),
+        ({**UNKNOWN, "__metadata__": {"latentgen": "[1]"}}, "tells no configs that can be used"),
+        ({**UNKNOWN, "__metadata__": {"latentgen": '{"configs": {"unet": {}, "vae": {}}}'}}, "tells no configs"),
+        ({**UNKNOWN, "__metadata__": {"latentgen": json.dumps({"configs": ENDLESS})}}, "tells no configs"),
+        ({**UNKNOWN, "__metadata__": {"latentgen": "{}"}}, "is not whole"),
+    ],
+)
+def test_a_header_of_a_file_that_cannot_be_read_is_one_line(header: Any, line: str, tmp_path: Path) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InputError, match=line) as caught:
+        open_checkpoint(tmp_path / "a.safetensors")
     assert "\n" not in str(caught.value)
 
 
@@ -289,6 +337,29 @@ def test_a_full_disk_while_saving_leaves_the_old_folder(
             save_pipeline(copy, **parts, scheduler_config=DDIM)
     assert open_folder(copy).fingerprint == before
     assert [path.name for path in copy.parent.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_saved_tensors_may_be_read_by_whom_the_umask_lets(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_tensors({"a": torch.arange(3)}, tmp_path / "torch.safetensors", {"format": "pt"})
+        save_tensors({"a": np.arange(3)}, tmp_path / "numpy.safetensors")
+    finally:
+        os.umask(before)
+    for name in ("torch", "numpy"):
+        file = tmp_path / f"{name}.safetensors"
+        assert file.stat().st_mode & 0o777 == mode
+        assert load_file(file)["a"].tolist() == [0, 1, 2]
+
+
+def test_tensors_are_saved_where_modes_cannot_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "chmod", refuse)  # as on some network drives
+    save_tensors({"a": np.arange(3)}, tmp_path / "a.safetensors")
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2]
 
 
 def test_weights_that_are_not_finite_are_not_saved(parts: dict[str, Any], tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ from PIL import Image, PngImagePlugin
 
 from latentgen import __version__, cli
 from latentgen.cli import rendering
-from latentgen.cli.parts import read_values
+from latentgen.cli.parts import PATH, read_values
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.errors import InputError
 from latentgen.image import read_settings
 
 ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "tests" / "data" / "icons"
 FAST = ["--steps", "2"]
 
 
@@ -92,14 +93,18 @@ def test_the_samplers_are_listed_with_their_sources() -> None:
 
 
 @pytest.mark.parametrize("verb", [[], ["render"], ["replay"], ["train"]])
-def test_help_shows_examples_and_imports_nothing_heavy(verb: list[str]) -> None:
+def test_help_shows_examples_and_imports_little(verb: list[str]) -> None:
     ran = shell(*verb, "--help")
     assert ran.code == 0 and "latentgen" in "".join(ran.out)
     assert not verb or f"latentgen {verb[0]} " in "\n".join(ran.out)
     code = f"""
-import atexit, sys
+import sys
+before = set(sys.modules)
+import atexit
 from latentgen import cli
-atexit.register(lambda: print("heavy:", *sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)), "end"))
+heavy = {{"torch", "diffusers", "transformers", "numpy", "hashlib", "json", "ctypes", "secrets", "latentgen.durable"}}
+heavy -= before
+atexit.register(lambda: print("heavy:", *sorted(heavy & set(sys.modules)), "end"))
 sys.argv = ["latentgen", *{verb!r}, "--help"]
 cli.main()
 """
@@ -159,7 +164,93 @@ def test_a_mistake_in_the_shell_gets_one_line_and_exit_code_2(arguments: list[st
     refused(shell(*arguments), line)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes that end")
+@pytest.mark.parametrize("verb", ["samplers", "doctor"])
+def test_who_stops_reading_ends_the_command_quietly(tmp_path: Path, verb: str) -> None:
+    arguments = [str(SAMPLE)] if verb == "doctor" else []
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        ran = subprocess.run([*command(), verb, *arguments], stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT, timeout=120)
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        ran = subprocess.run([*command(), "fly"], stdout=subprocess.PIPE, stderr=pipe, cwd=ROOT, timeout=120)
+        assert (ran.returncode, ran.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize("reached", ["click", "latentgen.render"])
+def test_ctrl_c_in_an_import_ends_the_command_whatever_would_have_met_it(folder: Path, reached: str) -> None:
+    code = f"""
+import runpy, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Unlucky:
+    def __del__(self):  # where an exception is lost
+        signal.raise_signal(signal.SIGINT)
+
+class Watch(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == {reached!r}:
+            Unlucky()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Watch())
+sys.argv = ["latentgen", "render", "a red apple", "--steps", "0", "--weights", {str(folder)!r}]
+runpy.run_module("latentgen", run_name="__main__")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert Ran(ran.returncode, ran.stdout.splitlines(), ran.stderr) == Ran(130, [], "latentgen: stopped\n")
+
+
 # --- in this process
+
+
+NO_PATHS = {  # options and arguments that are text
+    *("prompts", "size", "sampler", "batch", "negative", "timesteps", "engine", "dtype", "prediction_type"),
+    *("only", "method", "token", "class_word", "like", "caption", "captions", "prompt", "split", "background"),
+    *("figure", "concept", "guidances", "step_counts", "samplers"),
+}
+
+
+def test_the_home_folder_is_meant_by_its_sign_wherever_a_path_is_asked_for(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for verb, told in cli.app.commands.items():
+        for parameter in told.params:
+            if parameter.type.name == "text":
+                assert parameter.name in NO_PATHS or (verb, parameter.name) == ("evaluate", "style")
+            elif parameter.type.name == "path":
+                assert str(parameter.type.convert("~/mine:0.5", parameter, None)) == f"{tmp_path}/mine:0.5"
+    ran = run("render", "a", "--seed", 1, "--weights", folder, "--out=~/pictures", *FAST)
+    assert ran.out == [str(tmp_path / "pictures" / "a-1.png")]
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    refused(run("render", "a", "--weights", folder, "--out=~nosuchuser/x"), "there is no home folder of that name")
+
+
+def test_a_file_whose_name_begins_with_the_sign_of_the_home_folder_is_itself(
+    run: Callable[..., Ran], folder: Path, rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(rendered, "~apple.png")
+    Path("~tiny").symlink_to(folder, target_is_directory=True)
+    again = tmp_path / "again.png"
+    for weights in ("~tiny", "./~tiny"):
+        assert run("replay", "~apple.png", "--weights", weights, "--out", again).out == [str(again)]
+    (tmp_path / "~" / "a").mkdir(parents=True)  # made by mistake, mostly
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert PATH.convert("~/a", None, None) == tmp_path / "home" / "a"
+    monkeypatch.setattr(sys, "platform", "win32")  # where any name has a home beside one's own
+    assert PATH.convert("~a.png", None, None) == Path("~a.png")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes")
+def test_a_path_is_told_in_its_own_bytes_and_weights_want_utf8(folder: Path, tmp_path: Path) -> None:
+    target = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    asked = [*command(), "render", "a", "--weights", str(folder), *FAST, "--out", target]
+    ran = subprocess.run(asked, capture_output=True, cwd=ROOT, timeout=120, check=True)
+    assert ran.stdout == target + b"\n" and Path(os.fsdecode(target)).is_file()
+    refused(shell("render", "a", "--weights", os.fsdecode(b"caf\xe9")), "by a name that is not UTF-8; rename it")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +258,12 @@ def test_a_mistake_in_the_shell_gets_one_line_and_exit_code_2(arguments: list[st
     [
         (["--steps", "0"], "--steps is 0; it must be 1 or more"),
         (["--guidance", "nan"], "--guidance is nan"),
-        (["--guidance-interval", "0.8", "0.2"], "is [0.8, 0.2]; it must be two parts of the way"),
-        (["--size", "30"], "height 30 is not a multiple of 4; the nearest that are: 28 and 32"),
+        (["--guidance-interval", "0.8", "0.2"], "--guidance-interval is [0.8, 0.2]; it must be two parts of the way"),
+        (["--size", "30"], "--size 30 is not a multiple of 4; the nearest that are: 28 and 32"),
+        (["--size", "30x32"], "--size 30 is not a multiple of 4"),
+        (["--clip-skip", "99"], "--clip-skip is 99"),
+        (["--eta", "2"], "--eta is 2"),
+        (["--timesteps", "1,2"], "--timesteps are [1.0, 2.0]"),
         (["--size", "32x30x3"], "--size is '32x30x3'"),
         (["--size", "big"], "it must be pixels as 64, or WIDTHxHEIGHT as 96x64"),
         (["--sampler", "dpmpp2m"], "did you mean 'dpmpp-2m'?"),
@@ -194,6 +289,32 @@ def test_pictures_in_a_folder_get_free_names_of_prompt_and_seed(
     names = ["a-red-apple-7.png", "a-red-apple-8.png", "picture-9.png", "picture-10.png"]
     assert run(*call, "--n", 2).out == [str(tmp_path / name) for name in names]
     assert run(*call).out == [str(tmp_path / "a-red-apple-7-2.png"), str(tmp_path / "picture-8.png")]
+
+
+def test_one_prompt_and_paths_that_are_strings_are_an_order_too(folder: Path, tmp_path: Path) -> None:
+    from latentgen.render import Order, render
+
+    made = [*render(Order("ab", steps=2, seed=1), str(tmp_path / "out"), folder)]
+    assert made == [tmp_path / "out/ab-1.png"] and read_settings(made[0])["prompt"] == "ab"
+
+
+def test_a_name_that_somebody_else_takes_meanwhile_is_left_to_them(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentgen import render
+
+    paint = render.pictures
+
+    def slow(*arguments: Any) -> list[Any]:
+        (tmp_path / "a-red-apple-7.png").write_bytes(b"somebody else's")
+        return paint(*arguments)
+
+    monkeypatch.setattr(render, "pictures", slow)
+    ran = run("render", "a red apple", "--seed", 7, "--n", 2, "--out", tmp_path, "--weights", folder, *FAST)
+    assert ran.out == [str(tmp_path / name) for name in ("a-red-apple-7-2.png", "a-red-apple-8.png")]
+    assert (tmp_path / "a-red-apple-7.png").read_bytes() == b"somebody else's"
+    assert [read_settings(Path(line))["seed"] for line in ran.out] == [7, 8]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_several_pictures_of_one_file_name_are_numbered_and_one_is_replaced(
@@ -291,13 +412,24 @@ def test_output_with_no_room_is_said_in_one_line(folder: Path, tmp_path: Path, v
     ],
 )
 def test_too_little_memory_is_one_line_whoever_says_so(
-    run: Callable[..., Ran], folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    run: Callable[..., Ran], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def short(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("latentgen.render.render", short)
+    called = ("latentgen.render.render", "latentgen.build.train", "latentgen.finetuning.finetune")
+    for name in (*called, "latentgen.image.read_settings", "latentgen.convert.convert"):
+        monkeypatch.setattr(name, short)
     refused(run("render", "a red apple", "--weights", folder), "not enough memory; render smaller pictures (--size)")
+    tiny = ROOT / "tests" / "data" / "tiny.toml"
+    refused(run("train", tiny), "not enough memory; lower size in [data], or batch in the [train] of the stage")
+    refused(
+        run("finetune", tmp_path, "--out", tmp_path / "mine"), "not enough memory; give a smaller --size or --batch"
+    )
+    refused(run("replay", tmp_path / "a.png"), "not enough memory; close other programs; size and batch are those")
+    refused(run("convert", folder, tmp_path / "one.safetensors"), "not enough memory; close other programs\n")
+    monkeypatch.setattr(cli.app, "make_context", short)
+    refused(run("samplers"), "not enough memory; close other programs\n")
 
 
 def test_an_error_of_the_system_is_a_line(
@@ -372,12 +504,26 @@ def test_replay_finds_moved_weights_by_name_and_gives_the_same_bytes(
     assert (tmp_path / "again.png").read_bytes() == rendered.read_bytes(), ran
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a pipe that has a name")
+def test_a_place_of_no_plain_file_is_refused_before_anything_is_rendered(
+    run: Callable[..., Ran], rendered: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "a-1.png").mkdir()
+    monkeypatch.setattr("latentgen.render.Pipeline", None)  # which would load
+    call = ["render", "a", "--weights", folder, *FAST]
+    refused(run(*call, "--out", tmp_path / "pipe.png"), "pipe.png: it is no plain file; name another place")
+    refused(run(*call, "--n", 2, "--out", tmp_path / "a.png"), "a-1.png: it is no plain file; name another place")
+    refused(run("replay", rendered, "--out", tmp_path / "pipe.png"), "pipe.png: it is no plain file")
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({"seed": None}, "its settings are not whole ('seed')"),
         ({"weights": None}, "its settings are not whole ('weights')"),
-        ({"num_inference_steps": "many"}, "--steps is 'many'"),
+        ({"num_inference_steps": "many"}, "latentgen: num_inference_steps is 'many'"),  # not of an option it lacks
+        ({"height": 30}, "latentgen: height 30 is not a multiple of 4"),
         ({"sampler": "fast"}, "unknown sampler 'fast'"),
         ({"batch": {"row": 9, "prompt": ["a"], "negative_prompt": [""], "seed": [1]}}, "its settings are not whole"),
         ({"brought": ["latents"]}, "was made with latents given from outside"),
@@ -388,6 +534,18 @@ def test_replay_of_settings_that_do_not_hold_gets_one_line(
 ) -> None:
     refused(run("replay", resave(rendered, tmp_path / "odd.png", **changes)), line)
     assert [path.name for path in tmp_path.iterdir()] == ["odd.png"]
+
+
+def test_a_replay_replaces_the_file_it_is_told_alone(run: Callable[..., Ran], rendered: Path, tmp_path: Path) -> None:
+    own, old = shutil.copy(rendered, tmp_path / "apple.png"), tmp_path / "old"
+    old.mkdir()
+    for place in (old / "apple.png", tmp_path / "apple-replay.png", tmp_path / "told.png"):
+        place.write_bytes(b"a drawing")
+    assert run("replay", own, "--out", old).out == [str(old / "apple-2.png")]
+    assert run("replay", own).out == [str(tmp_path / "apple-replay-2.png")]
+    assert run("replay", own, "--out", tmp_path / "told.png").out == [str(tmp_path / "told.png")]
+    kept = [path.name for path in tmp_path.rglob("*.png") if path.read_bytes() == b"a drawing"]
+    assert sorted(kept) == ["apple-replay.png", "apple.png"]
 
 
 def test_replay_says_what_has_changed_since(run: Callable[..., Ran], rendered: Path, tmp_path: Path) -> None:
@@ -415,7 +573,7 @@ def test_what_few_pictures_ask_for_is_in_the_file_and_replayed(
     assert told["num_inference_steps"] == 3
     assert run("replay", tmp_path / "apple.png").err.endswith("latentgen: the same file, byte for byte\n")
     before = (tmp_path / "apple.png").read_bytes()
-    assert run("replay", tmp_path / "apple.png", "--out", tmp_path).out == [str(tmp_path / "apple-replay.png")]
+    assert run("replay", tmp_path / "apple.png", "--out", tmp_path).out == [str(tmp_path / "apple-replay-2.png")]
     assert (tmp_path / "apple.png").read_bytes() == before
     for wrong, line in ((["--timesteps", "1200,20"], "the schedule has 0 to 999"), (["--steps", 1001], "1001 steps")):
         refused(run("render", "a", *wrong, "--weights", folder, "--out", tmp_path / "none.png"), line)

@@ -2,17 +2,22 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from latentgen import InputError, build
-from latentgen.checkpoint import open_folder
-from latentgen.continuation import Continuation, refuse_itself
-from latentgen.durable import write_folder
+from latentgen import InputError, build, continuation
+from latentgen.checkpoint import open_folder, save_pipeline
+from latentgen.continuation import Continuation, open_start, refuse_itself, train_on
+from latentgen.durable import MANIFEST, write_folder
+from latentgen.models import create
+from latentgen.models.loading import load_part
 from latentgen.recipe import read_recipe
+from latentgen.rehearsal import rehearse
 from latentgen.training.finish import Before, check_place, extra_files, parts_before
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +36,106 @@ def told(place: Path, figures: dict[str, Any], recipe: dict[str, Any], card: str
 
 def going_on(recipe: Path, out: Path, start: Path, data: Path, only: str | None = None) -> Continuation:
     return Continuation(read_recipe(recipe), out, data, lambda _: None, open_folder(start), only)
+
+
+@pytest.fixture(scope="module")
+def made(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights folder of the forms that TINY asks for, but for the text encoder, which is 16 wide."""
+    recipe, own = read_recipe(TINY), parts["text_encoder"].config.hidden_size
+    vae = create.autoencoder(size=32, **recipe.vae.model_dump(exclude={"gate", "train", "loss"}))
+    unet = create.unet(**build.unet_form(recipe, vae.config, own))
+    networks = {**parts, "vae": vae, "unet": unet}
+    return save_pipeline(
+        tmp_path_factory.mktemp("made") / "start", **networks, scheduler_config=build.scheduler_config(recipe)
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "said"),
+    [
+        ("[unet]", '[unet]\nprediction = "eps"', "unet.prediction = eps, START has v"),
+        ("[unet]", '[unet]\nschedule = "flow"\nprediction = "flow"', "unet.prediction = flow, START has v"),
+        (
+            "[unet]",
+            '[unet]\nschedule = "linear"',
+            "unet.schedule (beta_schedule) = linear, START has squaredcos_cap_v2",
+        ),
+        (
+            "[vae]\nchannels = [8, 16, 16, 16]",
+            "[data.buckets]\nstep = 8\n\n[vae]\nchannels = [8, 16, 16]",
+            "vae.channels = [8, 16, 16], START has [8, 16, 16, 16]",
+        ),
+        ("channels = [32, 64]", "channels = [32, 96]", "unet.channels = [32, 96], START has [32, 64]"),
+        ("layers = 1\nhead_width", "layers = 2\nhead_width", "unet.layers = 2, START has 1"),
+        ("head_width = 32", "head_width = 16", "unet.head_width = 16, START has 32"),
+        ("head_width = 32", "head_width = 32\npooled = true", "unet.pooled = True, START has False"),
+        ("head_width = 32", "head_width = 32\ndropout = 0.1", "unet.dropout = 0.1, START has 0.0"),
+    ],
+)
+def test_networks_of_another_form_are_told_by_key_before_anything_is_done(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, instead: str, said: str
+) -> None:
+    recipe, text = tmp_path / "r.toml", TINY.read_text().replace("[clip]\nwidth = 32", "[clip]\nwidth = 16")
+    assert text.count(written) == 1
+    recipe.write_text(text.replace(written, instead))
+    lines: list[str] = []
+    absent = tmp_path / "no pictures"  # which would be said next
+    monkeypatch.setattr(continuation, "load_part", None)  # no weights are read
+    for go_on in (
+        lambda: train_on(recipe, made, tmp_path / "out", absent, lines.append),
+        lambda: rehearse(recipe, tmp_path / "out", absent, lines.append, made),
+    ):
+        with pytest.raises(InputError) as refused:
+            go_on()
+        assert str(refused.value) == f"the recipe says {said.replace('START', str(made))}; write the same"
+    assert not lines and not list(tmp_path.glob("out*"))
+
+
+def test_networks_that_no_recipe_asks_for_are_told_too_and_those_of_the_form_are_taken(
+    made: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(TINY.read_text().replace("[clip]\nwidth = 32", "[clip]\nwidth = 16"))
+    what = read_recipe(recipe)
+    assert open_start(what, made).folder == made
+    other = TINY.read_text()
+    for written, instead in (  # of CLIP and VAE, which are taken as they are
+        ("[clip]\nwidth = 32", "[clip]\nwidth = 64"),
+        ("channels = [8, 16, 16, 16]", "channels = [16, 16, 16]"),
+        ("latent_channels = 4", "latent_channels = 8"),
+    ):
+        assert written in other
+        other = other.replace(written, instead)
+    (tmp_path / "other.toml").write_text(other)
+    assert open_start(read_recipe(tmp_path / "other.toml"), made).folder == made
+    (tmp_path / "other.toml").write_text(other.replace("size = 32", "size = 36"))  # which its VAE cannot halve
+    with pytest.raises(InputError, match=r"says vae\.channels = \[16, 16, 16\], .* has \[8, 16, 16, 16\]"):
+        open_start(read_recipe(tmp_path / "other.toml"), made)
+    run = going_on(recipe, tmp_path / "out", made, ICONS)
+    first, own = run._first_unet(run._unet_form), load_part(open_folder(made), "unet")
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in first.state_dict().items())
+    odd = shutil.copytree(made, tmp_path / "odd")
+    (odd / MANIFEST).unlink()
+    config = json.loads((odd / "unet" / "config.json").read_text())
+    config["down_block_types"] = ["CrossAttnDownBlock2D", "DownBlock2D"]
+    (odd / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"is of no form that \[unet\] can ask for: its down_block_types is \['Cross"):
+        open_start(what, odd)
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_before_anything_is_read(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    recipe, absent, lines = tmp_path / "r.toml", tmp_path / "no pictures", list[str]()
+    recipe.write_text(TINY.read_text().replace("[unet.train]", '[unet.train]\noptimizer = "adamw-8bit"'))
+    for go_on in (
+        lambda: train_on(recipe, made, tmp_path / "out", absent, lines.append),
+        lambda: rehearse(recipe, tmp_path / "out", absent, lines.append, made),
+    ):
+        with pytest.raises(InputError, match="needs the package bitsandbytes; install it, or choose"):
+            go_on()
+    assert not lines
 
 
 @pytest.fixture
@@ -141,7 +246,7 @@ def test_pictures_held_out_now_that_were_trained_on_before_are_told(start: Path,
         ({"held_out": "test", "hold_out": now - 0.01}, True),
         (None, False),
     ):
-        told(start, {}, {"data": data} if data else {})
+        told(start, {}, {"data": {"folders": True, **data}} if data else {})
         run, lines = going_on(TINY, tmp_path / "out", start, ICONS), list[str]()
         run.say = lines.append
         assert len(run.data.held) == 9

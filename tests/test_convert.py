@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_checkpoint, write_single
+from latentgen.cli import app
 from latentgen.convert import convert
+from latentgen.durable import new_place
 from latentgen.request import terms_of
 
 
@@ -34,6 +36,11 @@ def there_and_back(folder: Path, tmp_path: Path) -> None:
         one, other = load_file(before), load_file(after)
         assert set(one) == set(other)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_file_may_be_read_by_whoever_may_read_its_tokenizer(folder: Path, tmp_path: Path) -> None:
+    file, _ = convert(folder, tmp_path / "one.safetensors")
+    assert file.stat().st_mode == (tmp_path / "one/tokenizer/vocab.json").stat().st_mode
 
 
 def test_stable_diffusion_1_goes_there_and_back(folder: Path, tmp_path: Path) -> None:
@@ -143,6 +150,55 @@ def test_what_cannot_be_converted_gets_one_line(
 ) -> None:
     with pytest.raises(InputError, match=line):
         convert(folder, target(folder, tmp_path))
+
+
+def test_what_another_process_is_converting_into_is_left_to_it(folder: Path, tmp_path: Path) -> None:
+    for source, name in ((folder, "one.safetensors"), (tmp_path / "two.safetensors", "one")):
+        with (
+            new_place(tmp_path / "one"),
+            pytest.raises(InputError, match=f"another latentgen writes .*{name} now; wait"),
+        ):
+            convert(source, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_proven_is_removed_where_ctrl_c_meets_an_import(
+    folder: Path, tmp_path: Path, ctrl_c_in_import_of: Callable[[str], None]
+) -> None:
+    ctrl_c_in_import_of("latentgen.models.latent")  # after it is written
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "deep/one.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_source_has_no_use_for_is_refused_before_anything_is_written(
+    folder: Path, make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("latentgen.convert.write_single")
+    target, words = tmp_path / "one.safetensors", folder / "tokenizer"
+    with pytest.raises(InputError, match=r"has a tokenizer of its own, as folders have; leave the one at .* away"):
+        convert(folder, target, tokenizer=words)
+    with pytest.raises(InputError, match="has a tokenizer of its own"):
+        Pipeline.from_pretrained(folder, tokenizer=words)
+    flow = make_folder("flow", _class_name="FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(
+        InputError, match="flow matching, which predicts the flow; leave prediction_type 'epsilon' away"
+    ):
+        convert(flow, target, prediction_type="epsilon")
+    with pytest.raises(InputError, match="flow matching, which predicts the flow"):
+        Pipeline.from_pretrained(flow, prediction_type="v_prediction")
+    with pytest.raises(InputError, match="no adapter; leave away --base, which names the weights"):
+        app(["convert", str(folder), str(target), "--base", str(folder)], standalone_mode=False)
+    with pytest.raises(InputError, match="no weights folder at nosuch"):
+        app(["convert", "nosuch", str(target), "--base", str(folder)], standalone_mode=False)
+    adapter = tmp_path / "lora.safetensors"
+    save_file(
+        {"unet.conv_in.lora.down.weight": torch.ones(1, 4), "unet.conv_in.lora.up.weight": torch.ones(4, 1)}, adapter
+    )
+    for option in (["--tokenizer", str(words)], ["--prediction-type", "epsilon"]):
+        with pytest.raises(InputError, match="is an adapter; leave away --tokenizer and --prediction-type"):
+            app(["convert", str(adapter), str(target), *option], standalone_mode=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
 def test_a_network_the_original_layout_has_no_names_for_is_said(

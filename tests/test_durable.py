@@ -1,11 +1,14 @@
 """What is written is whole or not there: a full disk, a kill or a refusal leaves the old file or folder as it was."""
 
 import errno
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,18 @@ import pytest
 from safetensors import SafetensorError
 
 from latentgen import durable
-from latentgen.durable import alone, recover, remove_leftovers, write_file, write_folder
+from latentgen.durable import (
+    alone,
+    check_writable,
+    new_place,
+    recover,
+    remove_leftovers,
+    write_file,
+    write_folder,
+    write_free,
+)
 from latentgen.errors import InputError
+from latentgen.stopping import stop_at_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +72,34 @@ def test_a_place_that_cannot_be_written_gets_one_line(tmp_path: Path) -> None:
         write_file(tmp_path / "file/below.png", b"")
     with pytest.raises(InputError, match="cannot write"):
         write_file(tmp_path, b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fifos")
+def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "null")
+    with pytest.raises(InputError, match=r"cannot write .*null: it is no plain file"):
+        write_file(tmp_path / "null", b"data")
+    assert (tmp_path / "null").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_who_want_one_name_each_gets_its_own_and_nothing_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:  # as on FAT
+        monkeypatch.setattr(os, "link", none)
+    (tmp_path / "0").write_bytes(b"there before")
+    names = [str(number) for number in range(17)]
+    with ThreadPoolExecutor(8) as pool:
+        placed = list(pool.map(lambda k: write_free(tmp_path, names, f"of {k}".encode()), range(16)))
+    assert sorted(path.name for path in placed) == sorted(names[1:])
+    assert contents(tmp_path) == {"0": b"there before"} | {p.name: f"of {k}".encode() for k, p in enumerate(placed)}
+    with pytest.raises(InputError, match="no name is free in"):
+        write_free(tmp_path, names, b"one more")
+    assert len(list(tmp_path.iterdir())) == 17
 
 
 def test_a_folder_is_replaced_whole_with_a_manifest_of_what_was_written(tmp_path: Path) -> None:
@@ -210,6 +251,126 @@ with alone(Path({str(tmp_path)!r})):
         run.kill()
     with alone(tmp_path):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_a_new_place_is_written_by_one_process_alone_and_nothing_lies_beside_it_then(tmp_path: Path) -> None:
+    file, folder = tmp_path / "below/model.safetensors", tmp_path / "below/model"
+    with new_place(file):
+        for target in (file, folder):  # the tokenizers of the one go into the other
+            with pytest.raises(InputError, match=f"another latentgen writes {target} now; wait"), new_place(target):
+                pass
+        with new_place(tmp_path / "below/model.2"):
+            pass
+        file.touch()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    with pytest.raises(InputError, match=f"{file} is already there; name a new place"), new_place(file):
+        pass
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    with new_place(folder), pytest.raises(InputError, match="another latentgen writes"), new_place(folder):
+        pass
+    with pytest.raises(InputError, match="cannot be made"), new_place(tmp_path / "other/below/model"):
+        raise InputError("cannot be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["below"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_lock_that_was_taken_away_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    import fcntl
+
+    def late(*_: Any) -> None:
+        (tmp_path / ".model.lock").rename(tmp_path / "old.lock")  # held open all the same
+        if anew:
+            (tmp_path / ".model.lock").touch()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InputError, match="another latentgen writes"), new_place(tmp_path / "model"):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EWOULDBLOCK])
+def test_where_there_are_no_locks_a_new_place_is_written_and_a_run_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import fcntl
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if number == errno.ENOLCK:
+        with new_place(tmp_path / "below/model"):
+            pass
+        assert not list(tmp_path.iterdir())
+    else:
+        with pytest.raises(InputError, match="another latentgen writes"), new_place(tmp_path / "below/model"):
+            pass
+    with pytest.raises(InputError, match="another run trains in "), alone(tmp_path / "run"):
+        pass
+
+
+def test_on_windows_no_lock_lies_beside_a_new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with new_place(tmp_path / "below/model"):
+        assert not list((tmp_path / "below").iterdir())  # what is open cannot be removed there
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["", ".", "..", "/", "nowhere/.."])
+def test_a_folder_without_a_name_of_its_own_is_no_new_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is already there; name a new place"), new_place(Path(place)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_that_nothing_can_be_written_is_said_where_nothing_can_be_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # as on a drive of Windows that is not there
+    with pytest.raises(InputError, match=f"cannot write into {tmp_path}: there is no /; name another place"):
+        check_writable(tmp_path)
+    monkeypatch.setattr(Path, "exists", refuse)  # as below a folder that may not be searched
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}: Permission denied"):
+        check_writable(tmp_path)
+
+
+def test_ctrl_c_in_an_import_ends_at_once_only_where_nothing_is_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c_in_import_of: Callable[[str], None]
+) -> None:
+    def met(*_: object) -> None:
+        importlib.import_module("interrupted")
+
+    ctrl_c_in_import_of("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "folder", met)
+    with pytest.raises(KeyboardInterrupt), new_place(tmp_path / "below/model"):
+        met()
+    with pytest.raises(SystemExit, match="130"):
+        met()
+    monkeypatch.setattr(os, "fsync", met)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "file", b"one")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_what_ignores_ctrl_c_or_has_its_own_way_with_it_is_left_alone(handler: Any) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        stop_at_once()
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path) -> None:

@@ -66,6 +66,10 @@ def test_loras_are_used_recorded_replayed_and_refused_where_they_are_others(
     code, line = run("replay", tmp_path / "a.png", "--out", tmp_path / "c.png")
     assert code == 2 and "was made with LoRA one (" in line and "not found at" in line and line.count("\n") == 1
     assert run("replay", tmp_path / "a.png", "--out", tmp_path / "c.png", "--lora", moved) == same
+    other = lora(tmp_path / "other.safetensors", 4)
+    for picture, made_with in (("a.png", "one ("), ("plain.png", "none")):
+        code, line = run("replay", tmp_path / picture, "--out", tmp_path / "d.png", "--lora", other)
+        assert code == 2 and f"--lora {other} is not of {tmp_path / picture}, which was made with {made_with}" in line
     lora(one, 3)
     code, line = run("replay", tmp_path / "a.png", "--out", tmp_path / "d.png")
     assert code == 2 and "is another (" in line and not (tmp_path / "d.png").exists()

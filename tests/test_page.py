@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from latentgen.page import curve_plot, document, number, ticks
+from latentgen.page import BEGINS, curve_plot, document, number, ticks
 
 
 @pytest.mark.parametrize(
@@ -35,4 +35,10 @@ def test_intervals_are_drawn_within_the_plot_and_curves_are_named() -> None:
 
 def test_a_page_escapes_its_title_and_names_nothing_outside() -> None:
     page = document("<x>", ["<p>y</p>"])
+    assert re.match(BEGINS, page) and not re.match(BEGINS, page.replace("color-scheme", "colour", 1))
     assert "<title>&lt;x&gt;</title>" in page and "prefers-color-scheme: dark" in page and "http" not in page
+
+
+def test_names_that_are_no_characters_leave_a_page_in_utf8() -> None:
+    page = document("caf\udce9", ["<b>caf\udce9</b>"])
+    assert page.encode().decode() == page and page.count("caf\\udce9") == 2

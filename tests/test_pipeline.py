@@ -5,7 +5,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from latentgen import InputError, Output, Pipeline, __version__
 from latentgen.checkpoint import save_pipeline
 from latentgen.diffusion.sampling import OWN_STEPS, SAMPLERS
 from latentgen.diffusion.schedule.reading import plan_for
-from latentgen.image import read_settings
+from latentgen.image import describe, read_settings
 from latentgen.pipeline import PromptCut
+from latentgen.render import replay
 
 STEPS = {"num_inference_steps": 3}
 
@@ -171,6 +175,121 @@ def test_a_callback_can_stop_the_run_and_is_then_named_in_the_settings(pipe: Pip
     assert indices[0][1] > indices[1][1]
     assert output.settings["brought"] == ["callback_on_step_end"]
     assert "brought" not in pipe("a red apple", seed=1, callback_on_step_end=lambda *_: None, **STEPS).settings
+    assert "brought" not in pipe("a red apple", seed=1, **STEPS).settings
+
+
+def test_a_run_that_is_stopped_from_outside_says_so_in_its_settings(pipe: Pipeline, tmp_path: Path) -> None:
+    evaluations = []
+
+    def network(*given: Any) -> Any:  # where another thread may set it
+        evaluations.append(len(given))
+        own.interrupt = len(evaluations) == 2
+        return pipe.network(*given)
+
+    own = replace(pipe, network=network)
+    output = own("a red apple", seed=1, **STEPS)
+    assert len(evaluations) == 2 and output.settings["brought"] == ["interrupt"]
+    output.images[0].save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="made with interrupt given from outside"):
+        replay(tmp_path / "a.png")
+
+
+def test_what_stops_the_call_of_one_thread_stops_no_other(pipe: Pipeline) -> None:
+    plain = pixels(pipe("a red apple", seed=1, **STEPS))
+    both, stopped = threading.Barrier(2), threading.Event()
+    made: dict[str, Output] = {}
+
+    def stop(own: Pipeline, *_: Any) -> None:
+        both.wait(20)  # two calls are under way
+        own.interrupt = True
+        stopped.set()
+
+    def go_on(own: Pipeline, index: int, *_: Any) -> None:
+        if index == 0:
+            both.wait(20)
+        assert stopped.wait(20) and not own.interrupt
+
+    def call(name: str, callback: Any) -> None:
+        made[name] = pipe("a red apple", seed=1, callback_on_step_end=callback, **STEPS)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(call, *given) for given in (("stopped", stop), ("whole", go_on))]:
+            done.result()
+    assert made["stopped"].settings["brought"] == ["callback_on_step_end"]
+    np.testing.assert_array_equal(pixels(made["whole"]), plain)
+    assert "brought" not in made["whole"].settings
+
+
+def test_a_callback_may_wait_for_another_threads_call_and_two_pipelines_for_each_other(pipe: Pipeline) -> None:
+    other, both = copy.copy(pipe), threading.Barrier(2)
+
+    def call(one: Pipeline, two: Pipeline) -> Output:
+        def nested(_: Pipeline, index: int, *__: Any) -> None:
+            if index == 0:
+                both.wait(20)
+                two("a blue bird", seed=2, **STEPS)
+
+        return one("a red apple", seed=1, callback_on_step_end=nested, **STEPS)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(call, *given) for given in ((pipe, other), (other, pipe))]
+        assert [len(each.result(60).images) for each in done] == [1, 1]
+
+
+def test_another_thread_stops_all_calls_that_are_under_way(pipe: Pipeline) -> None:
+    steps = []
+
+    def call(stopped: Pipeline, index: int, *_: Any) -> None:
+        steps.append(index)
+        thread = threading.Thread(target=lambda: setattr(stopped, "interrupt", True))
+        thread.start()
+        thread.join()
+
+    assert pipe("a", seed=1, callback_on_step_end=call, **STEPS).settings["brought"] == ["callback_on_step_end"]
+    pipe.interrupt = True  # of no call
+    assert not pipe.interrupt and "brought" not in pipe("a", seed=1, **STEPS).settings
+    assert steps == [0]
+
+
+def test_a_call_from_a_callback_leaves_the_outer_one_as_it_was(pipe: Pipeline) -> None:
+    heard = []
+
+    def stop(stopped: Pipeline, *_: Any) -> None:
+        stopped.interrupt = True
+
+    def nested(outer: Pipeline, index: int, *_: Any) -> None:
+        heard.append(index)
+        outer.interrupt = index == 1
+        inner = outer("a blue bird", seed=2, callback_on_step_end=stop if index == 0 else None, **STEPS)
+        assert inner.settings.get("brought") == (["callback_on_step_end"] if index == 0 else None)
+
+    output = pipe("a red apple", seed=1, callback_on_step_end=nested, **STEPS)
+    assert heard == [0, 1] and output.settings["brought"] == ["callback_on_step_end"]
+
+
+def test_a_generators_picture_names_no_seed_for_people(pipe: Pipeline) -> None:
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    said = [
+        describe(pipe("a red apple", **given, **STEPS).of(0))
+        for given in ({"seed": 3}, {"generator": torch.Generator().manual_seed(3)}, {"latents": noise})
+    ]
+    assert ["Seed" in line for line in said] == [True, False, False]
+
+
+def test_the_settings_say_how_many_threads_computed(folder: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        pipe = Pipeline.from_pretrained(folder, engine="torch", device="cpu", threads=2)
+        assert pipe("a", **STEPS).settings["threads"] == 2
+        Pipeline.from_pretrained(folder, engine="torch", device="cpu", threads=1)  # of the process
+        assert torch.get_num_threads() == pipe("a", **STEPS).settings["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_count_of_threads_of_numpys_kind_can_be_saved(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder, device="cpu", threads=np.int64(1))
+    assert pipe("a", seed=1, **STEPS).images[0].png().startswith(b"\x89PNG")
 
 
 def test_guidance_of_one_costs_one_evaluation_a_step(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +376,45 @@ BAD = [
     ({"prompt": ["a", "b"], "num_images_per_prompt": 3, "negative_prompt_embeds": np.zeros((3, 16, 16))}, "1 or 2"),
     ({"prompt": "caf\udce9"}, r"the prompt 'caf\\udce9' is not valid Unicode"),
     ({"prompt": "a", "negative_prompt": ["\ud800"]}, "is not valid Unicode"),
+    ({"prompt": "a", "vae_tiling": 2}, "vae_tiling is 2; it must be True or False"),
+    ({"prompt": "a", "vae_tiling": ""}, "vae_tiling is ''; it must be"),
+    ({"prompt": "a", "vae_tiling": "yes"}, "vae_tiling is 'yes'; it must be"),
+    ({"prompt": "a", "vae_tiling": np.ones(2)}, "vae_tiling is array"),
+    ({"prompt": "a", "prompt_weights": np.ones((2, 2))}, "prompt_weights is array"),
+    ({"prompt": "a", "batch": np.ones((2, 2))}, "the batch is array"),
+    ({"prompt": "a", "output_type": np.array(["pil", "np"])}, "output_type array.* is not known"),
+    ({"prompt": "a", "sampler": np.array(["a", "b"])}, "unknown sampler array"),
+    ({"prompt": "a", "latents": np.full((1, 4, 8, 8), "x")}, "latents has numbers of type <U1"),
+    ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 8, dtype=torch.complex64)}, "latents has .* torch.complex64"),
+    ({"prompt": "a", "latents": np.float32(1)}, r"latents have shape \(\)"),
+    ({"prompt_embeds": np.zeros((1, 0, 16))}, r"prompt_embeds has shape \(1, 0, 16\)"),
+    ({"prompt_embeds": np.float32(1)}, r"prompt_embeds has shape \(\)"),
+    ({"prompt": "a", "guidance_scale": 10**400}, "too large to compute with"),
+    ({"prompt": "a", "guidance_scale": torch.ones(2)}, "guidance_scale is tensor"),
+    ({"prompt": "a", "num_inference_steps": -(10**5000)}, "num_inference_steps is a int; it must be 1 or more"),
+    ({"prompt": "a", "clip_skip": 10**5000}, "clip_skip is a int; this text encoder can do without"),
+    ({"prompt": "a", "height": 10**5000 + 1}, "height is a int; it must be from 1 to 65536"),
+    ({"prompt": "a", "width": 10**5000}, "width is a int; it must be from 1 to 65536"),
+    ({"prompt": "a", "num_images_per_prompt": 10**12}, "num_images_per_prompt is 1000000000000; it must be from 1 to"),
+    ({"prompt": "a", "timesteps": [9], "num_inference_steps": 10**5000}, "num_inference_steps is a int and there"),
+    ({"prompt": "a", "timesteps": range(500)}, r"timesteps are \[0, 1.*…; they must fall"),
+    ({"prompt": "a", "guidance_interval": [0.5] * 400}, r"guidance_interval is \[0.5.*…; it must be"),
+    ({"prompt": "a", "guidance_projection": np.ones((40, 9))}, r"guidance_projection is \[array.*…; it must be"),
+    ({"prompt": "a", "condition_annealing": np.ones((40, 9))}, r"condition_annealing is \[array.*…; it must be"),
+    ({"prompt": "a", "seed": b"1"}, "seed is b'1'; it must be a whole number"),
+    ({"prompt": "a", "weaker_scale": "x"}, "weaker_scale is 'x'; it must be a number"),
+    ({"prompt": "a", "weaker_scale": None}, "weaker_scale is None; it must be a number"),
+    ({"prompt": "a", "weaker_scale": math.nan}, "weaker_scale is nan; it must be a number"),
+    ({"prompt": "a", "weaker_scale": -5}, "weaker_scale is -5; it must be a number"),
+    ({"prompt": "a", "sampler": "DPMSolverMultistepScheduler"}, "did you mean 'dpmpp-2m' or 'dpmpp-2m-sde'"),
+    ({"prompt": "a", "sampler": DDIMScheduler()}, "did you mean 'ddim'"),
 ]
+
+
+def test_a_number_says_yes_and_no_too(pipe: Pipeline) -> None:
+    given = [pipe("a", seed=1, vae_tiling=said, **STEPS) for said in (0, False, 1)]
+    assert [out.settings["vae_tiling"] for out in given] == [False, False, True]
+    np.testing.assert_array_equal(pixels(given[0]), pixels(given[1]))
 
 
 @pytest.mark.parametrize(("arguments", "line"), BAD, ids=[line[:40] for _, line in BAD])
@@ -307,6 +464,30 @@ def test_an_autoencoder_that_gives_no_numbers_is_said(parts: dict[str, Any]) -> 
         pipe("a red apple", seed=1, **STEPS)
 
 
+@pytest.mark.parametrize("kind", ["False", "True"])
+def test_yes_and_no_of_numpys_kind_are_taken_and_can_be_saved(pipe: Pipeline, kind: str) -> None:
+    said = {"vae_tiling": np.bool_(kind == "True"), "prompt_weights": np.bool_(kind == "True"), "batch": np.int64(2)}
+    output = pipe("a", seed=1, **said, **STEPS)
+    assert output.settings["vae_tiling"] is (kind == "True") and output.images[0].png()
+
+
+@pytest.mark.parametrize(
+    ("returned", "line"),
+    [
+        (lambda told: {"latent": told["latents"]}, "returned a mapping of latent; it must return None or"),
+        (lambda told: {**told, "prompt_embeds": 1}, "a mapping of latents, prompt_embeds; it must return None or"),
+        (lambda told: told["latents"], r"returned tensor.* \(Tensor\); it must return None or"),
+        (lambda _: [1], r"returned \[1\] \(list\); it must return None or {'latents': array}"),
+        (lambda _: {"latents": None}, "returned as latents: missing; it must be an array"),
+        (lambda _: {"latents": np.full((1, 4, 8, 8), "x")}, "has numbers of type <U1"),
+    ],
+)
+def test_a_callback_that_returns_what_cannot_be_used_gets_one_line(pipe: Pipeline, returned: Any, line: str) -> None:
+    with pytest.raises(InputError, match=line) as caught:
+        pipe("a", callback_on_step_end=lambda *told: returned(told[3]), **STEPS)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_callback_that_returns_latents_of_another_shape_gets_one_line(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="the callback returned latents of shape"):
         pipe("a", callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}, **STEPS)
@@ -324,6 +505,20 @@ def test_parts_at_hand_make_the_pipeline_that_their_folder_makes(parts: dict[str
     assert here.terms.sampler == "ddim" and here.terms.size == 32
 
 
+def test_parts_at_hand_can_be_perturbed_and_cached_as_those_of_a_folder(parts: dict[str, Any], folder: Path) -> None:
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    here = Pipeline.from_parts(**parts, scheduler_config=DDIMScheduler(**config))  # diffusers' own, or its config
+    opened = Pipeline.from_pretrained(folder, engine="torch", dtype="float32")
+    for given in ({"pag_scale": 2.0}, {"feature_cache": 2}):
+        arguments = {"seed": 2, "output_type": "np", "guidance_scale": 3.0, **STEPS, **given}
+        np.testing.assert_allclose(
+            here("a red apple", **arguments).images, opened("a red apple", **arguments).images, atol=0.02
+        )
+    assert here.scheduler["_class_name"] == "DDIMScheduler"
+    with pytest.raises(InputError, match="scheduler_config is a int; it must be"):
+        Pipeline.from_parts(**parts, scheduler_config=3)
+
+
 def test_another_sampler_never_clips_latents_that_the_config_does_not() -> None:
     config = {"_class_name": "DPMSolverMultistepScheduler", "variance_type": None, "solver_type": "midpoint"}
     for sampler in ("ddim", "ddpm", "unipc", "lcm"):
@@ -336,6 +531,32 @@ def test_a_device_or_dtype_that_is_not_there_gets_one_line(folder: Path) -> None
         Pipeline.from_pretrained(folder, device="cuda:99")
     with pytest.raises(InputError, match="dtype 'int8' is not known"):
         Pipeline.from_pretrained(folder, dtype="int8")
+    with pytest.raises(InputError, match=r"device is \['cpu'\]; it must be a device's name"):
+        Pipeline.from_pretrained(folder, device=["cpu"])
+    with pytest.raises(InputError, match="device 'meta' holds no numbers"):
+        Pipeline.from_pretrained(folder, device="meta")
+    for wrong in ("cpu:nonsense", "cpu:"):
+        with pytest.raises(InputError, match=f"device '{wrong}' is not here"):
+            Pipeline.from_pretrained(folder, device=wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"engine": np.array(["a", "b"])}, "engine array.* is not known; it can be one of: auto"),
+        ({"compile": np.ones(2)}, "compile is array.*; it must be True or False"),
+        ({"prediction_type": np.array(["a", "b"])}, "unknown prediction type array"),
+        ({"device": np.ones((40, 9))}, "device is array.*…; it must be a device's name"),
+        ({"path": np.ones((9, 9))}, "the weights' path is array.*…; it must be a path"),
+        ({"loras": np.ones((40, 9))}, "loras is array.*…; it must be a list"),
+        ({"loras": [{"path": "a", "weight": np.ones((20, 20))}]}, "a LoRA's weight is array.*…; it must be a number"),
+        ({"loras": [{"path": "a", "name": np.ones((20, 20))}]}, "a LoRA's name is array.*…; it must be a string"),
+    ],
+)
+def test_what_a_pipeline_cannot_be_opened_with_gets_one_line(folder: Path, given: dict[str, Any], line: str) -> None:
+    with pytest.raises(InputError, match=line) as caught:
+        Pipeline.from_pretrained(**{"path": folder} | given)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_importing_latentgen_or_its_pipeline_imports_nothing_heavy() -> None:
@@ -347,3 +568,10 @@ def test_importing_latentgen_or_its_pipeline_imports_nothing_heavy() -> None:
         "assert not {'numpy', 'PIL', 'click', 'rich'} & light"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("path", [3, b"x", ["weights"], {}, True, "a" * 5000, "a\0b", "\ud800"])
+def test_weights_at_what_is_no_path_get_one_line(path: Any) -> None:
+    with pytest.raises(InputError, match=r"^the weights' path is ") as refused:
+        Pipeline.from_pretrained(path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 200

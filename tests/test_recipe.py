@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -12,6 +12,7 @@ from latentgen import InputError
 from latentgen.build import scheduler_config
 from latentgen.diffusion.sampling import SAMPLERS
 from latentgen.diffusion.schedule import from_config
+from latentgen.fields import explained
 from latentgen.pixels.recipe import PixelRecipe, read_pixel_recipe
 from latentgen.recipe import Recipe, SamplerName, read_kind, read_recipe
 from latentgen.training.finish import BETAS, PREDICTIONS
@@ -118,9 +119,10 @@ def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Chang
         (put('name = "tiny"', 'name = "../tiny"'), "name is '../tiny': "),
         (put('prompts = ["a red', 'prompts = [] # ["a red'), r"sample.prompts is \[\]: "),
         (put("adversary = 0.02", "adversary = -0.1"), "vae.loss.adversary is -0.1: "),
-        (put("adversary = 0.02", "matching = 0.1"), "vae.loss: matching is of an adversary's layers; set adversary"),
+        (put("adversary = 0.02", "matching = 0.1"), "vae.loss: matching is of an adversary, and there is none; set"),
         (put("chance = 0.01", 'chance = "high"'), "clip.gate.chance is 'high': "),
-        (put("size = 32", "size = 36"), "data.size 36 is no multiple of 8, as vae.channels halve it"),
+        (put("size = 32", "size = 36"), r"^recipe [^:]*: data.size 36 is no multiple of 8, as vae"),
+        (put("patch = 8", "patch = 33"), "clip.patch 33 is more than data.size 32"),
         (put("heads = 2", "heads = 3"), "clip.width 32 is no multiple of clip.heads"),
         (put("groups = 4", "groups = 3"), "each of vae.channels is to be a multiple of vae.groups"),
         (put("channels = [32, 64]", "channels = [48, 64]"), r"unet.channels has \[48\]; each must be a multiple of 32"),
@@ -130,10 +132,86 @@ def test_a_key_that_is_not_known_names_the_nearest(tmp_path: Path, change: Chang
             "unet.weighting is 'minsnr': input should be 'simple', 'min-snr'",
         ),
         (put("ema = 0.9", "betas = [0.9, 1.0]"), "clip.train.betas.1 is 1.0: input should be less than 1"),
+        (put("rate = 1e-3", "rate = inf"), "clip.train.rate is inf: input should be a finite number"),
+        (put("chance = 0.01", "chance = nan"), "clip.gate.chance: nan is no number; write one"),
+        (put("smileys-emotion = 0.5", "smileys-emotion = inf"), "data.weights.group.smileys-emotion is inf: "),
+        (put("adversary = 0.02", ""), "vae.loss: adversary_start is of an adversary, and there is none; set adversary"),
+        (put("ema = 0.9", 'decay = 0\ndecay_shape = "cosine"'), "clip.train: decay_shape is of a rate that falls"),
+        (
+            put("batch = 32", "batch = 32\naccumulate = 3"),
+            "clip.train: accumulate is 3; it must divide the batch of 32",
+        ),
+        (
+            lambda text: put("layers = 1\nhead_width", "disperse = 0.1\nlayers = 1\nhead_width")(
+                text.replace("batch = 8", "batch = 8\naccumulate = 2")
+            ),
+            "unet: disperse compares the pictures of a batch with each other; leave accumulate at 1",
+        ),
+        (
+            put("rate = 1e-3", "rate = 1e-3\naccumulate = 2"),
+            "clip: CLIP compares the pictures of a batch with each other; leave accumulate at 1",
+        ),
+        (put("log_seconds = 1", "save_seconds = nan"), "pace.save_seconds: nan is no number; write one"),
+        (put("ema = 0.9", "kept_averages = 8"), "clip.train: kept_averages is of averages, and there are none"),
+        (
+            put("ema = 0.9", 'optimizer = "adafactor"\nbetas = [0.9, 0.999]'),
+            "clip.train: betas are not adafactor's, which has none; take them away",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_its_key(tmp_path: Path, change: Change, said: str) -> None:
     assert re.search(said, refusal(tmp_path, change))
+
+
+def test_true_and_false_are_no_numbers_wherever_a_number_stands(tmp_path: Path) -> None:
+    lines = TINY.read_text().splitlines()
+    numbers = [place for place, line in enumerate(lines) if re.match(r"[\w-]+ = [\d.]", line)]
+    assert len(numbers) > 40
+    for place in numbers:
+        key = lines[place].split(" = ")[0]
+        changed = "\n".join([*lines[:place], f"{key} = true", *lines[place + 1 :]])
+        line = refusal(tmp_path, put(TINY.read_text(), changed))
+        assert re.search(rf"\b{key}: true is no number; write one$", line), line
+    line = refusal(tmp_path, put("channels = [32, 64]", "channels = [32, true]"))
+    assert line.endswith("unet.channels.1: true is no number; write one")
+
+
+def test_what_an_optimizer_does_not_hear_is_refused_where_it_is_given_alone(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(TINY.read_text().replace("ema = 0.9", 'optimizer = "adafactor"\nclip = inf'))
+    train = read_recipe(tmp_path / "r.toml").clip.train
+    assert train.clip == float("inf")  # which is no clipping
+    assert type(train).model_validate(train.model_dump()) == train  # as recipe.json keeps it, all keys written
+
+
+def test_a_run_may_never_be_saved_on_the_way_and_a_gate_may_be_open(tmp_path: Path) -> None:
+    text = TINY.read_text().replace("chance = 0.01", "chance = 0.01\nmax_loss = inf")
+    (tmp_path / "r.toml").write_text(text.replace("log_seconds = 1", "log_seconds = inf\nsave_seconds = inf"))
+    recipe = read_recipe(tmp_path / "r.toml")
+    assert {recipe.pace.save_seconds, recipe.pace.log_seconds, recipe.clip.gate["max_loss"]} == {float("inf")}
+    assert Recipe.model_validate(json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("place", "keys", "said"),
+    [
+        ("vae.loss", {"adversary": 0.0}, "vae.loss: adversary_start is of an adversary"),
+        ("unet.train", {"kept_averages": 8}, "unet.train: kept_averages is of averages"),
+        ("unet.train", {"optimizer": "adafactor", "betas": [0.9, 0.999]}, "unet.train: betas are not adafactor's"),
+        ("unet.train", {"decay": 0.0, "decay_shape": "cosine"}, "unet.train: decay_shape is of a rate that falls"),
+        ("unet", {"augment": {"scale": [0.9, 1.0], "sided": ["left"]}}, "unet.augment: sided says which"),
+        ("clip.train", {"accumulate": 2}, "clip: CLIP compares the pictures of a batch"),
+    ],
+)
+def test_what_has_no_effect_is_refused_where_it_is_written_and_not_where_a_run_stored_it(
+    place: str, keys: dict[str, Any], said: str
+) -> None:
+    stored = section = read_recipe(TINY).model_dump(mode="json")
+    for name in place.split("."):
+        section = section[name]
+    section.update(keys)
+    assert explained(Recipe, stored, "recipe.json").name == "tiny"
+    with pytest.raises(InputError, match=f"^recipe: {said}"):
+        explained(Recipe, stored, "recipe", written=True)
 
 
 def test_more_than_one_flaw_is_counted_and_the_unknown_key_comes_first(tmp_path: Path) -> None:

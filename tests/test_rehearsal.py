@@ -1,7 +1,7 @@
 """What `--dry-run` says of a stage's size."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentgen.build import train
 from latentgen.errors import InputError
 from latentgen.models.pixel import pixel_unet
 from latentgen.recipe import Train
@@ -105,6 +106,19 @@ def test_a_place_that_is_taken_is_refused_in_a_dry_run(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("of mine")
     with pytest.raises(InputError, match="letter exists and is no result of this command; name another place"):
         rehearse(Path(__file__).parent / "data" / "tiny.toml", tmp_path / "letter", None, lambda _: None)
+
+
+@pytest.mark.parametrize("begin", [rehearse, train])
+def test_an_optimizer_that_is_not_installed_is_refused_before_the_hours(
+    begin: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    recipe, lines = tmp_path / "mine.toml", list[str]()
+    tiny = Path(__file__).parent / "data" / "tiny.toml"
+    recipe.write_text(tiny.read_text().replace("[unet.train]", '[unet.train]\noptimizer = "adamw-8bit"'))
+    with pytest.raises(InputError, match="needs the package bitsandbytes; install it, or choose"):
+        begin(recipe, tmp_path / "out", None, lines.append)
+    assert not lines
 
 
 def test_a_gate_that_names_no_figure_is_refused_before_the_hours() -> None:

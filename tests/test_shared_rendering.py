@@ -1,16 +1,18 @@
 """Processes share the pictures of one `latentgen render`: the files of one process, said once, by the first."""
 
+import importlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from latentgen.errors import InputError
 from latentgen.image import read_settings
-from latentgen.processes import started
+from latentgen.processes import Processes, started
 
 ROOT = Path(__file__).parents[1]
 RENDER = ["-m", "latentgen.cli", "render"]
@@ -113,3 +115,39 @@ def test_a_process_that_no_launcher_started_is_alone_though_its_cluster_names_ot
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert (started().rank, started().count) == (0, 1)
+
+
+class Kept(dict[str, bytes]):
+    """What processes say to one another, where none has to wait."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def wait(self, keys: list[str], _: object) -> None:
+        assert set(keys) <= set(self)
+
+
+def test_the_first_process_knows_in_the_end_what_each_has_done_and_that_one_has_not() -> None:
+    store = Kept()
+    first, second = (Processes(rank, 2, store=store) for rank in range(2))
+    with second.to_the_end() as done:
+        done["1"] = "a-2.png"
+    with first.to_the_end() as done:
+        done["0"] = "a.png"
+    assert done == {"0": "a.png", "1": "a-2.png"}
+    with pytest.raises(ZeroDivisionError), second.to_the_end():
+        raise ZeroDivisionError
+    with pytest.raises(InputError, match="process 1 of 2 ended before its pictures were written"), first.to_the_end():
+        pass
+
+
+def test_who_is_stopped_in_an_import_tells_the_others_and_one_alone_ends_at_once(
+    ctrl_c_in_import_of: Callable[[str], None],
+) -> None:
+    ctrl_c_in_import_of("interrupted")
+    store = Kept()
+    with pytest.raises(KeyboardInterrupt), Processes(1, 2, store=store).to_the_end():
+        importlib.import_module("interrupted")
+    assert list(store.values()) == [b"null"]
+    with pytest.raises(SystemExit, match="130"), Processes().to_the_end():
+        importlib.import_module("interrupted")

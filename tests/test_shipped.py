@@ -14,8 +14,9 @@ from latentgen.checkpoint import find, open_folder
 from latentgen.checkpoint.places import default_weights
 from latentgen.diffusion.noise import Noise
 from latentgen.durable import MANIFEST, sha256
+from latentgen.fields import explained
 from latentgen.pixels.recipe import PixelRecipe
-from latentgen.recipe import Recipe, explained, read_as, read_kind
+from latentgen.recipe import Recipe, read_as, read_kind
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(path.parent for path in (ROOT / "weights").glob("*/recipe.json"))

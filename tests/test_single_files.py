@@ -1,29 +1,36 @@
 """Single files of others say nothing of their networks: shapes and family tell, and the picture is the folder's."""
 
 import json
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline, cli
-from latentgen.checkpoint import CLIP, OPENCLIP, open_checkpoint, save_pipeline
+from latentgen.checkpoint import CLIP, OPENCLIP, SingleFile, open_checkpoint, save_pipeline
 from latentgen.checkpoint.keys import from_diffusers, prefix
 from latentgen.checkpoint.shapes import Family, configs_of
 from latentgen.convert import convert
 from latentgen.image import read_settings
+from latentgen.models import loading
 from latentgen.render import replay
 from latentgen.request import Assumed
 from tests.conftest import CONTEXT, SCHEDULE, padded_with_word_0
+from tests.turns import Awaited
 
+TEXT = "cond_stage_model.transformer.text_model."
 HEAD = 64  # the narrowest tower that shapes can tell the heads of
 
 
@@ -339,6 +346,28 @@ def test_a_replay_opens_with_the_tokenizer_and_the_prediction_of_the_picture(
     assert remarks == ["the same file, byte for byte"] and target.read_bytes() == made.png()
 
 
+@pytest.mark.parametrize("there", [(), ("vocab.json",), ("text.txt",)])
+def test_a_folder_without_a_tokenizer_in_it_is_refused_as_one(
+    plain: Callable[..., tuple[Path, Path]], tmp_path: Path, there: tuple[str, ...]
+) -> None:
+    for name in there:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"no tokenizer folder at {tmp_path}; give the folder that holds tokenizer"):
+        open_checkpoint(plain(Family.SD1)[1], tokenizer=tmp_path)
+
+
+def test_a_picture_of_a_folder_that_was_named_a_tokenizer_it_did_not_use_is_made_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    made = Pipeline.from_pretrained(folder, engine="torch")("the green frog", seed=5, num_inference_steps=2).images[0]
+    made.settings["tokenizer"] = (folder / "tokenizer").as_posix()  # as pictures once said
+    (tmp_path / "a.png").write_bytes(made.png())
+    target, remarks = replay(tmp_path / "a.png")
+    assert remarks == ["the new file differs from the old one"]  # which says less
+    with Image.open(target) as new, Image.open(tmp_path / "a.png") as old:
+        assert np.array_equal(np.asarray(new), np.asarray(old))
+
+
 def test_merges_are_part_of_a_fingerprint_where_they_are_read(
     plain: Callable[..., tuple[Path, Path]], parts: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -422,16 +451,58 @@ def test_the_command_line_opens_a_file_as_it_is_told(
     assert open_checkpoint(tmp_path / "again.safetensors").config("scheduler")["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize("family", [Family.SD1, Family.SDXL])
-def test_a_projection_that_the_first_tower_has_no_use_for_is_passed_over(
+# What people's files hold besides under the networks' prefixes: of their training, and of CLIP's tower of pictures.
+LEFT = ("first_stage_model.loss.logvar", "first_stage_model.model_ema.decay", "model_ema.decay")
+OF_PICTURES = ("text_projection.weight", "logit_scale", "visual_projection.weight", "vision_model.pre_layrnorm.bias")
+FIRST = {
+    Family.SD1: (TEXT.removesuffix("text_model."), OF_PICTURES),
+    Family.SD2: ("cond_stage_model.model.", ("visual.proj", "logit_scale")),
+    Family.SDXL: ("conditioner.embedders.0.transformer.", OF_PICTURES),
+}
+
+
+@pytest.mark.parametrize("family", Family)
+def test_what_a_network_has_no_use_for_is_passed_over(
     plain: Callable[..., tuple[Path, Path]], family: Family, tmp_path: Path
 ) -> None:
     folder, file = plain(family)
     copy = Path(shutil.copyfile(file, tmp_path / "more.safetensors"))
-    start = "conditioner.embedders.0.transformer." if family is Family.SDXL else "cond_stage_model.transformer."
-    more = {f"{start}text_projection.weight": torch.zeros(HEAD, HEAD), f"{start}logit_scale": torch.ones(())}
-    strip(copy, lambda tensors: tensors.update(more))
+    start, names = FIRST[family]
+    more = (*LEFT, *(start + name for name in names))
+    strip(copy, lambda tensors: tensors.update({name: torch.ones(3) for name in more}))
     np.testing.assert_array_equal(picture(copy, tokenizer=folder), picture(file))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.diffusion_model.control.weight", "first_stage_model.encoder.more.weight", TEXT + "more.weight"]
+)
+def test_what_a_network_may_have_use_for_is_refused(
+    plain: Callable[..., tuple[Path, Path]], name: str, tmp_path: Path
+) -> None:
+    folder, file = plain(Family.SD1)
+    copy = Path(shutil.copyfile(file, tmp_path / "more.safetensors"))
+    strip(copy, lambda tensors: tensors.update({name: torch.ones(3)}))
+    with pytest.raises(InputError, match=name.rpartition(".")[0].rpartition(".")[2]):
+        Pipeline.from_pretrained(copy, tokenizer=folder, engine="torch")
+
+
+@pytest.mark.parametrize(
+    ("family", "gone", "said"),
+    [
+        (Family.SD1, "first_stage_model.", "is not whole: it holds no autoencoder; name one that was not pruned"),
+        (Family.SD2, "cond_stage_model.", "holds no text encoder; name"),
+        (Family.SDXL, "conditioner.embedders.1.", "holds no second text encoder; name"),
+        (Family.SD1, ("first_stage_model.", "cond_stage_model."), "holds no autoencoder and no text encoder; name"),
+        (Family.SD1, "first_stage_model.encoder.down.", "'first_stage_model.encoder.down.0' missing; fetch it again"),
+    ],
+)
+def test_what_a_file_was_pruned_of_is_named(
+    plain: Callable[..., tuple[Path, Path]], family: Family, gone: Any, said: str, tmp_path: Path
+) -> None:
+    tensors = {name: value for name, value in load_file(plain(family)[1]).items() if not name.startswith(gone)}
+    save_file(tensors, tmp_path / "pruned.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=re.escape(said)):
+        open_checkpoint(tmp_path / "pruned.safetensors")
 
 
 def test_a_file_of_another_frame_is_refused(plain: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -440,3 +511,37 @@ def test_a_file_of_another_frame_is_refused(plain: Callable[..., tuple[Path, Pat
     strip(copy, lambda tensors: tensors.update({"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}))
     with pytest.raises(InputError, match="was trained in EDM's frame"):
         Pipeline.from_pretrained(copy)
+
+
+def test_a_file_is_read_in_one_thread_while_another_opens_weights(
+    plain: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries let every new weight of the process be without numbers while they read a folder."""
+    from accelerate import init_empty_weights
+
+    inside, come, through = Event(), Event(), Event()
+    monkeypatch.setattr(loading, "LOADING", Awaited(come))
+    tensors = SingleFile.tensors
+
+    def read(checkpoint: SingleFile, part: str) -> Any:
+        inside.set()
+        assert come.wait(20)
+        return tensors(checkpoint, part)
+
+    def second() -> None:
+        assert inside.wait(20)
+        with loading.quiet(), init_empty_weights():
+            come.set()
+            assert through.wait(20)
+
+    folder, file = plain(Family.SD1)
+    checkpoint = open_checkpoint(file, tokenizer=folder / "tokenizer")
+    monkeypatch.setattr(SingleFile, "tensors", read)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(second)
+        try:
+            vae = loading.load_part(checkpoint, "vae")
+        finally:
+            through.set()
+        other.result()
+    assert not any(weight.is_meta for weight in vae.parameters())

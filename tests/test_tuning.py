@@ -308,3 +308,14 @@ def test_what_cannot_be_tuned_is_one_line(
     code, _, said = run(own, "--data", ICONS, *out, *arguments)
     assert code == 2 and line in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_no_table_of_tune_is_not_replaced(
+    run: Callable[..., tuple[object, str, str]], own: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "t.json"
+    for there in ('{"name": "mine"}', "[]"):
+        out.write_text(there)
+        code, _, said = run(own, "--data", ICONS, "--out", out, "--evaluations", 9)
+        assert code == 2 and said.count("\n") == 1 and "t.json is there and is no such report" in said
+        assert out.read_text() == there and not out.with_suffix(".cache").exists()

@@ -1,5 +1,6 @@
 """Pictures varied: mirrored where captions stay true, scaled as closed forms say, each by its own pixels alone."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,10 @@ def test_a_recipes_versions_are_encoded_once_in_every_shape(tmp_path: Path, buck
         return made._varied_latents(), made, lines
 
     versions, made, lines = run()
-    assert len(versions) == 2 and sum("are mirrored too" in line for line in lines) == 1
+    assert len(versions) == 2
+    assert (
+        sum(line.startswith("data: 3 versions of each picture; ") and "are mirrored too" in line for line in lines) == 1
+    )
     data = made.data
     sizes = {(*version.shape(np.array([0])), sum(len(part) for part in version.parts(64))) for version in versions}
     assert sizes == {(4, 4, 4, len(data.pictures))}
@@ -185,10 +189,12 @@ def test_what_cannot_be_meant_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "r.toml").write_text(text.replace("[unet.train]", f"[unet.augment]\n{keys}\n\n[unet.train]"))
         return read_recipe(tmp_path / "r.toml").unet.augment
 
-    assert read("scale = [0.9, 1.0]").versions == 4
+    assert read("scale = [0.9, 1.0]").versions == read("mirror = true\nscale = [0.9, 1.0]").versions == 4
+    assert read("mirror = true").versions == read("mirror = true\nversions = 2").versions == 2
     for keys, unet, line in (
         ("", "", "every version would be the same; set mirror = true, or scale"),
-        ("mirror = true", "", "set versions = 2, or a scale too"),
+        ("mirror = true\nversions = 4", "", "set versions = 2 or none, or a scale too"),
+        ('scale = [0.9, 1.0]\nsided = ["left"]', "", "sided says which pictures are not mirrored, and none is"),
         ("scale = [1.0, 0.9]", "", "write the smaller factor first"),
         ("scale = [0.1, 1.0]", "", "greater than or equal to 0.5"),
         ("mirror = true\nversions = 1", "", "greater than or equal to 2"),
@@ -197,6 +203,18 @@ def test_what_cannot_be_meant_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=line):
             read(keys, unet)
+
+
+def test_true_and_what_is_not_finite_are_no_numbers_of_fine_tuning_either() -> None:
+    numbers = [name for name, field in Finetune.model_fields.items() if re.search("Whole|int|float", str(field))]
+    assert len(numbers) > 20
+    for name in set(numbers) - {"scale"}:
+        with pytest.raises(InputError, match=f"^finetune: {name}: true is no number; write one$"):
+            Finetune.of({name: True})
+    with pytest.raises(InputError, match=r"^finetune: scale\.1: true is no number; write one$"):
+        Finetune.of({"scale": (1.0, True)})
+    with pytest.raises(InputError, match=r"^finetune: rate is inf: input should be a finite number$"):
+        Finetune.of({"rate": float("inf")})
 
 
 def test_fine_tuning_chooses_how_many_versions_and_refuses_what_cannot_be_meant() -> None:

@@ -17,7 +17,7 @@ from latentgen.checkpoint.folder import (
     variant_of,
 )
 from latentgen.checkpoint.keys import CLIP, OPENCLIP
-from latentgen.checkpoint.kinds import refuse_other_kinds, unet_kind
+from latentgen.checkpoint.kinds import check_prediction, refuse_other_kinds, unet_kind
 from latentgen.checkpoint.places import default_weights, find
 from latentgen.checkpoint.single import SingleFile, open_checkpoint
 from latentgen.checkpoint.write import save_pipeline, write_pipeline
@@ -30,6 +30,7 @@ __all__ = [
     "STEMS",
     "Checkpoint",
     "SingleFile",
+    "check_prediction",
     "check_safetensors",
     "default_weights",
     "find",

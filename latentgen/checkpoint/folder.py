@@ -29,6 +29,7 @@ STEMS = {
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
 }
+TOKENIZERS = ("tokenizer.json",), ("vocab.json", "merges.txt")  # each set is a whole tokenizer
 SECOND = ("text_encoder_2", "tokenizer_2")  # what Stable Diffusion XL has besides
 _STORED = re.compile(r"\.safetensors$|\.safetensors\.index\.")
 _VERIFYING = threading.Lock()
@@ -173,10 +174,14 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             raise torn
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            promised = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+            whole = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in entries)
+            whole &= all(isinstance(side, int) for entry in entries for side in entry["shape"])
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise torn from error
-    promised = 8 + length + max(ends, default=0)
+    if not whole or not isinstance(header.get("__metadata__") or {}, dict):
+        raise torn
     if promised != size:
         raise InputError(f"{path} is torn: {size} bytes where its header promises {promised}; fetch or train it again")
     return header
@@ -281,7 +286,7 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
 def _require_config(folder: Path, part: str) -> None:
     """Every part's settings are there: one of the listed sets of files."""
     sets = {
-        "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+        "tokenizer": TOKENIZERS,
         "scheduler": (("scheduler_config.json",),),
     }.get(part.removesuffix("_2"), (("config.json",),))
     if not any(all((folder / part / name).is_file() for name in names) for names in sets):

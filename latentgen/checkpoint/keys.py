@@ -17,6 +17,9 @@ from latentgen.errors import InputError
 Form = Literal["same", "flat", "transposed", "third"]
 CLIP, OPENCLIP = "clip", "openclip"  # the two text towers' forms: Radford et al. 2021 as OpenAI's, and as OpenCLIP's
 EMA = "model_ema."  # a second, averaged U-Net of training runs: model_ema. and the dotted name without its dots
+# What lies under a network's prefix in people's files besides the network: left by its training, or of CLIP's pictures.
+_BESIDES = {"unet": (), "vae": ("loss.", EMA), OPENCLIP: ("visual.",)}
+_BESIDES |= {CLIP: ("text_projection.", "logit_scale", "vision_model.", "visual_projection.")}
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def ema_name(name: str) -> str:
 def _from_ldm(part: str, name: str, config: Mapping[str, Any], tower: str) -> Iterator[Tie]:
     if part.startswith("text_encoder") and name.endswith("position_ids"):
         return  # a table of 0, 1, 2, …
+    if name.startswith(_BESIDES[tower if part.startswith("text_encoder") else part]):
+        return
     stacked = re.fullmatch(r"(transformer\.resblocks\.\d+)\.attn\.in_proj_(weight|bias)", name)
     if tower == OPENCLIP and stacked:
         layer = modules(part, config, tower).get(stacked[1])
@@ -94,8 +99,7 @@ def _from_ldm(part: str, name: str, config: Mapping[str, Any], tower: str) -> It
     if tower == OPENCLIP and (_beyond(name, config) or name in _unused(config)):
         return
     if tower == CLIP and part.startswith("text_encoder"):
-        if not name.startswith(("text_projection.", "logit_scale")):  # which this tower has no use for
-            yield Tie(name, name if name.startswith("text_model.") else f"text_model.{name}")
+        yield Tie(name, name if name.startswith("text_model.") else f"text_model.{name}")
         return
     yield _tie(part, name, _translated(part, name, modules(part, config, tower), "diffusers"), tower)
 

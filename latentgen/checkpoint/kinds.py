@@ -44,6 +44,14 @@ def refuse_other_kinds(place: Path, unet: Mapping[str, Any], latent_channels: in
         )
 
 
+def check_prediction(place: Path, scheduler: Mapping[str, Any], prediction_type: str | None) -> None:
+    """Raise an InputError for a prediction_type that is named for a flow, which predicts one thing alone."""
+    if prediction_type is not None and str(scheduler.get("_class_name")).startswith("FlowMatch"):
+        raise InputError(
+            f"{place} is of flow matching, which predicts the flow; leave prediction_type {prediction_type!r} away"
+        )
+
+
 def refuse_other_pipelines(folder: Path, index: Mapping[str, Any]) -> None:
     """Raise an InputError for XL's refiner: it has no first text encoder, and finishes what the base began."""
     first, second = (index.get(part) for part in ("text_encoder", "text_encoder_2"))

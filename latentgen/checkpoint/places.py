@@ -9,6 +9,7 @@ from pathlib import Path
 from latentgen.checkpoint.folder import PARTS
 from latentgen.durable import recover
 from latentgen.errors import InputError
+from latentgen.values import as_path
 
 SHIPPED = "icons"  # the embedded default
 PACKAGE = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def find(path: str | Path | None) -> Path:
     if path is None:
         return default_weights()
     try:
-        place = Path(path).expanduser()
+        place = as_path("the weights' path", path).expanduser()
     except RuntimeError as error:
         raise InputError(f"no weights folder at {path}: there is no home folder of that name") from error
     recover(place)

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from latentgen.checkpoint.keys import CLIP, OPENCLIP, prefix
 from latentgen.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,8 +38,9 @@ class Family(Enum):
 def configs_of(shapes: Shapes, family: Family, place: Path) -> dict[str, dict[str, Any]]:
     """The config of every network, in diffusers' and transformers' words, and the scheduler's.
 
-    Raises InputError where the file lacks what tells.
+    Raises InputError where the file lacks a network, or what tells of one.
     """
+    _require_networks(shapes, family, place)
     try:
         configs = {"unet": _unet(shapes, family), "vae": _vae(shapes, family), "scheduler": _scheduler(shapes, family)}
         if family is Family.SD1:
@@ -53,11 +55,25 @@ def configs_of(shapes: Shapes, family: Family, place: Path) -> dict[str, dict[st
     return configs
 
 
+def _require_networks(shapes: Shapes, family: Family, place: Path) -> None:
+    """Raise InputError for a file without an autoencoder or a text encoder, as people prune them."""
+    second = family is Family.SDXL
+    wanted = [
+        ("vae", CLIP, "autoencoder"),
+        ("text_encoder", OPENCLIP if family is Family.SD2 else CLIP, "text encoder"),
+    ]
+    wanted += [("text_encoder_2", OPENCLIP, "second text encoder")] if second else []
+    starts = {prefix(part, second, tower): what for part, tower, what in wanted}
+    missing = [what for start, what in starts.items() if not any(name.startswith(start) for name in shapes)]
+    if missing:
+        raise InputError(f"{place} is not whole: it holds no {' and no '.join(missing)}; name one that was not pruned")
+
+
 def _count(shapes: Shapes, pattern: str) -> int:
     """One more than the largest number that stands where the pattern's group is."""
     found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
     if not found:
-        raise KeyError(pattern.replace("\\", ""))
+        raise KeyError(pattern.replace(r"(\d+)\.", "0").replace("\\", ""))
     return max(found) + 1
 
 

@@ -6,15 +6,15 @@ others the shapes tell nearly everything, and the family tells the rest (heads, 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentgen.checkpoint.folder import PICKLES, Checkpoint, check_safetensors, open_folder
+from latentgen.checkpoint.folder import PICKLES, TOKENIZERS, Checkpoint, check_safetensors, open_folder
 from latentgen.checkpoint.keys import CLIP, OPENCLIP, Tie, from_ldm, prefix
-from latentgen.checkpoint.kinds import refuse_other_kinds, refuse_refiner
+from latentgen.checkpoint.kinds import refuse_other_kinds, refuse_refiner, unet_kind
 from latentgen.checkpoint.shapes import Family, configs_of
 from latentgen.durable import sha256
 from latentgen.errors import InputError
@@ -100,12 +100,16 @@ class SingleFile(Checkpoint):
 def open_checkpoint(place: Path, *, tokenizer: str | Path | None = None, verify: bool = True) -> Checkpoint:
     """A pipeline folder or a single file, checked. tokenizer: a CLIP tokenizer's folder, which a file needs.
 
-    Raises InputError with one line for a pickle, a torn file, or one that holds something else.
+    Raises InputError with one line for a pickle, a torn file, or one that holds something else, and for a tokenizer
+    beside a folder's own.
     """
     if place.suffix in PICKLES:
         raise InputError(f"{place} is a pickle, which can run code when opened; only safetensors are loaded")
     if not place.is_file():
-        return open_folder(place, verify=verify)
+        opened = open_folder(place, verify=verify)
+        if tokenizer is not None:
+            raise InputError(f"{place} has a tokenizer of its own, as folders have; leave the one at {tokenizer} away")
+        return opened
     if place.suffix != ".safetensors":
         raise InputError(f"{place} is a file; give the folder that holds model_index.json, or a .safetensors file")
     header = check_safetensors(place)
@@ -119,10 +123,10 @@ def open_checkpoint(place: Path, *, tokenizer: str | Path | None = None, verify:
     if framed := next((name for name in shapes if name.startswith("edm_")), None):
         raise InputError(f"{place} was trained in EDM's frame ({framed} is in it), which is not read yet; name another")
     family = Family.of(shapes)
-    told = json.loads((header.get("__metadata__") or {}).get(METADATA) or "{}")
+    parts = ["text_encoder", "vae", "unet", *(["text_encoder_2"] if family is Family.SDXL else [])]
+    told = _told(place, header, parts)
     configs = told.get("configs") or configs_of(shapes, family, place)
     refuse_other_kinds(place, configs["unet"], int(configs["vae"]["latent_channels"]))
-    parts = ["text_encoder", "vae", "unet", *(["text_encoder_2"] if family is Family.SDXL else [])]
     index = {"_class_name": family.pipeline, "force_zeros_for_empty_prompt": told.get("force_zeros", True)}
     tokens = _tokenizers(place, tokenizer, family)
     weights = dict.fromkeys(parts, (place,))
@@ -130,13 +134,26 @@ def open_checkpoint(place: Path, *, tokenizer: str | Path | None = None, verify:
     return SingleFile(place, index, weights, None, family, entries, configs, tokens, known, noted)
 
 
+def _told(place: Path, header: Mapping[str, Any], parts: Iterable[str]) -> dict[str, Any]:
+    """What `latentgen convert` says in the header of a file that it wrote, the configs of these parts among it."""
+    try:
+        told: dict[str, Any] = json.loads((header.get("__metadata__") or {}).get(METADATA) or "{}")
+        if configs := told.get("configs"):
+            told["configs"] = {part: dict(configs[part]) for part in (*parts, "scheduler")}
+            unet_kind(configs["unet"], int(configs["vae"]["latent_channels"]))  # that they can be read
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{place}: its header tells no configs that can be used; convert its folder again") from error
+    return told
+
+
 def _tokenizers(place: Path, given: str | Path | None, family: Family) -> dict[str, Path]:
     """The tokenizer's folder: the one named, `tokenizer/` beside the file, or CLIP's own in the hub's cache."""
     parts = ["tokenizer", *(["tokenizer_2"] if family is Family.SDXL else [])]
     if given is not None:
         root = Path(given).expanduser()
-        if not root.is_dir():
-            raise InputError(f"no tokenizer folder at {root}; give the folder that holds tokenizer.json, or vocab.json")
+        if not (_holds(root) or _holds(root / "tokenizer")):
+            files = "tokenizer.json, or vocab.json and merges.txt"
+            raise InputError(f"no tokenizer folder at {root}; give the folder that holds {files}")
     else:
         found = [folder for folder in (place.with_suffix(""), place.parent) if _holds(folder / "tokenizer")]
         root = found[0] if found else _cached_clip(place)
@@ -144,7 +161,7 @@ def _tokenizers(place: Path, given: str | Path | None, family: Family) -> dict[s
 
 
 def _holds(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
 
 
 def _cached_clip(place: Path) -> Path:

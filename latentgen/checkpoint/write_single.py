@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from latentgen.checkpoint.folder import Checkpoint
 from latentgen.checkpoint.keys import CLIP, OPENCLIP, from_diffusers, prefix
 from latentgen.checkpoint.single import METADATA
+from latentgen.checkpoint.tensors import save_tensors
 from latentgen.checkpoint.tokenizers import tokenizer_files
 from latentgen.durable import saying_what_failed, sync_folder
 from latentgen.errors import InputError
@@ -33,8 +34,6 @@ def write_single(source: Checkpoint, target: Path, told: Mapping[str, Any] = Map
     and the tokenizers' folder where it was not there. Raises InputError for a network that the original layout has no
     names for, where it cannot be written, and where something else stands in the tokenizers' place.
     """
-    from safetensors.torch import save_file
-
     second = source.has_second
     files = _tokenizer_files(source, target)
     tensors: dict[str, torch.Tensor] = {}
@@ -51,7 +50,7 @@ def write_single(source: Checkpoint, target: Path, told: Mapping[str, Any] = Map
     with saying_what_failed(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(header)})
+            save_tensors(tensors, aside, {"format": "pt", METADATA: json.dumps(header)})
             with aside.open("rb") as written:
                 os.fsync(written.fileno())
             for place, file in files.items():

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from latentgen.cli.parts import PATH
+from latentgen.cli.parts import FOLDER, PLACE
 from latentgen.cli.rendering import prediction_type_option
+from latentgen.errors import InputError
 
 CONVERT = """Examples:
 
@@ -23,13 +24,15 @@ def add(app: click.Group) -> None:
     app.command(epilog=CONVERT)(convert)
 
 
-@click.argument("source", metavar="SOURCE", help="A .safetensors file, a folder in diffusers' layout, or a hub id.")
 @click.argument(
-    "target", type=PATH, metavar="TARGET", help="The other form: a folder, or a file that ends in .safetensors."
+    "source", type=PLACE, metavar="SOURCE", help="A .safetensors file, a folder in diffusers' layout, or a hub id."
 )
-@click.option("--tokenizer", type=PATH, help="A CLIP tokenizer's folder, for a file that has none beside it.")
+@click.argument(
+    "target", type=FOLDER, metavar="TARGET", help="The other form: a folder, or a file that ends in .safetensors."
+)
+@click.option("--tokenizer", type=FOLDER, help="A CLIP tokenizer's folder, for a file that has none beside it.")
 @prediction_type_option
-@click.option("--base", help="The weights an adapter is for, where they are Stable Diffusion XL's.")
+@click.option("--base", type=PLACE, help="The weights an adapter is for, where they are Stable Diffusion XL's.")
 def convert(
     source: str,
     target: Path,
@@ -41,11 +44,18 @@ def convert(
 
     An adapter (LoRA, DoRA, LoKr, LoHa; a file or its folder) becomes a file in kohya's form.
     """
+    from latentgen.checkpoint import find
     from latentgen.convert import convert as run
     from latentgen.models.lora.file import is_adapter
     from latentgen.models.lora.kohya import write_kohya
 
-    if is_adapter(source):
+    adapter = is_adapter(source)
+    if adapter and (tokenizer, prediction_type) != (None, None):
+        raise InputError(f"{source} is an adapter; leave away --tokenizer and --prediction-type, of whole weights")
+    if base is not None and not adapter:
+        find(source)  # which says so where nothing is there
+        raise InputError(f"{source} is no adapter; leave away --base, which names the weights that an adapter is for")
+    if adapter:
         click.echo(f"the same changes within {write_kohya(source, target, base):.2g}", err=True)
         click.echo(target)
         return

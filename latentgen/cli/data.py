@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from latentgen.cli.parts import PATH, say
+from latentgen.cli.parts import PATH, PLACE, check_report, console, say
 from latentgen.cli.rendering import progress_bar
 from latentgen.errors import InputError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from latentgen.data import Ledger
 
 SHOWN = 12  # files named under the tables
+LEDGER = r'\{\n "folder": ".*",\n "size": .*,\n "background": ".*",\n "context": '  # how a ledger's JSON begins
 DOCTOR = """Examples:
 
 latentgen doctor pictures/
@@ -34,12 +35,14 @@ def add(app: click.Group) -> None:
     "folder", type=PATH, metavar="FOLDER", help="Captioned pictures: a folder, tar shards, a saved data set."
 )
 @click.option("--recipe", type=PATH, help="Look with its [data] section, and its tokenizer if it is trained.")
-@click.option("--weights", help="A weights folder whose tokenizer counts the captions.", show_default="none")
+@click.option(
+    "--weights", type=PLACE, help="A weights folder whose tokenizer counts the captions.", show_default="none"
+)
 @click.option(
     "--captions", help="files: tables and .txt; names: the pictures' names.", show_default="the recipe's, or files"
 )
-@click.option("--json", "json_file", type=PATH, help="Write the ledger there.")
-@click.option("--html", "html_file", type=PATH, help="Write a page with pictures there.")
+@click.option("--json", "json_file", type=PATH, help="Write the ledger there; nothing but an earlier one is replaced.")
+@click.option("--html", "html_file", type=PATH, help="Write a page with pictures there, likewise.")
 def doctor(
     folder: Path,
     recipe: Path | None,
@@ -54,11 +57,20 @@ def doctor(
     """
     from latentgen.data import Buckets, hold_out, read_folder, write_ledger, write_page
     from latentgen.durable import write_file
+    from latentgen.page import BEGINS
     from latentgen.pixels.recipe import read_any_recipe
     from latentgen.recipe import Recipe
 
+    for report, begins in ((json_file, LEDGER), (html_file, BEGINS)):
+        if report is not None:
+            check_report(report, begins)
+    if json_file is not None and html_file is not None and json_file.resolve() == html_file.resolve():
+        raise InputError(f"--json and --html are both {json_file}; name two files")
     what = read_any_recipe(recipe) if recipe is not None else None
-    pictures = read_folder(folder, captions or (what.data.captions if what else "files"))
+    said = captions or (what.data.captions if what else "files")
+    pictures = read_folder(folder, said, folders=what.data.folders if what else True)
+    if pictures.remark:
+        say(pictures.remark)
     size, background = (what.data.size, what.data.background) if what else (None, "white")
     buckets = None
     if what is not None:
@@ -116,14 +128,13 @@ def count_with(place: Path, ledger: Ledger, context: int | None) -> Ledger:
 
 def print_ledger(ledger: Ledger) -> None:
     """Two tables, and the files that a person may want to look at."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from latentgen.data.ledger import REMARKS, STATUSES
     from latentgen.data.remote import as_told
 
-    console = Console()
+    out = console()
     files = ledger.files
     counts = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     counts.add_column(justify="right")
@@ -136,10 +147,10 @@ def print_ledger(ledger: Ledger) -> None:
         counts.add_row(str(count), remark, REMARKS[remark])
     if ledger.context is None:
         counts.add_row("", "caption cut", "not counted: no tokenizer was at hand (--weights)")
-    console.print(counts)
+    out.print(counts)
     if ledger.split_words:
         worst = ", ".join(f"{word} ({parts})" for word, parts, _ in ledger.split_words[:SHOWN])
-        console.print(f"\nwords that the tokenizer splits most, in tokens: {escape(worst)}")
+        out.print(f"\nwords that the tokenizer splits most, in tokens: {escape(worst)}")
     noted = [entry for entry in ledger.entries if entry.words()]
     noted.sort(key=lambda entry: entry.status in ("used", "not a picture"))
     if noted:
@@ -148,7 +159,7 @@ def print_ledger(ledger: Ledger) -> None:
             named.add_column(column, overflow="fold")
         for entry in noted[:SHOWN]:
             named.add_row(escape(entry.file), entry.status, escape(entry.words()))
-        console.print()
-        console.print(named)
+        out.print()
+        out.print(named)
         if len(noted) > SHOWN:
-            console.print(f"… and {len(noted) - SHOWN} more: all are in the JSON file (--json)")
+            out.print(f"… and {len(noted) - SHOWN} more: all are in the JSON file (--json)")

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import click
 
-from latentgen.cli.parts import PATH, read_values, say
+from latentgen.cli.parts import PATH, PLACE, check_report, read_values, say
 from latentgen.errors import InputError
 
+# how the JSON files of these verbs begin, by which earlier ones are known
+EVALUATION = r'\[\n  \{\n    "weights": ".*",\n    "settings": \{'
+TUNING = r'\{\n  "name": ".*",\n  "figure": ".*",\n  "chosen": \{'
 split_option = click.option(
     "--split", help="The split that is held out.", show_default="the weights' recipe's, else test"
 )
@@ -42,7 +45,7 @@ def add(app: click.Group) -> None:
     app.command(epilog=TUNE)(tune)
 
 
-@click.argument("weights", metavar="WEIGHTS", help="A weights folder.")
+@click.argument("weights", type=PLACE, metavar="WEIGHTS", help="A weights folder.")
 @click.option("--data", type=PATH, required=True, help="A folder of captioned pictures.")
 @click.option(
     "--out", type=PATH, default=Path("report.html"), help="The report; a .json with the figures goes beside it."
@@ -56,14 +59,16 @@ def add(app: click.Group) -> None:
 @click.option("--guidance", type=float, help="Guidance scale.", show_default="the weights' own")
 @click.option("--sampler", help="Sampler.", show_default="the weights' own")
 @click.option("--seed", type=int, default=0, help="Of renderings and of what is drawn.")
-@click.option("--judge", default="default", help="default, or a folder with a CLIP, DINOv2 or Inception v3.")
-@click.option("--clip", help="A CLIP folder, for scores of captions.")
+@click.option(
+    "--judge", type=PLACE, default="default", help="default, or a folder with a CLIP, DINOv2 or Inception v3."
+)
+@click.option("--clip", type=PLACE, help="A CLIP folder, for scores of captions.")
 @click.option("--concept", help="The metadata column of what is shown.")
 @click.option("--style", help="The metadata column of the style.")
 @click.option("--guidances", help="Guidance scales of a curve, as 1,2,4,7.")
 @click.option("--step-counts", help="Numbers of steps of a curve, as 5,10,25.")
 @click.option("--curve-pictures", type=int, default=24, help="Pictures rendered for each point of a curve.")
-@click.option("--compare", help="Another weights folder, on the same pictures.")
+@click.option("--compare", type=PLACE, help="Another weights folder, on the same pictures.")
 def evaluate(
     weights: str,
     data: Path,
@@ -101,7 +106,11 @@ def evaluate(
     from latentgen.evaluation.report import write_report
     from latentgen.evaluation.run import Order
     from latentgen.evaluation.run import evaluate as run
+    from latentgen.page import BEGINS
 
+    table = out.with_suffix(".json")
+    check_report(out, BEGINS)
+    check_report(table, EVALUATION)
     asked = Asked(split, hold_out, captions, background)
     order = Order(data, pictures, steps, guidance, sampler, seed, judge, clip, concept, style, asked=asked)
     scales = () if guidances is None else read_values(guidances, "--guidances", 0)
@@ -116,7 +125,7 @@ def evaluate(
             "--split, --hold-out, --captions and --background"
         )
     found = [run(each, order, out.with_suffix(".cache"), say) for each in both]
-    write_file(out.with_suffix(".json"), json.dumps([each.as_dict() for each in found], indent=2).encode())
+    write_file(table, json.dumps([each.as_dict() for each in found], indent=2).encode())
     write_file(out, write_report(*found).encode())
     for each in found:
         if compare is not None:
@@ -126,7 +135,7 @@ def evaluate(
     print(out)
 
 
-@click.argument("weights", metavar="WEIGHTS", help="A weights folder.")
+@click.argument("weights", type=PLACE, metavar="WEIGHTS", help="A weights folder.")
 @click.option("--data", type=PATH, required=True, help="A folder of captioned pictures.")
 @click.option(
     "--evaluations",
@@ -144,7 +153,9 @@ def evaluate(
 @click.option("--samplers", help="Samplers to try, commas between.", show_default="seven of them")
 @click.option("--guidances", help="Guidance scales to try.", show_default="1,2,3,4,6")
 @click.option("--seed", type=int, default=0, help="Of renderings and of what is drawn.")
-@click.option("--judge", default="default", help="default, or a folder with a CLIP, DINOv2 or Inception v3.")
+@click.option(
+    "--judge", type=PLACE, default="default", help="default, or a folder with a CLIP, DINOv2 or Inception v3."
+)
 @click.option("--dry-run", "dry_run", is_flag=True, help="Search and say; leave the weights as they are.")
 def tune(
     weights: str,
@@ -180,6 +191,7 @@ def tune(
     from latentgen.tuning.run import Order, Tuned
     from latentgen.tuning.run import tune as run
 
+    check_report(out, TUNING)
     asked = Asked(split, hold_out, captions, background)
     order = Order(data, evaluations, pictures, seed, judge, figure, asked=asked)
     if samplers is not None:

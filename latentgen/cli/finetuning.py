@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from latentgen.cli.parts import PATH, report
+from latentgen.cli.parts import FOLDER, PATH, PLACE, report
 from latentgen.errors import InputError
 
 FINETUNE = """Examples:
@@ -25,8 +25,10 @@ def add(app: click.Group) -> None:
 
 
 @click.argument("pictures", type=PATH, metavar="PICTURES", help="A folder of captioned pictures.")
-@click.option("--out", type=PATH, required=True, help="The folder to make.")
-@click.option("--from", "base", help="The weights to start from; not changed.", show_default="the embedded weights")
+@click.option("--out", type=FOLDER, required=True, help="The folder to make.")
+@click.option(
+    "--from", "base", type=PLACE, help="The weights to start from; not changed.", show_default="the embedded weights"
+)
 @click.option("--recipe", type=PATH, help="A TOML file with any of the settings; what is said here goes before it.")
 @click.option("--method", help="lora, dora, lokr, full, dreambooth, textual-inversion or style.", show_default="lora")
 @click.option("--token", help="DreamBooth's rare word; textual inversion's new one.", show_default="zwx")
@@ -79,8 +81,9 @@ def finetune(
     Stop it at any moment; the same command goes on from there.
     """
 
+    from latentgen.fields import explained
     from latentgen.finetuning import Finetune
-    from latentgen.recipe import explained, read_table
+    from latentgen.recipe import read_table
 
     asked: dict[str, Any] = {} if recipe is None else read_table(recipe)
     said = {

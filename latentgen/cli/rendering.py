@@ -1,17 +1,21 @@
 """Verbs of rendering: render, replay, samplers."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from latentgen.cli.parts import PATH, read_values, say
+from latentgen.cli.parts import FOLDER, PATH, PLACE, console, read_values, say
 from latentgen.errors import InputError
 
 weights_option = click.option(
-    "--weights", help="A weights folder in diffusers' layout, or a hub id.", show_default="the embedded weights"
+    "--weights",
+    type=PLACE,
+    metavar="WEIGHTS",
+    help="A weights folder in diffusers' layout, or a hub id.",
+    show_default="the embedded weights",
 )
 prediction_type_option = click.option(
     "--prediction-type",
@@ -84,17 +88,21 @@ def add(app: click.Group) -> None:
 @click.option("--eta", type=float, default=0.0, help="Of the noise that ddim puts back at each step: 0 none, 1 DDPM's.")
 @click.option(
     "--lora",
+    type=PLACE,
     multiple=True,
     metavar="FILE[:WEIGHT]",
     help="A LoRA's .safetensors file and its weight, 1 if not said; repeat it.",
 )
 @click.option(
     "--style",
+    type=PLACE,
     multiple=True,
     metavar="FOLDER[:DIAL]",
     help="A style that finetune learned, and how far the dial is turned: 0 is off, 1 is as it was learned.",
 )
-@click.option("--word", multiple=True, metavar="FILE", help="A new word's embeddings (textual inversion); repeat it.")
+@click.option(
+    "--word", type=PLACE, multiple=True, metavar="FILE", help="A new word's embeddings (textual inversion); repeat it."
+)
 @click.option("--engine", default="auto", help="onnx (a CPU), torch, or auto: onnx where it can run this, else torch.")
 @click.option(
     "--feature-cache",
@@ -117,7 +125,7 @@ def add(app: click.Group) -> None:
 )
 @click.option("--compile", "compile", is_flag=True, help="Compile the U-Net first (torch; minutes, for many pictures).")
 @prediction_type_option
-@click.option("--tokenizer", type=PATH, help="A CLIP tokenizer's folder, for a single file that has none beside it.")
+@click.option("--tokenizer", type=FOLDER, help="A CLIP tokenizer's folder, for a single file that has none beside it.")
 def render(
     prompts: tuple[str, ...],
     steps: int | None,
@@ -160,13 +168,14 @@ def render(
     if weights is not None and is_pixel_folder(Path(weights)):
         from latentgen.pixels.render import render_files
 
-        refused = {"feature_cache": feature_cache > 1, "vae_tiling": vae_tiling, "compile": compile, "dtype": dtype}
+        refused = {"feature_cache": feature_cache != 1, "compile": compile, "dtype": dtype is not None}
+        refused |= {"vae_tiling" if vae_tiling else "no_vae_tiling": vae_tiling is not None, "size": size is not None}
         refused |= {"negative": bool(negative), "guidance_interval": guidance_interval is not None}
-        refused |= {"clip_skip": clip_skip > 0, "timesteps": timesteps is not None, "eta": eta > 0}
+        refused |= {"clip_skip": clip_skip != 0, "timesteps": timesteps is not None, "eta": eta != 0}
         refused |= {"prediction_type": prediction_type is not None, "tokenizer": tokenizer is not None}
         refused |= {"style": bool(style), "word": bool(word), "engine": engine != "auto", "batch": batch != "1"}
-        refused |= {"no_prompt_weights": not prompt_weights}
-        refuse_for_pixels(size=size, lora=lora, max_chunks=max_chunks, **refused)
+        refused |= {"no_prompt_weights": not prompt_weights, "max_chunks": max_chunks is not None, "lora": bool(lora)}
+        refuse_for_pixels(refused)
         told = {"steps": steps, "guidance": guidance, "sampler": sampler}
         if among.rank:
             return  # a pixel model's pictures are small: the first process renders them all
@@ -214,10 +223,19 @@ def render(
 
 
 @click.argument("picture", type=PATH, metavar="PICTURE", help="A PNG file that latentgen rendered.")
-@click.option("--out", type=PATH, help="A .png file or a folder.", show_default="NAME-replay.png beside it")
+@click.option(
+    "--out",
+    type=PATH,
+    help="A .png file (replaced if it is there) or a folder.",
+    show_default="NAME-replay.png beside it",
+)
 @weights_option
-@click.option("--lora", multiple=True, metavar="FILE", help="Where a LoRA of the picture is now; repeat it.")
-@click.option("--word", multiple=True, metavar="FILE", help="Where a new word of the picture is now; repeat it.")
+@click.option(
+    "--lora", type=PLACE, multiple=True, metavar="FILE", help="Where a LoRA of the picture is now; repeat it."
+)
+@click.option(
+    "--word", type=PLACE, multiple=True, metavar="FILE", help="Where a new word of the picture is now; repeat it."
+)
 def replay(
     picture: Path,
     out: Path | None,
@@ -226,10 +244,17 @@ def replay(
     word: tuple[str, ...],
 ) -> None:
     """Make a picture again from what its PNG says: on the same machine the same file, byte for byte."""
-    from latentgen.render import replay as run
+    from latentgen.image import read_settings
 
-    with progress_bar("rendering") as progress:
-        target, remarks = run(picture, out, weights, progress, lora or (), word or ())
+    if read_settings(picture).get("kind") == "pixels":
+        from latentgen.pixels.render import replay as run_pixels
+
+        target, remarks = run_pixels(picture, out, weights, lora, word)
+    else:
+        from latentgen.render import replay as run
+
+        with progress_bar("rendering") as progress:
+            target, remarks = run(picture, out, weights, progress, lora, word)
     for remark in remarks:
         say(remark)
     click.echo(target)
@@ -237,7 +262,6 @@ def replay(
 
 def samplers() -> None:
     """Say what each sampler is, its source, its order of convergence, and when to choose it."""
-    from rich.console import Console
     from rich.table import Table
 
     from latentgen.diffusion.sampling import TABLE
@@ -248,13 +272,13 @@ def samplers() -> None:
     for note in TABLE:
         order = f"{note.order}; {note.evaluations} a step" + ("; random" if note.random else "")
         table.add_row(note.name, note.what, order, note.when, note.source)
-    Console().print(table)
+    console().print(table)
 
 
-def refuse_for_pixels(**given: object) -> None:
-    """InputError for an option that a pixel model, which knows classes only, has no use for."""
-    for name, value in given.items():
-        if value:
+def refuse_for_pixels(given: Mapping[str, bool]) -> None:
+    """InputError for an option that was given and that a pixel model, which knows classes only, has no use for."""
+    for name, was in given.items():
+        if was:
             raise InputError(
                 f"--{name.replace('_', '-')} is not for a pixel model, which is told a class, steps, guidance and seed"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from latentgen.cli.parts import PATH, report
+from latentgen.cli.parts import FOLDER, PATH, report
 from latentgen.errors import InputError
 
 TRAIN = """Examples:
@@ -27,7 +27,7 @@ def add(app: click.Group) -> None:
 
 
 @click.argument("recipe", type=PATH, metavar="RECIPE", help="A recipe: a TOML file, as those in pipelines/.")
-@click.option("--out", type=PATH, help="The weights folder to make.", show_default="weights/NAME of the recipe")
+@click.option("--out", type=FOLDER, help="The weights folder to make.", show_default="weights/NAME of the recipe")
 @click.option(
     "--data",
     type=PATH,
@@ -35,7 +35,7 @@ def add(app: click.Group) -> None:
     show_default="the recipe's own",
 )
 @click.option(
-    "--start", type=PATH, help="A weights folder to go on from: its U-Net trains on, and [decoder]; all else stays."
+    "--start", type=FOLDER, help="A weights folder to go on from: its U-Net trains on, and [decoder]; all else stays."
 )
 @click.option(
     "--only",

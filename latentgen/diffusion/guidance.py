@@ -86,11 +86,20 @@ class AnnealedCondition:
         if states is None or gamma == 1.0:
             return condition
         stream = CONDITION + (int(np.float64(logsnr).view(np.uint64)) >> 2)
-        fresh = like(self.noise.draw(stream, tuple(states.shape[1:])), states)
+        if condition.mask is None:
+            return replace(condition, states=self._noised(states, self.noise, stream, gamma))
+        xp, parts = namespace(states), []
+        for row, length in enumerate(np.asarray(condition.mask).sum(axis=1).tolist()):  # of padding nothing is told
+            own, noise = states[row : row + 1, :length], replace(self.noise, seeds=self.noise.seeds[row : row + 1])
+            rest = states[row : row + 1, length:]
+            parts.append(xp.concat((self._noised(own, noise, stream, gamma), rest), axis=1))
+        return replace(condition, states=xp.concat(tuple(parts), axis=0))
+
+    def _noised(self, states: Array, noise: Noise, stream: int, gamma: float) -> Array:
+        fresh = like(noise.draw(stream, tuple(states.shape[1:])), states)
         noised = gamma**0.5 * states + self.scale * (1 - gamma) ** 0.5 * fresh
         restored = (noised - _mean(noised)) / (_spread(noised) + 1e-12) * _spread(states) + _mean(states)
-        mixed = self.mixing * restored + (1 - self.mixing) * noised
-        return replace(condition, states=mixed)
+        return self.mixing * restored + (1 - self.mixing) * noised
 
 
 def guided(

@@ -15,6 +15,7 @@ from typing import Any
 
 from latentgen.diffusion.array import Array, increase
 from latentgen.errors import InputError
+from latentgen.values import shown
 
 Row = Callable[[Any, Any], tuple[Any, Any]]  # (alpha, sigma) -> (a, b)
 
@@ -37,10 +38,10 @@ class Prediction:
     name: str
 
     def __post_init__(self) -> None:
-        name = DIFFUSERS_NAMES.get(self.name, self.name)
+        name = DIFFUSERS_NAMES.get(self.name, self.name) if isinstance(self.name, str) else None
         if name not in ROWS:
             known = ", ".join([*ROWS, *DIFFUSERS_NAMES])
-            raise InputError(f"unknown prediction type {self.name!r}; it can be one of: {known}")
+            raise InputError(f"unknown prediction type {shown(self.name)}; it can be one of: {known}")
         object.__setattr__(self, "name", name)
 
     def target(self, x0: Array, eps: Array, alpha: Any, sigma: Any) -> Array:

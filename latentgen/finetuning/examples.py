@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from latentgen.data import Ledger, Picture, hold_out, load_pixels, read_folder
-from latentgen.data.folder import PICTURES, CaptionedFolder, is_hidden, walk
+from latentgen.data.folder import PICTURES, CaptionedFolder, in_splits, is_hidden, walk
 from latentgen.data.metadata import NAMES, read_metadata
 from latentgen.data.picture import Problem
 from latentgen.errors import InputError
@@ -63,6 +63,8 @@ def read_examples(folder: CaptionedFolder, settings: Finetune, cache: Path, repo
     pixels = load_pixels(split, settings.size, cache, settings.background)
     for problem in (*split.problems, *pixels.problems):
         report(f"data: left out {problem.path}: {problem.reason}")
+    if split.remark:
+        report(split.remark)
     held = np.array([picture.split == settings.held_out for picture in pixels.pictures])
     if held.all():
         raise InputError(f"{folder.root}: all pictures that can be read are held out; leave some to train on")
@@ -82,17 +84,17 @@ def _captioned(root: Path, settings: Finetune) -> CaptionedFolder:
         return _named(root, settings, [subject(settings)])
     if settings.caption is not None:
         return _named(root, settings, [settings.caption])
-    return read_folder(root, settings.captions)
+    return read_folder(root, settings.captions, folders=settings.folders)
 
 
 def _named(root: Path, settings: Finetune, captions: Sequence[str]) -> CaptionedFolder:
     """Every picture with the same captions; but for DreamBooth and new words, captions that say the word are kept."""
     try:
-        folder = read_folder(root, settings.captions)
+        folder = read_folder(root, settings.captions, folders=settings.folders)
     except InputError as error:
         if "but no captions" not in str(error):
             raise
-        folder = _bare(root, settings.captions)
+        folder = in_splits(_bare(root, settings.captions), settings.folders)
     word = settings.token or (RARE if settings.method == "dreambooth" else None)
     spoken = None if word is None else re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
 
@@ -119,7 +121,9 @@ def _bare(root: Path, captions: str) -> CaptionedFolder:
     tables = [path for path in files if path.name in NAMES and captions == "files"]
     problems = [problem for table in tables for problem in read_metadata(table, found)[1]]
     described = {problem.path for problem in problems}
-    problems += [Problem(path, "nothing describes it", "without caption") for path in found if path not in described]
+    problems += [
+        Problem(path, "nothing describes it", "without caption", split="") for path in found if path not in described
+    ]
     problems += [problem for problem in beyond if not is_hidden(problem.path.relative_to(root))]
     return CaptionedFolder(root, (), tuple(problems), tuple(tables))
 

@@ -76,8 +76,10 @@ def _adapter(base: Base, settings: Finetune, kind: str) -> Trainee:
     assert settings.rank is not None and settings.targets is not None
     networks = _networks(base, settings)
     for part, network in networks.items():
-        layers = layers_of(network, settings.targets) if part == "unet" else text_layers(network)
-        add_adapter(network, kind, settings.rank, layers, settings.seed)
+        unet = part == "unet"
+        layers = layers_of(network, settings.targets) if unet else text_layers(network)
+        # text encoders beside DoRA: plain LoRA, as stock diffusers reads their magnitudes from no file
+        add_adapter(network, kind if unet else "lora", settings.rank, layers, settings.seed)
         network.to(base.unet.device)
     weights = _trained(networks)
 

@@ -3,11 +3,15 @@
 import base64
 import html
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentgen.finetuning.settings import Finetune
 from latentgen.page import curve_plot, document, table
 from latentgen.training.finish import CREDITS, FIRST_CREDITS, credited
 from latentgen.training.log import entries
@@ -107,3 +111,13 @@ def _picture(path: Path, caption: str) -> str:
     says = html.escape(caption, quote=True)
     drawn = f'<img style="width: 100%" alt="{says}" src="data:image/png;base64,{data}">'
     return f"<figure>{drawn}<figcaption>{says}</figcaption></figure>"
+
+
+def how_to_use(what: Finetune, prompt: str, start: str | Path | None, out: Path) -> str:
+    """How the result is used, in a command. start: the weights it was begun from, where somebody named them."""
+    how = {"textual-inversion": ("--word", out), "style": ("--style", f"{out}:1")}.get(what.method)
+    if how is None:
+        how = ("--weights" if what.adapter is None else "--lora", out)
+    base = () if start is None or how[0] == "--weights" else ("--weights", start)
+    quoted = subprocess.list2cmdline if sys.platform == "win32" else shlex.join  # as the shell there reads it
+    return quoted([str(part) for part in ("latentgen", "render", prompt, *base, *how)])

@@ -21,7 +21,7 @@ from latentgen.finetuning.base import Base
 from latentgen.finetuning.examples import Examples, count_pictures, read_examples
 from latentgen.finetuning.methods import Trainee, make_trainee, untrained
 from latentgen.finetuning.objective import Conditions, FinetuneObjective, Kept, KeptConditions, LiveConditions, Times
-from latentgen.finetuning.page import Told, write_page
+from latentgen.finetuning.page import Told, how_to_use, write_page
 from latentgen.finetuning.prior import CHECKED, prior_prompts, render_prior
 from latentgen.finetuning.prove import Proof, look, prove
 from latentgen.finetuning.settings import Chosen, Finetune, choose
@@ -33,10 +33,13 @@ from latentgen.training.draw import Draw, Order
 from latentgen.training.finish import Before, check_outside, check_place, notice_of, state_of
 from latentgen.training.intake import keep_ledger
 from latentgen.training.loop import LoopSettings
+from latentgen.training.memory import saying_what_saves
+from latentgen.training.optimizer import check_optimizers
 from latentgen.training.precision import accelerator_for
 from latentgen.training.sheet import contact_sheet
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, Report, duration, fingerprint, run_stage
+from latentgen.values import as_path
 
 ABOUT = "finetune.json"  # in the folder that is written: what it is, of what, by which settings
 SHOWN = 4  # new prompts, and as many old ones, on a sheet
@@ -48,7 +51,7 @@ def finetune(
     *,
     out: str | Path,
     base: str | Path | None = None,
-    settings: Finetune | None = None,
+    settings: Finetune | Mapping[str, Any] | None = None,
     report: Report = print,
     **asked: Any,
 ) -> Path:
@@ -60,9 +63,9 @@ def finetune(
     """
     if settings is not None and asked:
         raise InputError(f"settings and {next(iter(asked))} are both given; put it into the settings")
-    what = settings if settings is not None else Finetune.of(asked)
+    what = Finetune.of(asked if settings is None else settings)
     what.check()
-    return Run(Path(pictures), base, Path(out), what, report).all()
+    return Run(as_path("pictures", pictures), base, as_path("out", out), what, report).all()
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Run:
 
     def all(self) -> Path:
         """Look over, choose, train, prove, save."""
+        check_optimizers([self.asked.optimizer])
         self._check_place()
         folder, count, marked = count_pictures(self.folder, self.asked)
         base = Base.open(self.start, self.asked, self.accelerator.device)
@@ -123,9 +127,10 @@ class Run:
         """Changes with anything that the result depends on."""
         captions = [picture.captions for picture in (*examples.pictures, *examples.held)]
         seen = [content(part) for part in (examples.pixels, examples.held_pixels)]
-        varied = {"mirror", "scale", "versions"}  # which came later; runs of before go on
-        told = what.model_dump(mode="json", exclude=set() if what.varied else varied)
-        return fingerprint(base.checkpoint.fingerprint, told, captions, seen)
+        later = {"folders"} if what.varied else {"folders", "mirror", "scale", "versions"}  # runs of before go on
+        told = what.model_dump(mode="json", exclude=later)  # what folders come to is in the pictures
+        beside = ["lora"] if what.adapter == "dora" and what.text_encoder else []  # text encoders had DoRA too once
+        return fingerprint(base.checkpoint.fingerprint, told, captions, seen, *beside)
 
     @property
     def _about(self) -> Path:
@@ -221,7 +226,7 @@ class _Lesson:
             self._tell(aside, place, figures, proof, first, time.monotonic() - began)
 
         trainee.save(run.out, finish)
-        run.say(f"finetune: wrote {run.out}; {self.use()}")
+        run.say(f"finetune: wrote {run.out}; {self._use}")
         return run.out
 
     def _loop(self) -> LoopSettings:
@@ -303,8 +308,7 @@ class _Lesson:
             return ()
         how = Augmentation(what.versions or 1, what.mirror, what.scale, seed=what.seed)
         may = how.may_mirror(examples.pictures)
-        if what.mirror:
-            self.run.say(how.line(may))
+        self.run.say(how.line(may))
         others = [version[np.arange(len(may))] for version in how.others(examples.pixels, may)]
         return tuple(self._latents("train", pixels) for pixels in others)
 
@@ -325,9 +329,10 @@ class _Lesson:
         order = Order(objective.weights, part, self.what.seed)
         for turn in range(2):
             began = time.monotonic()
-            with self.run.accelerator.autocast():
-                loss = objective.loss(order.items(turn), Draw(self.what.seed, turn, part))["loss"]
-            loss.backward()  # type: ignore[no-untyped-call]
+            with saying_what_saves(STAGE, objective, settings, self.run.accelerator):
+                with self.run.accelerator.autocast():
+                    loss = objective.loss(order.items(turn), Draw(self.what.seed, turn, part))["loss"]
+                loss.backward()  # type: ignore[no-untyped-call]
             spent = settings.accumulate * (time.monotonic() - began)
         for weight in objective.module.parameters():
             weight.grad = None
@@ -352,17 +357,9 @@ class _Lesson:
         pictures = [Image.fromarray(each) for each in (*to_bytes(first), *to_bytes(now))]
         return contact_sheet(pictures, len(self.prompts), [*self.prompts, *self.prompts])
 
-    def use(self) -> str:
-        """How the result is used, in a command."""
-        prompt, out = self.prompts[0], self.run.out
-        start = f" --weights {self.run.start}" if self.run.start is not None else ""
-        if self.what.method == "textual-inversion":
-            return f'latentgen render "{prompt}"{start} --word {out}'
-        if self.what.method == "style":
-            return f'latentgen render "{prompt}"{start} --style {out}:1'
-        if self.what.adapter is not None:
-            return f'latentgen render "{prompt}"{start} --lora {out}'
-        return f'latentgen render "{prompt}" --weights {out}'
+    @property
+    def _use(self) -> str:
+        return how_to_use(self.what, self.prompts[0], self.run.start, self.run.out)
 
     def _tell(
         self, aside: Path, place: Path, figures: Mapping[str, float], proof: Proof, first: np.ndarray, seconds: float
@@ -388,7 +385,7 @@ class _Lesson:
             settings=about["settings"],
             figures=figures,
             proof=proof.line(),
-            use=self.use(),
+            use=self._use,
             seconds=seconds,
             held=len(self.examples.held),
             credits_before=self.earlier.credits,

@@ -5,14 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from latentgen.errors import InputError
-
-Positive = Annotated[int, Field(ge=1)]
-Part = Annotated[float, Field(ge=0, lt=1)]
-Above = Annotated[float, Field(gt=0)]
-Scale = Annotated[float, Field(ge=0.5, le=2)]
+from latentgen.fields import Above, Amount, Below, Number, Positive, Scale, Whole, explained
 
 METHODS = {  # what each is, for people
     "lora": "small matrices beside the U-Net's own (Hu et al. 2021)",
@@ -38,12 +34,14 @@ class Finetune(BaseModel):
     picture is shown without its caption, so that guidance stays what it was.
     mirror, scale: the pictures are learned from mirrored too, but where a caption says left, right or the like, and
     made smaller or larger by a factor between two (`data.variants`); versions: of each picture, the first as it is.
+    folders: those named train, test or validation are splits. held_out: the split that is not trained on; hold_out: the
+    part that is kept where no picture is in it.
     strength: how much of what a style learned is stored, and so is dial 1; the dial goes above 1 for more.
     keep: the weights with the best held-out loss, or the last. patience: validations without a better one before it
     stops; 0 never stops. prompts: looked at while it trains.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     method: Literal["lora", "dora", "lokr", "full", "dreambooth", "textual-inversion", "style"] = "lora"
     on: Literal["lora", "full"] | None = None
@@ -55,16 +53,16 @@ class Finetune(BaseModel):
     batch: Positive | None = None
     rate: Above | None = None
     warmup: Positive | None = None
-    decay: Part = 0.5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    ema: Part | None = None
+    decay: Below = 0.5
+    weight_decay: Amount = 0.01
+    ema: Below | None = None
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd", "muon"] = "adamw"
     accumulate: Positive = 1
     weighting: Literal["simple", "min-snr", "p2", "sigmoid", "bound", "edm"] = "simple"
     times: Literal["uniform", "logit-normal", "lognormal-sigma"] | None = None
-    times_mean: float | None = None
+    times_mean: Number | None = None
     times_std: Above | None = None
-    caption_dropout: Part | None = None
+    caption_dropout: Below | None = None
     size: Positive | None = None
     captions: Literal["files", "names"] = "files"
     caption: str | None = None
@@ -73,30 +71,26 @@ class Finetune(BaseModel):
     scale: tuple[Scale, Scale] = (1.0, 1.0)
     versions: Positive | None = None
     held_out: str = "test"
-    hold_out: Part | None = None
+    folders: bool = True
+    hold_out: Below | None = None
     token: str | None = None
     class_word: str | None = Field(None, alias="class")
     like: str | None = None
     vectors: Positive | None = None
-    prior_pictures: Annotated[int, Field(ge=0)] | None = None
-    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    prior_pictures: Annotated[Whole, Field(ge=0)] | None = None
+    prior_weight: Amount = 1.0
     prior: Literal["answers", "pictures"] | None = None
     keep: Literal["best", "last"] | None = None
-    patience: Annotated[int, Field(ge=0)] = 4
+    patience: Annotated[Whole, Field(ge=0)] = 4
     validate_steps: Positive | None = None
     prompts: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Whole = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     @classmethod
-    def of(cls, asked: Mapping[str, Any]) -> Self:
-        """Settings by name. Raises InputError for the first that is not right."""
-        try:
-            return cls(**asked)
-        except ValidationError as error:
-            flaw = error.errors()[0]
-            name = ".".join(str(part) for part in flaw["loc"])
-            raise InputError(f"finetune: {name} is {flaw['input']!r}; {flaw['msg'].lower()}") from None
+    def of(cls, asked: Mapping[str, Any] | Self) -> Self:
+        """Settings by name, or as they are. Raises InputError for the first that is not right."""
+        return explained(cls, dict(asked) if isinstance(asked, Mapping) else asked, "finetune")
 
     @property
     def adapter(self) -> str | None:

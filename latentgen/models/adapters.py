@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from latentgen.checkpoint.tensors import save_tensors
 from latentgen.errors import InputError
 from latentgen.models.prompt import EMBEDDING
 
@@ -110,8 +111,6 @@ def write_adapter(folder: Path, kind: str, networks: Mapping[str, nn.Module]) ->
 
     LoRA and DoRA in diffusers' form; LoKr, which diffusers has no form for, as PEFT writes one network's.
     """
-    from safetensors.torch import save_file
-
     tensors = {part: adapter_tensors(network) for part, network in networks.items()}
     for part, held in tensors.items():
         for name, value in held.items():
@@ -122,14 +121,14 @@ def write_adapter(folder: Path, kind: str, networks: Mapping[str, nn.Module]) ->
         config |= {"target_modules": sorted(config["target_modules"]), "inference_mode": True}
         told = json.dumps(config, indent=2, default=str, sort_keys=True)
         (folder / "adapter_config.json").write_text(told + "\n", encoding="utf-8")
-        save_file({f"base_model.model.{name}": value for name, value in tensors["unet"].items()}, folder / PEFT_FILE)
+        save_tensors({f"base_model.model.{name}": value for name, value in tensors["unet"].items()}, folder / PEFT_FILE)
         return folder / PEFT_FILE
     named: dict[str, torch.Tensor] = {}
     for part, held in tensors.items():
         for name, value in held.items():
             bare = name if part == "unet" or name.startswith(TOWER) else f"{TOWER}{name}"
             named[f"{part}.{bare}"] = value
-    save_file(named, folder / LORA_FILE, {"format": "pt"})
+    save_tensors(named, folder / LORA_FILE, {"format": "pt"})
     return folder / LORA_FILE
 
 

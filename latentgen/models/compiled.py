@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,24 +30,34 @@ def check_compiling(device: torch.device) -> None:
         raise InputError(f"compile cannot be used: {reason}; without it the same pictures come from the torch engine")
 
 
-def compiled(unet: Any) -> Callable[..., tuple[torch.Tensor, ...]]:
+@dataclass(eq=False)
+class Compiled:
     """A U-Net's call, compiled at the first one and anew for other sizes; in CUDA graphs ("reduce-overhead") on a GPU.
 
     It computes with the module's own weights, so LoRAs loaded later count too. What it gives is copied: a CUDA graph
-    writes its next output into the same place. Raises InputError with one line where the compiler fails.
+    writes its next output into the same place.
     """
-    gpu = unet.device.type == "cuda"
-    inner: Callable[..., Any] = torch.compile(unet, mode="reduce-overhead" if gpu else "default")
-    begin: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
 
-    def run(*args: Any, **told: Any) -> tuple[torch.Tensor, ...]:
-        if gpu:
-            begin()
+    unet: Any
+
+    def __post_init__(self) -> None:
+        self._gpu = self.unet.device.type == "cuda"
+        self._inner: Callable[..., Any] = torch.compile(self.unet, mode="reduce-overhead" if self._gpu else "default")
+
+    def __call__(self, *args: Any, **told: Any) -> tuple[torch.Tensor, ...]:
+        """What the U-Net gives. Raises InputError with one line where the compiler fails."""
+        if self._gpu:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
-            given = inner(*args, **told)
+            given: tuple[torch.Tensor, ...] = self._inner(*args, **told)
         except torch._dynamo.exc.TorchDynamoException as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise InputError(f"compile failed: {lines[0].strip()}; render without it") from error
-        return tuple(value.clone() for value in given) if gpu else given
+        return tuple(value.clone() for value in given) if self._gpu else given
 
-    return run
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is compiled anew, of the copied U-Net."""
+        return Compiled, (self.unet,)
+
+
+compiled = Compiled

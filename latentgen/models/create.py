@@ -148,7 +148,8 @@ def unet(
     from diffusers import UNet2DConditionModel
 
     count = len(channels)
-    whole = {"addition_embed_type": "text", "addition_embed_type_num_heads": max(1, text_width // 64)}
+    heads = max(heads for heads in range(1, max(1, text_width // 64) + 1) if text_width % heads == 0)
+    whole = {"addition_embed_type": "text", "addition_embed_type_num_heads": heads}
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,

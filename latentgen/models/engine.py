@@ -4,6 +4,7 @@ An engine is opened from a checkpoint and gives what a pipeline holds: the text 
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from latentgen.checkpoint import Checkpoint
 from latentgen.diffusion.denoiser import Network
 from latentgen.errors import InputError
 from latentgen.models.lora import Loras
+from latentgen.models.lora.stack import read_loras
 from latentgen.models.onnx.places import (
     TOLD,
     cache_folder,
@@ -27,8 +29,10 @@ from latentgen.models.onnx.places import (
     speaks_for_gpu,
     why_not,
 )
+from latentgen.values import flag, shown, whole
 
 ENGINES = ("auto", "onnx", "torch")
+MOST_THREADS = 1024  # of a computation: more than any machine has cores for, and few enough to be started
 
 
 class EngineNote(UserWarning):
@@ -57,45 +61,48 @@ def open_engine(
     *,
     device: Any = None,
     dtype: Any = None,
-    threads: int | None = None,
-    loras: Sequence[Mapping[str, Any]] = (),
+    threads: SupportsIndex | None = None,
+    loras: Sequence[str | Path | Mapping[str, Any]] = (),
     compile: bool = False,
 ) -> Engine:
     """Open a checkpoint with an engine of `ENGINES`.
 
     "auto" is ONNX Runtime on a CPU in float32, else torch; where graphs are neither in the folder nor in the cache they
-    are exported once, which takes torch. loras: what `Loras.load` takes of each. With LoRAs "auto" is torch, unless
-    graphs with the same ones fused are in the cache, where "onnx" puts them. compile: the U-Net with torch.compile,
-    which is torch's (`open_torch`). A checkpoint that is not verified yet is
-    before anything is made of its weights. Raises InputError where "onnx" is asked for and cannot be, and for torn
-    weights.
+    are exported once, which takes torch. loras: see `read_loras`. With LoRAs "auto" is torch, unless graphs with the
+    same ones fused are in the cache, where "onnx" puts them. compile: the U-Net with torch.compile, which is torch's
+    (`open_torch`). A checkpoint that is not verified yet is, before anything is made of its weights. Raises InputError
+    where "onnx" is asked for and cannot be, and for torn weights.
     """
-    if engine not in ENGINES:
-        raise InputError(f"engine {engine!r} is not known; it can be one of: {', '.join(ENGINES)}")
+    threads = None if threads is None else whole("threads", threads, 1, MOST_THREADS)
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise InputError(f"engine {shown(engine)} is not known; it can be one of: {', '.join(ENGINES)}")
+    adapters = read_loras(loras)
+    compile = flag("compile", compile)
     if compile and engine == "onnx":
         raise InputError("compile is the torch engine's; take engine 'torch' or 'auto' with it")
     if compile:
-        return open_torch(checkpoint, device, dtype, threads, loras, compile=True)
+        return open_torch(checkpoint, device, dtype, threads, adapters, compile=True)
     elsewhere = None if engine == "torch" else _elsewhere(device, dtype)
     reason = elsewhere or (None if engine == "torch" else why_not(checkpoint))
     if engine == "onnx" and reason is not None:
         raise InputError(f"engine 'onnx' cannot run {checkpoint.folder}: {reason}; leave the engine to be chosen")
     if engine == "torch" or elsewhere is not None or (engine == "auto" and _has_gpu(device)):
-        return open_torch(checkpoint, device, dtype, threads, loras)
+        return open_torch(checkpoint, device, dtype, threads, adapters)
     if reason is not None:
         said = f"ONNX Runtime cannot run {checkpoint.folder}: {reason}; torch runs it instead"
         warnings.warn(said, EngineNote, stacklevel=3)
-        return open_torch(checkpoint, device, dtype, threads, loras)
-    if loras and engine == "auto" and not find_graphs(fused_folder(checkpoint, loras), checkpoint.has_second):
-        return open_torch(checkpoint, device, dtype, threads, loras)
+        return open_torch(checkpoint, device, dtype, threads, adapters)
+    if adapters and engine == "auto" and not find_graphs(fused_folder(checkpoint, adapters), checkpoint.has_second):
+        return open_torch(checkpoint, device, dtype, threads, adapters)
     try:
-        return open_fused(checkpoint, loras, threads) if loras else open_onnx(checkpoint, threads)
+        return open_fused(checkpoint, adapters, threads) if adapters else open_onnx(checkpoint, threads)
     except InputError as error:
         if engine == "onnx":
             raise
         checkpoint.verify()  # torn weights are nobody's to run
-        warnings.warn(f"{error}; torch runs it instead", EngineNote, stacklevel=3)
-        return open_torch(checkpoint, device, dtype, threads, loras)
+        opened = open_torch(checkpoint, device, dtype, threads, adapters)
+        warnings.warn(f"{error}; torch runs it instead", EngineNote, stacklevel=3)  # where it does
+        return opened
 
 
 def open_torch(
@@ -112,7 +119,7 @@ def open_torch(
     """
     from latentgen.models import loading
     from latentgen.models.compiled import check_compiling, compiled
-    from latentgen.models.feature_cache import FeatureCache
+    from latentgen.models.feature_cache import feature_caches
     from latentgen.models.latent import Latent
     from latentgen.models.lora.layers import tower_loras
     from latentgen.models.network import load_unet, perturbed_network, unet_network
@@ -126,18 +133,20 @@ def open_torch(
     kind = loading.choose_dtype(dtype, place)
     if slow := loading.slow_here(kind, place):
         warnings.warn(slow, EngineNote, stacklevel=3)
-    text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind, compiled=compile)
-    network, adapters = unet_network(unet), tower_loras(unet, (tower.model for tower in text.towers))
-    for one in loras:
-        adapters.load(**one)
+    with loading.one_at_a_time():
+        text, unet = load_text(checkpoint, place, kind), load_unet(checkpoint, place, kind, compiled=compile)
+        network, adapters = unet_network(unet), tower_loras(unet, (tower.model for tower in text.towers))
+        for one in loras:
+            adapters.load(**one)
+        latent = Latent.load(checkpoint, place, kind)
     return Engine(
         text=text,
         network=unet_network(unet, run=compiled(unet)) if compile else network,
-        latent=Latent.load(checkpoint, place, kind),
+        latent=latent,
         machine=loading.machine(place, kind) | ({"compile": True} if compile else {}),
         loras=adapters,
         perturbed=perturbed_network(unet),
-        cached=(lambda every: FeatureCache(unet, network.walk(), every)) if len(unet.up_blocks) > 1 else None,
+        cached=feature_caches(network),
     )
 
 
@@ -254,10 +263,10 @@ def _exporting(checkpoint: Checkpoint) -> Iterator[None]:
 
 def _elsewhere(device: Any, dtype: Any) -> str | None:
     """Why what was asked for is not ONNX Runtime's here: float32 on a CPU."""
-    if device is not None and str(device) != "cpu":
-        return f"it computes on a CPU, not on {str(device)!r}"
+    if device is not None and not re.fullmatch(r"cpu(:[0-9]+)?", str(device)):
+        return f"it computes on a CPU, not on {shown(str(device))}"
     if dtype is not None and (said := str(dtype).removeprefix("torch.")) not in ("float32", "fp32"):
-        return f"it computes in float32, not in {said!r}"
+        return f"it computes in float32, not in {shown(said)}"
     return None
 
 

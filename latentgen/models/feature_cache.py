@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from latentgen.diffusion.denoiser import Condition, Network
+from latentgen.models.network import UnetNetwork, turn
 
 
 @dataclass(eq=False)
@@ -21,7 +22,8 @@ class FeatureCache:
 
     A step may evaluate several groups of rows at one time; each has its own features. Of other rows than those they
     were made of (guidance that starts inside its interval, say) nothing is reused: rows are the same where their text
-    states are the same object. Annealed states are others at every step; there the groups must be laid out alike.
+    states are the same object. Annealed states are others at every step; there the groups must be laid out alike. A
+    time as noisy as the first is another walk's, which takes nothing over.
     """
 
     unet: Any
@@ -30,6 +32,7 @@ class FeatureCache:
     step: int = -1
     place: int = 0
     time: float | None = None
+    start: float | None = None  # the first time of the walk
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     told: dict[int, tuple[Any, tuple[int, ...], bool]] = field(default_factory=dict)  # states, layout, seen twice
 
@@ -54,19 +57,39 @@ class FeatureCache:
     def _count(self, time: float) -> None:
         if time == self.time:
             self.place += 1
-        else:
-            self.step, self.place, self.time = self.step + 1, 0, time
+            return
+        if self.start is None or time >= self.start:
+            self.start, self.step = time, -1
+            self.told.clear()
+        self.step, self.place, self.time = self.step + 1, 0, time
+
+
+@dataclass(eq=False)
+class FeatureCaches:
+    """How often a U-Net is computed whole -> the network of one walk."""
+
+    network: UnetNetwork
+
+    def __call__(self, every: int) -> FeatureCache:
+        """A cache for one walk, with nothing in it yet."""
+        return FeatureCache(self.network.unet, self.network.walk(), every)
+
+
+def feature_caches(network: UnetNetwork) -> FeatureCaches | None:
+    """Those of a U-Net; None where it has one level only, below which nothing is left to take over."""
+    return FeatureCaches(network) if len(network.unet.up_blocks) > 1 else None
 
 
 @contextmanager
 def _remembering(unet: Any) -> Iterator[list[torch.Tensor]]:
     """Inside, the list gets what the last deep block gives."""
     found: list[torch.Tensor] = []
-    hook = unet.up_blocks[-2].register_forward_hook(lambda _, __, out: found.append(out))
-    try:
-        yield found
-    finally:
-        hook.remove()
+    with turn(unet):
+        hook = unet.up_blocks[-2].register_forward_hook(lambda _, __, out: found.append(out))
+        try:
+            yield found
+        finally:
+            hook.remove()
 
 
 @contextmanager
@@ -85,10 +108,11 @@ def _shallow(unet: Any, features: torch.Tensor) -> Iterator[None]:
     deep: Sequence[nn.Module] = [module for module in (unet.mid_block,) if module is not None]
     replaced += [(block, pass_by()) for block in (*deep, *unet.up_blocks[:-2])]
     replaced.append((unet.up_blocks[-2], pass_by(features)))
-    for block, forward in replaced:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block, _ in replaced:
-            del block.forward  # the class's own is there again
+    with turn(unet):
+        for block, forward in replaced:
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block, _ in replaced:
+                del block.forward  # the class's own is there again

@@ -6,6 +6,7 @@ chunks, say, get padding, and with it the condition's mask (B, L), on the host, 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ Rows = slice | np.ndarray  # which rows of a batch
 
 
 def encoded_apart(
-    encode: Callable[[Sequence[str]], Condition], prompts: Sequence[str], counts: Sequence[int]
+    encode: Callable[[Sequence[str]], Condition], prompts: Sequence[str], counts: Sequence[int], own: bool = False
 ) -> Condition:
-    """The condition of prompts of so many chunks each; where they fit no common length, padded, with a mask."""
-    if prompt.fit_together(counts):
+    """The condition of prompts of so many chunks each; where they fit no common length, padded, with a mask.
+
+    own: each stays as long as it is, so that what is drawn for its tokens (CADS) is what is drawn for it alone.
+    """
+    if len(set(counts)) == 1 or (prompt.fit_together(counts) and not own):
         return encode(prompts)
     rows = {count: [row for row, own in enumerate(counts) if own == count] for count in sorted(set(counts))}
     parts = [encode([prompts[row] for row in own]) for own in rows.values()]
@@ -31,14 +35,19 @@ def encoded_apart(
     return padded[0].join(*padded[1:]).rows(np.argsort(np.concatenate(list(rows.values()))))
 
 
-def of_one_length(one: Condition, other: Condition) -> tuple[Condition, Condition]:
-    """Two conditions whose states have one length: repeated, which attention does not notice, or padded."""
+def of_one_length(one: Condition, other: Condition, own: bool = False) -> tuple[Condition, Condition]:
+    """Two conditions whose states have one length: repeated, which attention does not notice, or padded.
+
+    Padded where repeated they would be more than four times the longer one, as of 7 and 5 chunks, which would be 35.
+    own: the first is not repeated, as for `encoded_apart`.
+    """
     if one.states is None or other.states is None:
         return one, other
-    if one.mask is not None or other.mask is not None:
-        longest = max(int(each.states.shape[1]) for each in (one, other) if each.states is not None)
-        return _padded(one, longest), _padded(other, longest)
-    if one.states.shape[1] == other.states.shape[1]:
+    lengths = [int(one.states.shape[1]), int(other.states.shape[1])]
+    masked, longer = one.mask is not None or other.mask is not None, own and lengths[0] % lengths[1] != 0
+    if masked or longer or not prompt.fit_together(lengths):
+        return _padded(one, max(lengths)), _padded(other, max(lengths))
+    if lengths[0] == lengths[1]:
         return one, other
     states, others = prompt.alike(one.states, other.states)
     return replace(one, states=states), replace(other, states=others)
@@ -58,6 +67,17 @@ def groups(condition: Condition, count: int, rows: int) -> Iterator[tuple[Rows, 
             shown = condition.rows(own[first : first + rows])
             assert shown.states is not None
             yield own[first : first + rows], replace(shown, states=shown.states[:, : int(length)], mask=None)
+
+
+def parts_of(values: Array, places: Sequence[Rows]) -> list[Array]:
+    """The rows (B,) of each group, each a stretch of one array (B,): no copy of its own."""
+    stretches = [place for place in places if isinstance(place, slice)]
+    apart = [place for place in places if isinstance(place, np.ndarray)]
+    if apart:
+        ends = np.cumsum([len(place) for place in apart]).tolist()
+        stretches = [slice(first, last) for first, last in pairwise((0, *ends))]
+        values = values[np.concatenate(apart)]
+    return [values[stretch] for stretch in stretches]
 
 
 def in_order(outs: Sequence[Array], places: Sequence[Rows]) -> Array:
@@ -88,7 +108,10 @@ def check_embeds(name: str, prompts: int, width: int | None, states: Any, pooled
     """
     counts = " or ".join(str(count) for count in sorted({1, prompts}))
     if states is not None and (
-        len(states.shape) != 3 or len(states) not in (1, prompts) or (width and states.shape[2] != width)
+        len(states.shape) != 3
+        or len(states) not in (1, prompts)
+        or not states.shape[1]
+        or (width and states.shape[2] != width)
     ):
         shape = f"{tuple(states.shape)}; it must be (prompts, tokens, {width or 'width'}), prompts being {counts}"
         raise InputError(f"{name} has shape {shape}")

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -12,9 +13,19 @@ import torch
 from latentgen.checkpoint import Checkpoint, SingleFile, variant_of
 from latentgen.errors import InputError
 from latentgen.models.precision import type_name
+from latentgen.values import shown
 
 # the instructions that make a half type's products faster than float32's, as torch names them; any of them
 HALF = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+LOADING = RLock()  # while the libraries load they change torch, and their own settings, for all threads
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Inside, no other thread loads, and what is made are plain tensors, which outlast torch's inference mode."""
+    with LOADING, torch.inference_mode(False):
+        yield
 
 
 def choose_device(device: Any = None) -> torch.device:
@@ -30,8 +41,12 @@ def choose_device(device: Any = None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
+    except TypeError as error:
+        raise InputError(f"device is {shown(device)}; it must be a device's name, as 'cpu'") from error
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!r} is not here ({str(error).splitlines()[0]}); try 'cpu'") from error
+        raise InputError(f"device {shown(device)} is not here ({str(error).splitlines()[0]}); try 'cpu'") from error
+    if chosen.type == "meta":
+        raise InputError(f"device {shown(device)} holds no numbers, so that nothing can be rendered; try 'cpu'")
     return chosen
 
 
@@ -70,6 +85,7 @@ def capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
+@one_at_a_time()
 def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.device, dtype: torch.dtype) -> Any:
     """One network of a folder, `kind` being its diffusers or transformers class: frozen, in eval mode, on the device.
 
@@ -78,16 +94,17 @@ def load_module(kind: Any, checkpoint: Checkpoint, part: str, device: torch.devi
     if isinstance(checkpoint, SingleFile):
         return _from_single(kind, checkpoint, part, dtype).to(device).requires_grad_(False).eval()
     folder = checkpoint.folder / part
-    named = {"dtype": dtype} if part.startswith("text_encoder") else {"torch_dtype": dtype}
-    variant = variant_of(checkpoint.weights[part][0])
+    how: dict[str, Any] = {"dtype" if part.startswith("text_encoder") else "torch_dtype": dtype}
+    how |= {"local_files_only": True, "use_safetensors": True, "variant": variant_of(checkpoint.weights[part][0])}
     try:
-        with quiet():
-            module, report = kind.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, variant=variant, output_loading_info=True, **named
-            )
+        with quiet():  # what does not fit is said here
+            module, report = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise InputError(f"{folder} does not fit its config.json: {reason}") from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, held, wanted = mismatched[0]
+        raise InputError(f"{folder} does not fit its config.json: {name} is {tuple(held)}, and {tuple(wanted)} by it")
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("position_ids"))
     if missing:
         raise InputError(f"{folder} is not whole: its weights lack {missing[0]} ({len(missing)} tensors in all)")
@@ -102,6 +119,21 @@ def load_part(checkpoint: Checkpoint, part: str) -> Any:
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     kinds |= {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     return load_module(kinds[part], checkpoint, part, torch.device("cpu"), torch.float32)
+
+
+def without_weights(checkpoint: Checkpoint, part: str) -> Any:
+    """The network that a part's config tells of, "unet" or "vae", on the meta device: no weights are read.
+
+    Raises InputError for a config that is none of such a network.
+    """
+    with quiet():
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+    try:
+        with quiet(), torch.device("meta"):
+            return kind.from_config(checkpoint.config(part))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint.folder}: the config of {part} is of no {kind.__name__} ({error})") from error
 
 
 def _from_single(kind: Any, checkpoint: SingleFile, part: str, dtype: torch.dtype) -> Any:
@@ -148,21 +180,21 @@ def use_threads(threads: int | None) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The libraries' progress bars and remarks off, as they were afterwards."""
+    """The libraries' progress bars and remarks off, as they were afterwards. In one thread at a time."""
     import diffusers.utils.logging as of_diffusers
     import transformers.utils.logging as of_transformers
 
-    levels = [(kind, kind.get_verbosity()) for kind in (of_diffusers, of_transformers)]
-    bars = of_transformers.is_progress_bar_enabled()
-    for kind, _ in levels:
-        kind.set_verbosity(logging.CRITICAL)
-    of_transformers.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with LOADING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = (of_diffusers, of_transformers)
+        before = [(kind, kind.get_verbosity(), kind.is_progress_bar_enabled()) for kind in kinds]
+        try:
+            for kind in kinds:
+                kind.set_verbosity(logging.CRITICAL)
+                kind.disable_progress_bar()
             yield
-    finally:
-        for kind, level in levels:
-            kind.set_verbosity(level)
-        if bars:
-            of_transformers.enable_progress_bar()
+        finally:
+            for kind, level, bars in before:
+                kind.set_verbosity(level)
+                if bars:
+                    kind.enable_progress_bar()

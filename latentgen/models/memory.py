@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from latentgen.diffusion.array import Array, namespace
 from latentgen.diffusion.denoiser import Condition, Network
 from latentgen.errors import InputError
-from latentgen.models.lengths import Rows, groups, in_order
+from latentgen.models.lengths import Rows, groups, in_order, parts_of
+from latentgen.values import shown, whole
 
 MOST = 8  # pictures at a time on a CPU: past a few, more at a time is no faster there
 SHARE = 0.5  # of the memory that is free, for activations
@@ -33,7 +34,8 @@ OVERLAP = 0.25  # of a tile, blended with its neighbour
 def in_groups(network: Network, rows: int) -> Network:
     """The network, evaluated at most `rows` rows of the batch at a time, and those alone whose texts are of one length.
 
-    The groups of a condition are the same objects for as long as it is, so that a network knows them again.
+    The groups of a condition are the same objects for as long as it is, so that a network knows them again. The times
+    of each are a part of the times of all, by which a network knows how many rows there are in all.
     """
     last: list[tuple[Condition, list[tuple[Rows, Condition]]]] = []
 
@@ -42,9 +44,12 @@ def in_groups(network: Network, rows: int) -> Network:
             return network(x, time, condition)
         if not last or last[0][0] is not condition:
             last[:] = [(condition, list(groups(condition, len(x), rows)))]
-        parts = last[0][1]
-        outs = [network(x[part], time[part], shown) for part, shown in parts]
-        return in_order(outs, [part for part, _ in parts])
+        places, conditions = zip(*last[0][1], strict=True)
+        outs = [
+            network(x[part], own, shown)
+            for part, own, shown in zip(places, parts_of(time, places), conditions, strict=True)
+        ]
+        return in_order(outs, places)
 
     return grouped
 
@@ -179,18 +184,19 @@ def tile_of(vae: Mapping[str, Any], factor: int, height: int, width: int, tiling
     return max(int(vae.get("sample_size") or 512) // factor, 8)
 
 
-def pictures_at_a_time(batch: int | str, need: int, count: int, device: Any = "cpu") -> int:
+def pictures_at_a_time(batch: SupportsIndex | str, need: int, count: int, device: Any = "cpu") -> int:
     """How many pictures are computed at a time. batch: a number, or "auto", by memory.
 
     need: bytes of one picture. count: pictures in all. Raises InputError for anything else.
     """
-    if batch == "auto":
+    if isinstance(batch, str) and batch == "auto":
         on_host = str(device).partition(":")[0] == "cpu"
         fit = int(SHARE * free_bytes(device)) // max(need, 1)
         return max(1, min(fit, count, MOST if on_host else count))
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InputError(f"the batch is {batch!r}; it must be 'auto' or a whole number, 1 or more")
-    return min(batch, count)
+    try:
+        return min(whole("the batch", batch, 1), count)
+    except InputError as error:
+        raise InputError(f"the batch is {shown(batch)}; it must be 'auto' or a whole number, 1 or more") from error
 
 
 def free_bytes(device: Any = "cpu") -> int:

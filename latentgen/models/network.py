@@ -1,10 +1,11 @@
 """Denoising networks behind one signature: (x, time, condition) -> raw output."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,13 @@ from latentgen.models.loading import capabilities, load_module, quiet
 from latentgen.models.memory import Kept
 
 TOLD_ON_GPU = 1 << 30  # bytes of keys and values kept there
-_LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()  # of each U-Net, whose layers one walk at a time may tell
+_LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()  # of each U-Net
+
+
+def turn(unet: Any) -> AbstractContextManager[Any]:
+    """The lock of a U-Net: held by who computes with it, and by who changes its layers for one evaluation."""
+    lock: AbstractContextManager[Any] = _LOCKS.setdefault(unet, RLock())
+    return lock
 
 
 def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Any:
@@ -60,9 +67,13 @@ class UnetNetwork:
             told["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(kind), "time_ids": condition.sizes}
         if condition.guided is not None:
             told["timestep_cond"] = condition.guided.to(kind)
-        with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
+        with turn(unet), torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
             out: torch.Tensor = (self.run or unet)(x.to(kind), time, **told)[0]
         return out.to(x.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UnetNetwork":
+        with turn(self.unet):  # not in the middle of a step, in which layers are other ones
+            return UnetNetwork(deepcopy(self.unet, memo), self.gradients, deepcopy(self.run, memo))
 
     def walk(self) -> Network:
         """The network of one walk, which computes keys and values of a text once; compiled or in training, itself."""
@@ -93,7 +104,9 @@ class ToldOnce:
 
     def __post_init__(self) -> None:
         layers = (layer for layer in self.unet.modules() if getattr(layer, "is_cross_attention", False))
-        self._layers = [told for layer in layers for told in (layer.to_k, layer.to_v) if told is not None]
+        told = [told for layer in layers for told in (layer.to_k, layer.to_v) if told is not None]
+        # of a weight that was made in torch's inference mode nothing tells whether it has changed
+        self._layers = [layer for layer in told if not any(weight.is_inference() for weight in layer.parameters())]
         if self.unet.device.type != "cpu":
             self.kept.room = TOLD_ON_GPU
 
@@ -102,7 +115,7 @@ class ToldOnce:
         self._time = time
         self.kept.at(time.untyped_storage().data_ptr())  # of the step, without asking a GPU for the number
         told = self.kept.find(lambda states: states is condition.states)
-        with _LOCKS.setdefault(self.unet, Lock()), self._telling({} if told is None else told) as told_now:
+        with turn(self.unet), self._telling({} if told is None else told) as told_now:
             out: torch.Tensor = self.network(x, time, condition)
         if told is None:
             self.kept.keep(condition.states, told_now)
@@ -152,24 +165,33 @@ class IdentityAttention:
 
 @contextmanager
 def perturbed(unet: Any, part: str = "mid_block") -> Iterator[None]:
-    """Inside, the self-attention layers of one part of a U-Net are `IdentityAttention`; then what they were."""
-    layers = [layer for name, layer in unet.named_modules() if name.startswith(part) and name.endswith(".attn1")]
-    before = [layer.processor for layer in layers]
-    for layer in layers:
-        layer.processor = IdentityAttention()
-    try:
-        yield
-    finally:
-        for layer, processor in zip(layers, before, strict=True):
-            layer.processor = processor
+    """Inside, the self-attention layers of one part of a U-Net are `IdentityAttention`; then what they were.
+
+    Whoever else computes with it waits until then.
+    """
+    with turn(unet):
+        layers = [layer for name, layer in unet.named_modules() if name.startswith(part) and name.endswith(".attn1")]
+        before = [layer.processor for layer in layers]
+        for layer in layers:
+            layer.processor = IdentityAttention()
+        try:
+            yield
+        finally:
+            for layer, processor in zip(layers, before, strict=True):
+                layer.processor = processor
 
 
-def perturbed_network(unet: Any, part: str = "mid_block") -> Network:
-    """`unet_network` with the self-attention of its middle perturbed, for perturbed-attention guidance."""
-    plain = unet_network(unet)
+@dataclass(eq=False)
+class PerturbedNetwork:
+    """`UnetNetwork` with the self-attention of its middle perturbed, for perturbed-attention guidance."""
 
-    def network(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
-        with perturbed(unet, part):
-            return plain(x, time, condition)
+    unet: Any
+    part: str = "mid_block"
 
-    return network
+    def __call__(self, x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C', h, w)."""
+        with perturbed(self.unet, self.part):
+            return unet_network(self.unet)(x, time, condition)
+
+
+perturbed_network = PerturbedNetwork

@@ -17,6 +17,7 @@ import numpy as np
 
 from latentgen.diffusion.array import Array, like, namespace
 from latentgen.errors import InputError
+from latentgen.values import as_path
 
 STEP = 1.1  # what one pair of brackets weighs
 LARGEST = 100.0  # beyond it states are numbers, but no prompt means it
@@ -31,6 +32,7 @@ _PARTS = re.compile(
     r"|(?P<text>[^\\()\[\]:]+|[\\:])"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_ELSEWHERE = re.compile(r"<(?P<kind>lora|lyco|hypernet):[^<>:]+(?::(?P<weight>[^<>:]*))?[^<>]*>|(?<=\s)AND(?=\s)")
 
 
 class Piece(NamedTuple):
@@ -97,7 +99,7 @@ class Laid:
 
 def embedding_file(path: str | Path) -> Path:
     """The file of a new word's embeddings: as named, or in the folder it was saved into."""
-    path = Path(path).expanduser()
+    path = as_path("a new word's path", path).expanduser()
     return path / EMBEDDING if path.is_dir() else path
 
 
@@ -134,6 +136,19 @@ def parse(prompt: str) -> tuple[Section, ...]:
     return tuple(tuple(section) for section in sections)
 
 
+def read_elsewhere(prompt: str) -> list[str]:
+    """A line of each thing in a prompt that the web UI reads as more than text, and this form does not."""
+    lines = []
+    for found in _ELSEWHERE.finditer(prompt):
+        if found["kind"] in ("lora", "lyco"):
+            lines.append(f"{found[0]} is read as text; give --lora FILE:{found['weight'] or 1}, or load_lora")
+        elif found["kind"]:
+            lines.append(f"{found[0]} is read as text; hypernetworks are not loaded")
+        elif not prompt.isupper():
+            lines.append("AND is read as text; prompts are not composed")
+    return list(dict.fromkeys(lines))
+
+
 def literal(prompt: str) -> tuple[Section, ...]:
     """A prompt that is all text, as `parse` would give it."""
     return ((Piece(prompt),),) if prompt else ((),)
@@ -148,8 +163,8 @@ def lay(sections: Sequence[Section], tokenize: Tokenize, window: Window, limit: 
     """A prompt's sections as chunks, `limit` at most; every section begins a chunk of its own.
 
     A chunk that is full ends after its last comma if that is near its end (`Window.near`), as in the web UI; else
-    before a word that would be torn, if the word begins near the end; else where it is full. The last allowed chunk
-    is filled to the end.
+    before a word that would be torn, if the word begins near the end; else where it is full. A new word of several
+    vectors is never torn, unless no chunk holds it. The last allowed chunk is filled to the end.
     """
     text, streams = "", []
     for section in sections:
@@ -326,18 +341,25 @@ def _end(stream: Sequence[tuple[Token, float]], text: str, window: Window) -> in
     words = [text[token.start : token.end].strip() for token, _ in stream[: room + 1]]
     if words[room] == ",":
         return room
-    for size in range(room, max(room - window.near, 0), -1):
+    full = next((size for size in range(room, 0, -1) if not _of_one_word(stream[size - 1][0], stream[size][0])), room)
+    for size in range(full, max(room - window.near, 0), -1):
         if words[size - 1] == ",":
             return size
-    for size in range(room, max(room - window.near, 0), -1):
+    for size in range(full, max(room - window.near, 0), -1):
         if not _torn(stream[size - 1][0], stream[size][0], text):
             return size
-    return room
+    return full
+
+
+def _of_one_word(one: Token, other: Token) -> bool:
+    """Whether two tokens stand for the same characters, as the vectors of a new word do."""
+    return one[1:] == other[1:]
 
 
 def _torn(one: Token, other: Token, text: str) -> bool:
     """Whether two tokens are parts of one word."""
-    return one.end == other.start and text[other.start - 1 : other.start + 1].isalnum()
+    joined = one.end == other.start and text[other.start - 1 : other.start + 1].isalnum()
+    return joined or _of_one_word(one, other)
 
 
 def _whole_words(text: str, start: int) -> str:

@@ -17,20 +17,26 @@ class TakesWords:
         """Teach the text encoders a word from its embeddings (Gal et al. 2022): a .safetensors file, or its folder.
 
         token: how it is written in prompts, if not as the file says. known_as: the path that pictures' settings say.
-        Returns the word. Raises InputError, one line, for a file that is none, is for another model, or a word that
-        is known already.
+        Of the file of a LoRA that holds new words too it is all of those, or that which token names. Returns the word,
+        the first of several. Raises InputError, one line, for a file that is none, is for another model, or a word that
+        is known already, or that prompts cannot say, as one with brackets.
         """
+        from latentgen.models.inversion import bundled_words, check_sayable, read_embedding, teach
+
+        named: list[str | None] = [token] if token is not None else [*bundled_words(path)] or [None]
+        found = [read_embedding(path, each) for each in named]
+        for word, _, _ in found:
+            if known_as is None:  # and no picture of old
+                check_sayable(word)
         if not hasattr(self.text, "towers"):
             self._use_torch()
-        from latentgen.models.inversion import read_embedding, teach
-
         if not hasattr(self.text, "towers"):
             raise InputError("new words are for the torch engine; open the weights with engine torch")
-        word, vectors, file = read_embedding(path, token)
-        teach(self.text, word, vectors)
         said = Path(path).as_posix() if known_as is None else known_as
-        self.words.append({"word": word, "path": said, "sha256": sha256(file)})
-        return word
+        for word, vectors, file in found:
+            teach(self.text, word, vectors)
+            self.words.append({"word": word, "path": said, "sha256": sha256(file)})
+        return found[0].word
 
     def _use_torch(self) -> None:
         raise NotImplementedError

@@ -29,6 +29,7 @@ from latentgen.training.cache import cached
 from latentgen.training.finish import check_places, notice_of, state_of
 from latentgen.training.intake import divide, look_over, read_pictures
 from latentgen.training.loop import LoopSettings
+from latentgen.training.optimizer import check_optimizers
 from latentgen.training.precision import accelerator_for
 from latentgen.training.report import write_page
 from latentgen.training.stage import Pace, Report, fingerprint, run_stage, settings_fingerprint
@@ -64,6 +65,9 @@ class PixelRun:
     folder: Path
     say: Report
     cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_optimizers([self.recipe.train.optimizer])
 
     @cached_property
     def state(self) -> Path:
@@ -119,12 +123,13 @@ class PixelRun:
                 background=what.background,
                 held_out=what.held_out,
                 part=what.hold_out,
+                folders=what.folders,
                 buckets=Buckets.square(what.size, what.upscale),
             )
         for problem in (*folder.problems, *pixels.problems):
             self.report(f"data: left out {problem.path}: {problem.reason}")
-        if remark:
-            self.report(remark)
+        for line in filter(None, (folder.remark, remark)):
+            self.report(line)
         return folder, pixels
 
     @property

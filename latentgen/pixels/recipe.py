@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from latentgen.errors import InputError
-from latentgen.recipe import Amount, Data, Pace, Part, Positive, Recipe, Section, Train, read_as, read_kind, read_recipe
+from latentgen.fields import Amount, Endless, Number, Part, Positive, Whole
+from latentgen.recipe import Data, Pace, Recipe, Section, Train, read_as, read_kind, read_recipe
 
 Objective = Literal["ddpm", "ve", "vdm", "flow"]
 
@@ -35,11 +36,11 @@ class Diffusion(Section):
     likelihood run between. label_dropout: how often the class is not told.
     """
 
-    levels: Annotated[int, Field(ge=2)] = 1000
+    levels: Annotated[Whole, Field(ge=2)] = 1000
     betas: Literal["linear", "cosine"] = "linear"
     variance: Literal["fixed-small", "fixed-large", "learned-range"] = "fixed-small"
-    clean: Annotated[float, Field(gt=0, le=20)] = 10.0
-    noisy: Annotated[float, Field(ge=-20, lt=0)] = -8.0
+    clean: Annotated[Number, Field(gt=0, le=20)] = 10.0
+    noisy: Annotated[Number, Field(ge=-20, lt=0)] = -8.0
     label_dropout: Part = 0.1
 
 
@@ -50,7 +51,7 @@ class Sample(Section):
     steps: Positive = 50
     sampler: str = ""
     guidance: Amount = 1.0
-    seed: int = 0
+    seed: Whole = 0
 
 
 class Likelihood(Section):
@@ -59,11 +60,11 @@ class Likelihood(Section):
     bound_levels: of DDPM's ladder; bound_samples: times a picture for the others. probes, tolerance: of the ODE.
     """
 
-    pictures: Annotated[int, Field(ge=2)] = 64
-    bound_levels: Annotated[int, Field(ge=2)] = 250
+    pictures: Annotated[Whole, Field(ge=2)] = 64
+    bound_levels: Annotated[Whole, Field(ge=2)] = 250
     bound_samples: Positive = 64
     probes: Positive = 1
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    tolerance: Annotated[Number, Field(gt=0, lt=1)] = 1e-4
     batch: Positive = 64
 
 
@@ -73,15 +74,15 @@ class PixelRecipe(Section):
     kind: Literal["pixels"]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     objective: Objective
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
     data: PixelData
     network: Network
     diffusion: Diffusion = Diffusion()
     train: Train
     sample: Sample = Sample()
     likelihood: Likelihood = Likelihood()
-    gate: dict[str, float] = Field(default_factory=dict)
-    validation: Annotated[int, Field(ge=2)] = 256
+    gate: dict[str, Endless] = Field(default_factory=dict)
+    validation: Annotated[Whole, Field(ge=2)] = 256
     pace: Pace = Pace()
 
 

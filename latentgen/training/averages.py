@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from latentgen.checkpoint.tensors import save_tensors
 from latentgen.durable import write_folder
 from latentgen.errors import InputError
 
@@ -52,7 +53,7 @@ def store(folder: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> 
 
     def write(aside: Path) -> None:
         for width, tensors in halves.items():
-            save_file(tensors, aside / f"{width:g}.safetensors")
+            save_tensors(tensors, aside / f"{width:g}.safetensors")
         (aside / "step.json").write_text(json.dumps({"step": step}) + "\n")
 
     return write_folder(folder / f"average-{step:08d}", write)

@@ -102,13 +102,15 @@ def read_pictures(
     background: str,
     held_out: str,
     part: float,
+    folders: bool = True,
     buckets: Buckets | None = None,
 ) -> tuple[CaptionedFolder, Pixels, str]:
     """The folder, its pixels, and a line for people where pictures were held out that nobody had marked ("" if not).
 
-    part: of the pictures, held out where none is in the split `held_out`. buckets: what fits none is left out.
+    part: of the pictures, held out where none is in the split `held_out`. folders: as `read_folder` takes it.
+    buckets: what fits none is left out.
     """
-    marked = read_folder(root, captions)
+    marked = read_folder(root, captions, folders=folders)
     if buckets is not None:
         marked, _ = keep_fitting(marked, _facts(marked.root, marked.pictures, cache, background), buckets)
     folder = hold_out(marked, held_out, part)

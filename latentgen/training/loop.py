@@ -5,7 +5,7 @@ for progress in fit(objective, state, settings, accelerator, seed=0):
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -296,12 +296,21 @@ def checkpoint_activations(module: nn.Module) -> int:
 
     The gradients are the same; the memory is that of one block, the time about a third more.
     """
+    found = list(recomputing(module))
+    for enable in found:
+        enable()
+    return len(found)
+
+
+def recomputing(module: nn.Module) -> Iterator[Callable[[], object]]:
+    """What has each network of diffusers or transformers in a module recompute its blocks, when it is called."""
     ways = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     for name in ways if getattr(module, "_supports_gradient_checkpointing", True) else ():  # diffusers' own say no
         if callable(enable := getattr(module, name, None)):
-            enable()
-            return 1
-    return sum(checkpoint_activations(part) for part in module.children())
+            yield enable
+            return
+    for part in module.children():
+        yield from recomputing(part)
 
 
 def _average_gradients(weights: list[nn.Parameter], broken: Tensor, accelerator: Accelerator) -> Tensor:

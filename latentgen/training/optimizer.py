@@ -21,13 +21,19 @@ def _adamw(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
 
 def _adamw_8bit(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
     """AdamW whose moments are kept in 8 bits by blocks (Dettmers et al. 2022); needs the package bitsandbytes."""
+    return _eight_bit()(groups, lr=what.rate, betas=what.betas)
+
+
+def _eight_bit() -> Any:
+    """Its class. Raises InputError where the package is not installed, or cannot be imported."""
     try:
         from bitsandbytes.optim import AdamW8bit
-    except ImportError:
+    except ImportError as error:
+        why = " ".join(str(error).split())
         raise InputError(
-            'the optimizer "adamw-8bit" needs the package bitsandbytes; install it, or choose "adamw"'
-        ) from None
-    return AdamW8bit(groups, lr=what.rate, betas=what.betas)
+            f'the optimizer "adamw-8bit" needs the package bitsandbytes; install it, or choose "adamw" ({why})'
+        ) from error
+    return AdamW8bit
 
 
 def _adafactor(groups: Groups, what: "LoopSettings") -> torch.optim.Optimizer:
@@ -54,13 +60,19 @@ OPTIMIZERS: Mapping[str, Callable[[Groups, "LoopSettings"], torch.optim.Optimize
 }
 
 
+def check_optimizers(names: Iterable[str]) -> None:
+    """Raises InputError where one needs a package that cannot be imported; to be asked before any work."""
+    if "adamw-8bit" in names:
+        _eight_bit()
+
+
 def make_optimizer(
     weights: Iterable[torch.nn.Parameter], what: "LoopSettings", tables: Set[torch.Tensor] = frozenset()
 ) -> torch.optim.Optimizer:
     """The optimiser `what.optimizer` names, over weights that are trained; matrices and kernels alone are decayed.
 
     tables: those of the matrices whose rows are looked up, and do not act as a map: Muon leaves them to AdamW.
-    Raises InputError for a name that is not in the table, or whose package is not installed.
+    Raises InputError for a name that is not in the table, or whose package cannot be imported.
     """
     if what.optimizer not in OPTIMIZERS:
         raise InputError(f"unknown optimizer {what.optimizer!r}; it can be one of: {', '.join(OPTIMIZERS)}")

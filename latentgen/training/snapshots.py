@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latentgen.checkpoint.tensors import save_tensors
 from latentgen.durable import saying_what_failed, torn, write_folder
 from latentgen.errors import InputError
 from latentgen.training.loop import TrainState
@@ -46,7 +47,7 @@ class Snapshots:
 
         def write(folder: Path) -> None:
             for name, tensors in whole_state.items():
-                save_file(_apart(tensors), folder / f"{name}.safetensors")
+                save_tensors(_apart(tensors), folder / f"{name}.safetensors")
             (folder / "state.json").write_text(json.dumps({key: getattr(state, key) for key in COUNTS}) + "\n")
 
         target = self.folder / f"step-{state.step:08d}"
@@ -83,7 +84,7 @@ class Snapshots:
                 return False
 
         def write(folder: Path) -> None:
-            save_file({key: each.contiguous() for key, each in average.items()}, folder / "average.safetensors")
+            save_tensors({key: each.contiguous() for key, each in average.items()}, folder / "average.safetensors")
             (folder / "best.json").write_text(json.dumps({"figure": figure, "value": value, "step": state.step}) + "\n")
 
         _write(place, write)

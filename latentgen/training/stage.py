@@ -33,6 +33,7 @@ from latentgen.training.loop import (
     fit,
     recompute_where_asked,
 )
+from latentgen.training.memory import saying_what_saves, table_of
 from latentgen.training.sharding import any_of, is_sharded, whole
 from latentgen.training.snapshots import Snapshots
 
@@ -111,7 +112,8 @@ def run_stage(
     else:
         report(f"{name}: {'goes on from' if state.step else 'starts at'} step {state.step} of {settings.steps}")
     if not enough:
-        _train(name, objective, state, settings, folder, accelerator, snapshots, seed, pace, report)
+        with saying_what_saves(name, objective, settings, accelerator):
+            _train(name, objective, state, settings, folder, accelerator, snapshots, seed, pace, report)
     state.swap_average()
     figures = {**objective.validate(), "steps": float(state.step), "skipped": float(state.skipped)}
     report(f"{name}: {_line(figures)}")
@@ -328,7 +330,7 @@ def _hold(name: str, gate: Mapping[str, float], figures: Mapping[str, float], se
             side = "above" if most else "below"
             raise InputError(
                 f"{name} does not pass its gate: {key.removeprefix('max_')} is {figure:.4g}, {side} {bound:.4g}, after "
-                f"{settings.steps} steps; raise steps in [{name}.train] and run the same command, it goes on from there"
+                f"{settings.steps} steps; {table_of(name)}raise steps and run the same command, it goes on from there"
             )
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from latentgen.checkpoint import STEMS, Checkpoint, check_safetensors, read_json, write_folder
+from latentgen.checkpoint.tensors import save_tensors
 from latentgen.checkpoint.write import stored
 from latentgen.errors import InputError
 from latentgen.models.onnx.export import write_graphs
@@ -86,7 +86,7 @@ def put(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Replace the U-Net's file in a folder that lies aside; graphs that were there are made anew."""
     (folder / FILE).parent.mkdir(exist_ok=True)
     (folder / FILE).unlink(missing_ok=True)  # a link to the old one's bytes, which stay
-    save_file(dict(tensors), folder / FILE, {"format": "pt"})
+    save_tensors(tensors, folder / FILE, {"format": "pt"})
     graphs = list(folder.rglob("*.onnx"))
     for graph in graphs:
         graph.unlink()

@@ -1,12 +1,15 @@
 """Fine-tuning proves what it saves, on every kind of weights; resumes to the bit; and refuses in one line."""
 
+import errno
 import json
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,14 +19,17 @@ from safetensors.torch import load_file, save_file
 
 from latentgen import InputError, Pipeline, finetune
 from latentgen.checkpoint.defaults import write_defaults
-from latentgen.finetuning import prove
+from latentgen.fields import explained
+from latentgen.finetuning import prove, run
 from latentgen.finetuning.base import Base
 from latentgen.finetuning.examples import count_pictures
 from latentgen.finetuning.objective import KeptConditions, LiveConditions
+from latentgen.finetuning.page import how_to_use
 from latentgen.finetuning.prior import prior_prompts
 from latentgen.finetuning.settings import Finetune, Start, choose
-from latentgen.recipe import explained, read_table
+from latentgen.recipe import read_table
 from latentgen.training.finish import Before
+from latentgen.values import as_path
 from tests.forked import Verb, verb
 from tests.shards import png, tar
 
@@ -61,6 +67,7 @@ def files(folder: Path) -> dict[str, bytes]:
         {"method": "lora", "mirror": True, "scale": (0.8, 1.0)},
         {"method": "dora", "targets": "attention"},
         {"method": "dora", "targets": "all"},
+        {"method": "dora", "text_encoder": True},
         {"method": "lokr"},
         {"method": "style"},
         {"method": "full", "rate": 2e-3},
@@ -77,8 +84,12 @@ def test_what_is_saved_renders_as_in_memory_here_and_in_diffusers(
 ) -> None:
     before = files(folder)
     lines: list[str] = []
-    asked = {**FAST, **method, "report": lines.append}
+    asked = {**FAST, **method, "prompts": ('a "big" $HOME bird', "a bird"), "report": lines.append}
     out = finetune(pictures, base=folder, out=tmp_path / "mine", **asked)
+    told = shlex.split(lines[-1].partition("; ")[2])  # as a shell reads it
+    shown = method.get("token", 'a "big" $HOME bird')  # a new word's own prompts come first
+    assert told[:2] == ["latentgen", "render"] and shown in told[2] and told[-1].startswith(str(out))
+    assert told[3:5] == (["--weights", str(folder)] if len(told) == 7 else ["--weights", str(out)])
     proof = json.loads((out / "metrics.json").read_text())["proof"]
     assert proof["saved"] <= 2e-3 and proof["stock"] <= 2e-3 < proof["changed"]
     assert files(folder) == before  # the starting weights are never touched
@@ -96,6 +107,7 @@ def test_what_is_saved_renders_as_in_memory_here_and_in_diffusers(
         {"method": "lora"},
         {"method": "lora", "text_encoder": True},
         {"method": "dora", "targets": "all"},
+        {"method": "dora", "text_encoder": True},
         {"method": "full", "rate": 2e-3},
         {"method": "full", "text_encoder": True, "rate": 2e-3},
         {"method": "dreambooth", "on": "lora", "class": "bird", "prior_pictures": 3},
@@ -110,6 +122,48 @@ def test_stable_diffusion_2_and_xl_are_tuned_and_proved(
     out = finetune(pictures, base=request.getfixturevalue(base), out=tmp_path / "mine", **{**FAST, **method})
     proof = json.loads((out / "metrics.json").read_text())["proof"]
     assert proof["stock"] <= 2e-3 < proof["changed"]
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    said = 'the optimizer "adamw-8bit" needs the package bitsandbytes; install it, or choose "adamw"'
+    with pytest.raises(InputError, match=said):
+        finetune(tmp_path / "nowhere", out=tmp_path / "mine", optimizer="adamw-8bit")
+
+
+def test_what_text_encoders_get_beside_dora_makes_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "fingerprint", lambda *told: told)
+    base, nothing = SimpleNamespace(checkpoint=SimpleNamespace(fingerprint="")), np.zeros((0, 4, 4, 3), np.uint8)
+    examples = SimpleNamespace(pictures=(), held=(), pixels=nothing, held_pixels=nothing)
+
+    def key(**asked: Any) -> Any:
+        what = Finetune.of(asked)
+        return run.Run(tmp_path, None, tmp_path, what, print)._key(cast(Any, base), what, cast(Any, examples))
+
+    for asked in ({}, {"text_encoder": True}, {"method": "dora"}):
+        assert len(key(**asked)) == 4  # and runs of before go on
+    assert key(method="dora", text_encoder=True)[4:] == ("lora",)
+
+
+def test_the_command_that_uses_a_result_is_quoted_for_the_shell_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Finetune(), "a red bird", "my weights", Path("out")
+    assert how_to_use(*told) == "latentgen render 'a red bird' --weights 'my weights' --lora out"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert how_to_use(*told) == 'latentgen render "a red bird" --weights "my weights" --lora out'
+
+
+def test_an_address_is_taken_where_the_file_system_knows_no_such_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(place: Path) -> None:
+        raise OSError(number, "The filename, directory name, or volume label syntax is incorrect")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    number = errno.EINVAL  # as on Windows
+    assert as_path("pictures", "https://example.org/p.tar") == Path("https://example.org/p.tar")
+    number = errno.ENAMETOOLONG
+    with pytest.raises(InputError, match=r"^pictures is 'p', which cannot be used as a path: The filename"):
+        as_path("pictures", "p")
 
 
 def test_a_full_run_opens_with_its_own_graphs(folder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -189,6 +243,10 @@ def test_a_new_word_is_read_in_prompts_and_replayed(folder: Path, pictures: Path
     replayed = verb("replay", target, "--word", moved, "--out", tmp_path / "y.png")
     assert replayed.returncode == 0 and "byte for byte" in replayed.stderr
     assert target.read_bytes() == (tmp_path / "y.png").read_bytes()
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"another word")
+    refused = verb("replay", target, "--word", moved, "--word", other)
+    assert refused.returncode == 2 and f"--word {other} is not of {target}, which was made with <x> (" in refused.stderr
     pipe = Pipeline.from_pretrained(folder)
     assert pipe.load_textual_inversion(moved) == "<x>"
     ids = [token.id for token in pipe.text.tokens("a <x> bird")]
@@ -392,6 +450,18 @@ def test_bad_input_gets_one_line(folder: Path, xl: Path, pictures: Path, tmp_pat
     assert "words have none" in refused(pictures, folder, out, weight_decay=0.1, **word)
     assert "lies among the pictures" in refused(pictures, folder, pictures / "mine")
     assert "all pictures are held out" in refused(held_out(tmp_path / "held", 3, 3), folder, out)
+    wrong: Any = 3
+    assert "pictures is 3; it must be a path" in refused(wrong, folder, out)
+    assert "the weights' path is 3; it must be a path" in refused(pictures, wrong, out)
+    assert "out is 3; it must be a path" in refused(pictures, folder, wrong)
+    told: tuple[tuple[Any, str], ...] = (
+        (3, "the whole is 3: input should"),
+        ({"stps": 3}, r"unknown key 'stps' in the top level; did you mean 'steps'\?"),
+        ({"steps": 0}, "steps is 0: input should"),
+    )
+    for settings, line in told:
+        with pytest.raises(InputError, match=f"^finetune: {line}"):
+            finetune(pictures, base=folder, out=out, settings=settings)
     with pytest.raises(InputError, match="settings and steps"):
         finetune(pictures, base=folder, out=out, settings=Finetune(), steps=5)
     assert not out.exists()
@@ -501,6 +571,15 @@ def test_members_of_a_shard_without_a_caption_are_read_where_they_stand(tmp_path
     tar(tmp_path / "shards" / "0.tar", *pictures, ("0.txt", b"a zwx bird"), ("2.json", b'{"split": "test"}'))
     folder, count, marked = count_pictures(tmp_path / "shards", Finetune(method="dreambooth", class_word="bird"))
     assert [(each.path.name, each.read()) for each in folder.pictures] == pictures and (count, marked) == (2, 1)
+
+
+def test_folders_that_are_named_as_splits_hold_out_pictures_without_captions(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "test/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    folder, count, marked = count_pictures(tmp_path, Finetune(method="dreambooth", class_word="bird"))
+    assert (count, marked) == (2, 1)
+    assert [picture.path.name for picture in folder.select("test")] == ["c.png"]
 
 
 def test_a_folder_without_captions_is_read_with_the_folders_it_links_to(tmp_path: Path) -> None:

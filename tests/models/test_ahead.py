@@ -129,8 +129,9 @@ def test_hashes_are_compared_once_for_files_that_stay_as_they_are(
 def test_what_cannot_be_opened_is_for_others_to_say(folder: Path, begun: dict[Any, Any], weights: str) -> None:
     pixels(folder)
     open_ahead(weights)
+    open_ahead(folder, tokenizer="nowhere")  # a folder has one of its own
     assert not begun
-    open_ahead(folder, tokenizer="nowhere")  # a folder has one of its own, and is opened
+    open_ahead(folder)
     assert len(begun) == NETWORKS
 
 

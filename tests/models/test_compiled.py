@@ -1,5 +1,6 @@
 """torch.compile of the U-Net: the pictures of the torch engine, and one line where it cannot work."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from latentgen.checkpoint import save_pipeline
 from latentgen.errors import InputError
-from latentgen.models.compiled import why_no_compiling
+from latentgen.models.compiled import Compiled, compiled, why_no_compiling
+from latentgen.models.network import unet_network
 from latentgen.pipeline import Pipeline
 from latentgen.render import Order, render
 from tests.conftest import SCHEDULE
@@ -79,3 +81,9 @@ def test_what_the_compiler_cannot_do_is_one_line(folder: Path, tmp_path: Path, m
     pipe = Pipeline.from_pretrained(folder, device="cpu", compile=True)
     with pytest.raises(InputError, match=r"^compile failed: first line; render without it$"):
         pipe("a red apple", num_inference_steps=1)
+
+
+def test_a_copy_is_compiled_of_its_own_unet(parts: dict[str, Any]) -> None:
+    network = unet_network(parts["unet"], run=compiled(parts["unet"]))
+    twin = copy.deepcopy(network)
+    assert isinstance(twin.run, Compiled) and twin.run.unet is twin.unet is not network.unet

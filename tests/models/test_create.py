@@ -111,6 +111,17 @@ def test_the_text_tower_alone_says_what_clip_says(words: Any, clip: Any) -> None
     assert all(torch.equal(weight, kept) for weight, kept in zip(clip.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("width", [32, 130, 192, 200])
+def test_a_pooled_text_of_any_width_is_divided_among_heads(width: int) -> None:
+    unet = create.unet(
+        channels=(32,), layers=1, head_width=32, latent_channels=4, latent_size=8, text_width=width, pooled=True
+    )
+    drawn = unet(torch.zeros(1, 4, 8, 8), torch.tensor([3]), torch.zeros(1, 5, width)).sample
+    assert drawn.shape == (1, 4, 8, 8)
+    if width == 192:
+        assert unet.config.addition_embed_type_num_heads == 3  # 64 numbers each
+
+
 def test_the_pooled_text_is_read_at_its_first_end_mark(words: Any, clip: Any) -> None:
     short = torch.tensor(words(["cat"]).input_ids)
     padded = torch.tensor(words(["cat"], padding="max_length", max_length=CONTEXT).input_ids)

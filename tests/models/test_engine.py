@@ -1,14 +1,19 @@
 """The ONNX Runtime engine: torch's pictures from the same weights, stored once, and no torch imported."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -20,12 +25,14 @@ from safetensors.torch import save
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import check_safetensors, open_folder, read_manifest, save_pipeline
 from latentgen.image import read_settings
-from latentgen.models import create
-from latentgen.models.engine import EngineNote, open_engine
+from latentgen.models import create, loading
+from latentgen.models.engine import Engine, EngineNote, open_engine
+from latentgen.models.network import unet_network
 from latentgen.models.onnx.export import write_graphs
 from latentgen.models.onnx.places import GRAPHS, cache_folder, find_graphs
 from latentgen.models.onnx.session import cores, open_session
 from latentgen.render import Order, render, replay
+from tests.turns import Awaited
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -206,6 +213,10 @@ def test_a_folder_without_graphs_is_exported_once_into_the_cache_and_left_as_it_
     )
     assert sum(path.stat().st_size for path in graphs.values()) < 2_000_000
     times = [path.stat().st_mtime_ns for path in graphs.values()]
+    for wrong in ("2", 1.5, -1, 0, True, 10**10):  # with which no graph can be run
+        for engine in ("auto", "torch"):
+            with pytest.raises(InputError, match=f"threads is {wrong!r}; it must be"):
+                Pipeline.from_pretrained(copy, engine=engine, threads=wrong)  # type: ignore[arg-type]
     moved = copy.rename(tmp_path / "moved")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -225,9 +236,10 @@ def test_the_engine_is_chosen_by_what_is_asked_for(folder: Path) -> None:
         said: Pipeline.from_pretrained(folder, **dict([said])).machine
         for said in [("engine", "auto"), ("device", "cpu"), ("dtype", "float32"), ("dtype", "bfloat16")]
     }
+    engine["device", "cpu:0"] = Pipeline.from_pretrained(folder, device="cpu:0").machine
     names = [found["engine"] for found in engine.values() if found is not None]
     expected = "torch" if torch.cuda.is_available() else "onnx"
-    assert names == [expected, "onnx", expected, "torch"]
+    assert names == [expected, "onnx", expected, "torch", "onnx"]
 
 
 def test_what_takes_torch_is_done_by_torch_where_the_engine_was_left_to_be_chosen(folder: Path) -> None:
@@ -236,9 +248,41 @@ def test_what_takes_torch_is_done_by_torch_where_the_engine_was_left_to_be_chose
     output = pipe("a red apple", **arguments)
     assert output.settings["engine"] == "torch"
     np.testing.assert_array_equal(output.images, plain("a red apple", **arguments).images)
-    other = Pipeline.from_pretrained(folder, device="cpu")
-    with pytest.raises(InputError, match="no-such"):
-        other.load_lora("no-such.safetensors")
+
+
+def test_what_is_refused_or_does_nothing_opens_no_other_engine(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    call: dict[str, Any] = {"num_inference_steps": 2}
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("no LoRA at no-such", lambda: pipe.load_lora("no-such.safetensors")),
+        ("no LoRA named 'x' is loaded", lambda: pipe.set_lora_weight("x", 1.0)),
+        ("no LoRA named 'x' is loaded", lambda: pipe.unload_lora("x")),
+        ("no embedding at no-such", lambda: pipe.load_textual_inversion("no-such.safetensors")),
+        ("the batch is 0", lambda: pipe("a", pag_scale=1.0, batch=0, **call)),
+        ("it must be a Pipeline", lambda: pipe("a", feature_cache=2, weaker=3, **call)),  # type: ignore[arg-type]
+        ("a seed and a generator", lambda: pipe("a", pag_scale=1.0, seed=1, generator=torch.Generator(), **call)),
+    ]
+    for line, does in refused:
+        with pytest.raises(InputError, match=line):
+            does()
+    pipe.unload_lora()
+    pipe.unfuse_lora()
+    assert pipe.machine is not None and pipe.machine["engine"] == "onnx"
+
+
+def test_a_call_ends_with_the_engine_that_it_began_with(folder: Path) -> None:
+    pipe, torchs = (Pipeline.from_pretrained(folder, engine=engine, device="cpu") for engine in ("auto", "torch"))
+    taken = [field.name for field in fields(Engine)]
+    pipe._torch = lambda: Engine(**{name: getattr(torchs, name) for name in taken})
+
+    def told(own: Pipeline, index: int, *_: Any) -> None:
+        if index == 0:
+            own.fuse_lora()  # which takes torch
+
+    plain = pipe("a", seed=1, num_inference_steps=2, output_type="np")
+    out = pipe("a", seed=1, num_inference_steps=2, output_type="np", callback_on_step_end=told)
+    np.testing.assert_array_equal(out.images, plain.images)
+    assert out.settings["engine"] == "onnx" and pipe.machine is not None and pipe.machine["engine"] == "torch"
 
 
 def test_what_onnx_cannot_do_gets_one_line_where_it_was_asked_for(
@@ -362,3 +406,106 @@ def test_damaged_weights_of_fused_loras_are_not_run_but_made_anew(
         with pytest.warns(EngineNote, match="has ONNX graphs in the cache that cannot be run"):
             np.testing.assert_array_equal(pixels(), first)
         assert beside.read_bytes() == whole
+
+
+# --- several threads, and copies
+
+CALL: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "output_type": "np"}
+
+
+def test_the_libraries_are_silent_for_one_thread_at_a_time_and_then_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second thread comes while the first is inside, and leaves after it."""
+    import transformers.utils.logging as remarks
+
+    with loading.quiet():
+        pass  # the libraries, when they are imported, have filters of their own
+    inside, come, left = Event(), Event(), Event()
+    monkeypatch.setattr(loading, "LOADING", Awaited(come))
+    before = list(warnings.filters), remarks.get_verbosity(), remarks.is_progress_bar_enabled()
+
+    def second() -> None:
+        assert inside.wait(20)
+        with loading.quiet():
+            come.set()
+            assert left.wait(20)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(second)
+        with loading.quiet():
+            inside.set()
+            assert come.wait(20)
+        left.set()
+        other.result()
+    assert (list(warnings.filters), remarks.get_verbosity(), remarks.is_progress_bar_enabled()) == before
+
+
+def test_two_threads_that_need_torch_open_it_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, come, opened = Event(), Event(), list[Any]()
+    monkeypatch.setattr(loading, "LOADING", Awaited(come))
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    make = pipe._torch
+    assert make is not None
+
+    def once() -> Any:
+        opened.append(1)
+        if len(opened) == 1:
+            inside.set()
+            assert come.wait(20)
+        return make()
+
+    def second() -> None:
+        assert inside.wait(20)
+        pipe._use_torch()
+        come.set()
+
+    pipe._torch = once
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(second)
+        pipe._use_torch()
+        other.result()
+    assert opened == [1] and pipe.machine is not None and pipe.machine["engine"] == "torch"
+
+
+def test_weights_that_were_opened_in_torchs_inference_mode_are_rendered_with_everywhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "latentgen.models.network.channels_last", lambda _: True
+    )  # as where weights are moved once more
+    plain = Pipeline.from_pretrained(folder, engine="torch")("a red apple", **CALL).images
+    with torch.inference_mode():
+        opened = Pipeline.from_pretrained(folder, engine="torch")
+        assert not any(weight.is_inference() for weight in opened.network.unet.parameters())  # type: ignore[attr-defined]
+        given = copy.deepcopy(opened.network.unet)  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(opened("a red apple", **CALL).images, plain)
+    np.testing.assert_array_equal(opened("a red apple", **CALL).images, plain)
+    assert all(weight.is_inference() for weight in given.parameters())  # somebody's own
+    opened.network = unet_network(given)
+    np.testing.assert_array_equal(opened("a red apple", **CALL).images, plain)
+
+
+@pytest.mark.parametrize("way", ["copied", "sent"])
+def test_a_copy_computes_with_its_own_weights_in_every_way(engines: dict[str, Pipeline], way: str) -> None:
+    pipe = engines["torch"]
+    ways = [CALL, CALL | {"pag_scale": 2.0}, CALL | {"feature_cache": 2}]
+    before = [pipe("a red apple", **call).images for call in ways]
+    twin = copy.deepcopy(pipe) if way == "copied" else pickle.loads(pickle.dumps(pipe))
+    for call, expected in zip(ways, before, strict=True):
+        np.testing.assert_array_equal(twin("a red apple", **call).images, expected)
+    with torch.no_grad():
+        twin.network.unet.conv_out.weight.mul_(0.5)
+    for call, expected in zip(ways, before, strict=True):
+        assert np.abs(twin("a red apple", **call).images - expected).max() > 1e-4
+        np.testing.assert_array_equal(pipe("a red apple", **call).images, expected)
+    network = twin.network.unet
+    assert twin.perturbed.unet is network and twin.cached.network.unet is network
+
+
+def test_what_onnx_runtime_computes_is_copied_but_not_sent(engines: dict[str, Pipeline]) -> None:
+    pipe = engines["onnx"]
+    twin = copy.deepcopy(pipe)
+    np.testing.assert_array_equal(twin("a red apple", **CALL).images, pipe("a red apple", **CALL).images)
+    with pytest.raises(InputError, match="cannot be pickled; open it in each process"):
+        pickle.dumps(pipe)

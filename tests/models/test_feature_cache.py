@@ -14,6 +14,7 @@ from latentgen.cli import main
 from latentgen.diffusion.denoiser import Condition
 from latentgen.image import read_settings
 from latentgen.models.feature_cache import FeatureCache
+from latentgen.models.memory import in_groups
 from latentgen.models.network import unet_network
 from latentgen.render import replay
 
@@ -95,6 +96,41 @@ def test_states_that_are_new_at_every_step_take_features_over_until_the_groups_a
 
     assert [step(900.0, 2), step(800.0, 2), step(700.0, 2)] == [True, False, False]
     assert [step(600.0, 4), step(500.0, 4)] == [True, False]
+
+
+@pytest.mark.parametrize("states", ["kept", "annealed"])
+@pytest.mark.parametrize(("rows", "before"), [(1, 1), (1, 2), (2, 2)])
+def test_texts_of_two_lengths_get_their_own_features_from_where_guidance_begins(
+    unet: Any, rows: int, before: int, states: str
+) -> None:
+    """Unguided, one row of each length is shown; guided, two, of which the first is of the negative prompt."""
+    cached, plain = in_groups(FeatureCache(unet, unet_network(unet), 9), rows), in_groups(unet_network(unet), rows)
+    x, told = torch.randn(4, 4, 8, 8), torch.randn(4, 7, 16)
+    mask = np.arange(7) < np.array([[7], [5], [5], [7]])  # the negatives of 7 and 5 tokens, then the prompts of 5 and 7
+
+    def step(time: float, guided: bool) -> bool:
+        """Whether the step is what is computed without a cache."""
+        count = 4 if guided else 2
+        noise = 0.1 * torch.randn(7, 16) if states == "annealed" else 0.0
+        condition = kept[guided] if states == "kept" else Condition(states=told[-count:] + noise, mask=mask[-count:])
+        times = torch.full((count,), time)
+        return torch.equal(cached(x[-count:], times, condition), plain(x[-count:], times, condition))
+
+    kept = {guided: Condition(states=told[-n:], mask=mask[-n:]) for guided, n in ((False, 2), (True, 4))}
+    assert [step(time, False) for time in (900.0, 800.0)[:before]] == [True, False][:before]
+    assert [step(700.0, True), step(600.0, True)] == [True, False]
+
+
+def test_a_walk_that_begins_anew_takes_nothing_over_and_counts_from_its_own_start(unet: Any) -> None:
+    """As where rows are walked one after the other: each is what it is alone, however many steps were before."""
+    alone, after = (FeatureCache(unet, unet_network(unet), 2) for _ in range(2))
+    x = torch.randn(1, 4, 8, 8)
+    for time in (900.0, 800.0, 700.0):
+        after(x, torch.full((1,), time), Condition(states=torch.randn(1, 5, 16)))
+    for time in (900.0, 600.0, 500.0, 400.0):
+        condition = Condition(states=torch.randn(1, 5, 16))
+        found, expected = (network(x, torch.full((1,), time), condition) for network in (after, alone))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("annealing", [None, (0.2, 0.9, 0.3)])

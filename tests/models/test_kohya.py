@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_folder
 from latentgen.checkpoint.write import TEXT
+from latentgen.durable import new_place
 from latentgen.models.adapters import add_adapter, layers_of, text_layers, write_adapter
 from latentgen.models.loading import load_part
 from latentgen.models.lora import kohya, write_kohya
 from latentgen.models.lora.file import is_adapter
+from latentgen.models.lora.names import KOHYA
 
 CALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 
@@ -136,6 +138,23 @@ def test_xl_has_the_original_layouts_names_and_two_text_encoders(xl: Path, tmp_p
     np.testing.assert_allclose(found[2], found[1], atol=1e-4)
 
 
+def test_tensors_that_do_not_fit_each_other_are_one_line(tmp_path: Path) -> None:
+    tensors = {"unet.conv_in.lora_A.weight": torch.ones(2, 4), "unet.conv_in.lora_B.weight": torch.ones(4, 3)}
+    save_file(tensors, tmp_path / "mine.safetensors")
+    with pytest.raises(InputError, match=r"conv_in.lora_A.weight and those beside it .* do not fit each other"):
+        write_kohya(tmp_path / "mine.safetensors", tmp_path / "kohya.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+
+
+def test_a_base_that_names_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+    made, file = adapter(folder, "lora", tmp_path / "mine"), tmp_path / "mine.safetensors"
+    with pytest.raises(InputError, match="is not Stable Diffusion XL, whose adapters alone need a base; leave --base"):
+        write_kohya(made, file, folder)
+    with new_place(file), pytest.raises(InputError, match=r"another latentgen writes .*mine\.safetensors now"):
+        write_kohya(made, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_an_xl_adapter_in_kohyas_form_is_fused_into_the_graphs(xl: Path, tmp_path: Path) -> None:
     made = adapter(xl, "lora", tmp_path / "mine", text=True)
     file = tmp_path / "mine.safetensors"
@@ -174,3 +193,27 @@ def test_a_text_encoders_own_names_and_the_original_layouts_are_known(folder: Pa
     save_file(ldm, tmp_path / "ldm.safetensors")
     write_kohya(tmp_path / "ldm.safetensors", tmp_path / "back.safetensors", xl)
     assert load_file(tmp_path / "back.safetensors").keys() == held.keys()
+
+
+@pytest.mark.parametrize("form", [("unet.", "{}."), ("diffusion_model.", "text_encoders.{}.transformer.")])
+@pytest.mark.parametrize("second", [False, True])
+def test_the_names_that_omi_and_comfyui_write_are_known(
+    form: tuple[str, str], second: bool, folder: Path, xl: Path, tmp_path: Path
+) -> None:
+    place, base = (xl, xl) if second else (folder, None)
+    made = adapter(place, "lora", tmp_path / "mine", targets="attention", text=True)
+    write_kohya(made, tmp_path / "kohya.safetensors", base)
+    loras, there = Pipeline.from_pretrained(place, engine="torch").loras, {}
+    assert loras is not None
+    for layer, (original,) in ((layer, named) for layer, named in loras.parts["unet"].names().items() if named):
+        there |= {f"lora_unet_{name.replace('.', '_')}": form[0] + original for name in (layer, original)}
+    for part, clip in (("text_encoder", "clip_l"), *([("text_encoder_2", "clip_g")] if second else [])):
+        for layer in loras.parts[part].names():
+            name = f"text_model.{layer.removeprefix('text_model.')}"
+            there[f"{KOHYA[part][-1 if second else 0]}_{name.replace('.', '_')}"] = form[1].format(clip) + name
+    held = {tuple(name.split(".", 1)): value for name, value in load_file(tmp_path / "kohya.safetensors").items()}
+    save_file({f"{there[layer]}.{name}": v for (layer, name), v in held.items()}, tmp_path / "other.safetensors")
+    expected = picture(place, tmp_path / "kohya.safetensors")
+    np.testing.assert_array_equal(picture(place, tmp_path / "other.safetensors"), expected)
+    write_kohya(tmp_path / "other.safetensors", tmp_path / "back.safetensors", base)
+    np.testing.assert_allclose(picture(place, tmp_path / "back.safetensors"), expected, atol=1e-6)

@@ -1,7 +1,12 @@
 """LoRA files: in every form people have, the picture is that of diffusers with PEFT, and nothing is left behind."""
 
+import copy
 import json
+import math
+import re
+import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from latentgen import InputError, Pipeline
 from latentgen.checkpoint import open_checkpoint
 from latentgen.durable import sha256
-from latentgen.models.lora import Lora, Loras, Update, read_lora
+from latentgen.models.lora import Lora, Loras, Update, read_lora, write_kohya
+from latentgen.models.lora.file import is_adapter
 from latentgen.models.lora.layers import ModuleLayers, module_loras
 from latentgen.models.lora.names import index
-from latentgen.models.lora.stack import Loaded
+from latentgen.models.lora.stack import Loaded, WordsBeside
 from latentgen.models.onnx.places import fused_folder
 
 TOLERANCE = 2e-4  # in [0, 1]; what is promised is 2e-3
@@ -31,7 +37,7 @@ ANCHORED: dict[str, Any] = {"r": 3, "lora_alpha": 4, "alpha_pattern": {BARE: 32}
 def state(pipe: Pipeline) -> dict[str, torch.Tensor]:
     assert pipe.loras is not None
     parts = pipe.loras.parts.items()
-    return {f"{part}.{name}": one.weight.clone() for part, layers in parts for name, one in layers._layers.items()}
+    return {f"{part}.{name}": layers._weight(name).clone() for part, layers in parts for name in layers.names()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -323,6 +329,75 @@ def test_lycoris_forms_equal_their_equations(tmp_path: Path) -> None:
     )
 
 
+# What LyCORIS' full and train_norm and ComfyUI's LoraSave make: by its name here, a parameter's change in the file.
+PLAIN = {
+    "unet.conv_in.weight": "lora_unet_conv_in.diff",
+    "unet.conv_in.bias": "lora_unet_conv_in.diff_b",
+    "unet.conv_norm_out.weight": "lora_unet_conv_norm_out.w_norm",
+    "unet.conv_norm_out.bias": "lora_unet_conv_norm_out.b_norm",
+    "unet.down_blocks.0.resnets.0.norm1.weight": "diffusion_model.input_blocks.1.0.in_layers.0.diff",
+    "unet.down_blocks.0.resnets.0.norm1.bias": "diffusion_model.input_blocks.1.0.in_layers.0.diff_b",
+    f"{LAYER.removesuffix('to_q')}to_out.0.bias": f"{LAYER.removesuffix('to_q')}to_out.0.diff_b",
+    "text_encoder.final_layer_norm.weight": "text_encoders.clip_l.transformer.text_model.final_layer_norm.diff",
+    "text_encoder.final_layer_norm.bias": "lora_te_text_model_final_layer_norm.b_norm",
+    "text_encoder.encoder.layers.0.mlp.fc1.bias": "lora_te_text_model_encoder_layers_0_mlp_fc1.diff_b",
+}
+
+
+def of_norms_and_biases(pipe: Pipeline, file: Path) -> dict[str, torch.Tensor]:
+    """The changes, by the names of PLAIN; written into a file, a low rank beside one of them."""
+    generator, parameters = torch.Generator().manual_seed(0), state(pipe)
+    changes = {
+        name: 0.3 * torch.randn(parameters[name.removesuffix(".weight")].shape, generator=generator) for name in PLAIN
+    }
+    save_file({PLAIN[name]: change for name, change in changes.items()} | pair(high=16, size=0.1), file)
+    return changes
+
+
+def test_changes_of_norms_and_biases_are_added_weighed_and_taken_out(
+    pipe: Pipeline, diffusers_pipe: Callable[[], Any], tmp_path: Path
+) -> None:
+    plain, before, there = ours(pipe), state(pipe), diffusers_pipe()
+    changes = of_norms_and_biases(pipe, tmp_path / "full.safetensors")
+    changes[f"{LAYER}.weight"] = torch.full((16, 16), 0.1 * 2)  # of ones, of rank 2
+    with torch.no_grad():
+        for name, change in changes.items():
+            part, _, own = name.partition(".")
+            (weight,) = (held for key, held in getattr(there, part).named_parameters() if f".{key}".endswith(f".{own}"))
+            weight.add_(0.5 * change)
+    pipe.load_lora(tmp_path / "full.safetensors", 0.5)
+    changed = ours(pipe)
+    np.testing.assert_allclose(changed, theirs(there), atol=TOLERANCE)
+    assert np.abs(changed - plain).max() > 0.02 and same(before, state(pipe))
+    pipe.fuse_lora()
+    np.testing.assert_array_equal(ours(pipe), changed)
+    assert not same(before, state(pipe))
+    pipe.set_lora_weight("full", 0)
+    np.testing.assert_array_equal(ours(pipe), plain)
+    pipe.set_lora_weight("full", 0.5)
+    np.testing.assert_array_equal(ours(pipe), changed)
+    pipe.unfuse_lora()
+    assert same(before, state(pipe))
+    np.testing.assert_array_equal(ours(pipe), changed)
+    pipe.unload_lora()
+    np.testing.assert_array_equal(ours(pipe), plain)
+
+
+def test_changes_of_norms_and_biases_are_in_fused_graphs_and_in_kohyas_form(
+    pipe: Pipeline, folder: Path, tmp_path: Path
+) -> None:
+    of_norms_and_biases(pipe, tmp_path / "full.safetensors")
+    pipe.load_lora(tmp_path / "full.safetensors")
+    expected = ours(pipe)
+    pipe.unload_lora()
+    graphs = Pipeline.from_pretrained(folder, engine="onnx", loras=[{"path": tmp_path / "full.safetensors"}])
+    np.testing.assert_allclose(ours(graphs), expected, atol=1e-3)
+    write_kohya(tmp_path / "full.safetensors", tmp_path / "kohya.safetensors")
+    assert all(key.startswith("lora_") for key in load_file(tmp_path / "kohya.safetensors"))
+    pipe.load_lora(tmp_path / "kohya.safetensors")
+    np.testing.assert_allclose(ours(pipe), expected, atol=1e-5)
+
+
 def test_half_precision_weights_come_back_to_the_bit(folder: Path, first: Path) -> None:
     half = Pipeline.from_pretrained(folder, dtype="bfloat16")
     before, plain = state(half), ours(half)
@@ -377,6 +452,8 @@ BAD: list[tuple[dict[str, torch.Tensor], str]] = [
     (pair(wide=768, high=320), "is for another model: .*attn1.to_q.lora_A.weight and those beside it"),
     (pair(wide=8, high=32), "is for another model"),  # the same number of elements
     (pair() | {"emb_params": torch.ones(2)}, "holds emb_params, which is no part of a LoRA"),
+    (pair() | {f"{LAYER}.diff_b": torch.ones(16)}, "to_q.diff_b has no layer here .1 of 2 have none"),
+    ({"unet.conv_in.diff_b": torch.ones(3)}, "conv_in.diff_b and those beside it .* do not fit a layer of shape .16,."),
     (pair() | {f"{LAYER}.lora_B.bias": torch.ones(2)}, "to_q.lora_B.bias, which is no part of a LoRA"),
     ({f"{LAYER}.lora_A.weight": torch.ones(2, 16)}, "make no LoRA"),
     (pair(size=0.0), "changes nothing"),
@@ -399,6 +476,48 @@ def test_a_file_that_cannot_be_used_gets_one_line_and_changes_nothing(
         assert "\n" not in str(caught.value)
     np.testing.assert_array_equal(ours(pipe), before)
     assert pipe.loras is not None and list(pipe.loras.loaded) == [first.name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": "x"},
+        {"lora_alpha": [1]},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": 2, "r": "two"},
+        {"lora_alpha": 2, "alpha_pattern": [1]},
+        {"lora_alpha": 2, "alpha_pattern": {"(": 1}},
+    ],
+)
+def test_settings_of_a_lora_that_cannot_be_used_are_one_line(settings: dict[str, Any], tmp_path: Path) -> None:
+    written(tmp_path, pair(), "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=f"the rank or alpha that is told of {LAYER} cannot be used") as caught:
+        read_lora(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_metadata_that_is_no_table_says_nothing(tmp_path: Path) -> None:
+    save_file(pair(), tmp_path / "a.safetensors", {"lora_adapter_metadata": "[]"})
+    (update,) = read_lora(tmp_path / "a.safetensors").updates.values()
+    assert update.scale == 1
+
+
+def test_new_words_in_the_file_of_a_lora_are_said_and_kept(pipe: Pipeline, tmp_path: Path) -> None:
+    word = {"bundle_emb.<mine>.string_to_param.*": torch.ones(2, 16), "bundle_emb.b.emb_params": torch.ones(1, 16)}
+    alone, both = written(tmp_path, pair(), "alone.safetensors"), written(tmp_path, pair() | word)
+    assert is_adapter(both)
+    with pytest.warns(WordsBeside, match=r"holds new words too, '<mine>', 'b'; --word .*a.safetensors .* teaches them"):
+        pipe.load_lora(both)
+    got = ours(pipe)
+    pipe.unload_lora()
+    pipe.load_lora(alone)
+    np.testing.assert_array_equal(got, ours(pipe))
+    write_kohya(both, tmp_path / "kohya.safetensors")
+    kept = load_file(tmp_path / "kohya.safetensors")
+    assert {key for key in kept if key.startswith("bundle_emb")} == {*word}
+    with pytest.raises(InputError, match="holds no tensors; it is no LoRA"):
+        pipe.load_lora(written(tmp_path, word))
 
 
 def test_a_lora_of_another_width_is_refused(pipe: Pipeline, trained: Callable[..., Path], tmp_path: Path) -> None:
@@ -425,19 +544,26 @@ def test_other_things_than_loras_get_one_line(pipe: Pipeline, first: Path, tmp_p
         pipe.load_lora(first, name="one")
     with pytest.raises(InputError, match="no LoRA named 'two' is loaded; there are: 'one'"):
         pipe.unload_lora("two")
-    for weight, line in ((float("inf"), "finite"), ("much", "must be a number")):
+    for weight, line in ((float("inf"), "is inf; it must be a number from"), ("much", "must be a number")):
         with pytest.raises(InputError, match=line):
             pipe.set_lora_weight("one", weight)  # type: ignore[arg-type]
 
 
 def test_attention_processors_of_old_and_the_original_layouts_names_are_known() -> None:
-    layers = {"unet": {"down_blocks.1.attentions.0.proj_in": ["input_blocks.4.1.proj_in"]}, "text_encoder_2": {"q": []}}
+    layers = {
+        "unet": {"down_blocks.1.attentions.0.proj_in": ["input_blocks.4.1.proj_in"]},
+        "text_encoder_2": {"q": []},
+        "text_encoder": {"v": []},
+    }
     known = index(layers)
     place = ("unet", "down_blocks.1.attentions.0.proj_in")
     assert known["lora_unet_input_blocks_4_1_proj_in"] == known["lora_unet_down_blocks_1_attentions_0_proj_in"] == place
     assert known["diffusion_model.input_blocks.4.1.proj_in"] == place
     assert known["lora_te2_text_model_q"] == known["text_encoder_2.text_model.q"] == ("text_encoder_2", "q")
     assert "lora_te1_text_model_q" not in known
+    assert (
+        known["clip_h.text_model.v"] == known["text_encoders.clip_l.transformer.text_model.v"] == ("text_encoder", "v")
+    )
 
 
 def test_old_attention_processor_files_load_as_in_diffusers(
@@ -469,6 +595,9 @@ def test_a_stack_needs_no_torch() -> None:
         def read(self, layer: str) -> np.ndarray:
             return np.eye(3, dtype=np.float32)
 
+        def largest(self, layer: str) -> float:
+            return math.inf
+
         def use(self, changes: Any) -> int:
             self.used = dict(changes)
             return len(self.used)
@@ -486,3 +615,151 @@ def test_a_stack_needs_no_torch() -> None:
     stack.unload()
     assert part.used == {"a": None}
     assert isinstance(ModuleLayers(torch.nn.Linear(2, 2)).read(""), np.ndarray)
+
+
+# --- interrupted, or given what cannot be
+
+
+def is_interrupted(call: Callable[[], Any], line: int) -> bool:
+    """Whether a call was interrupted, before the line of that number that it runs of layers.py and stack.py."""
+    left = [line]
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(("lora/layers.py", "lora/stack.py")):
+            return None
+        left[0] -= event == "line"
+        if not left[0]:
+            raise KeyboardInterrupt  # once: Python takes the trace away
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("then", [("unfuse", "unload"), ("unload", "unfuse"), ("fuse", "unfuse", "unload")])
+@pytest.mark.parametrize("change", ["load", "set", "unload", "fuse", "unfuse", "load fused", "unload fused"])
+def test_wherever_a_change_is_interrupted_the_weights_come_back(
+    change: str, then: tuple[str, ...], tmp_path: Path
+) -> None:
+    layers = {f"unet.{name}": pair(f"unet.{name}", 3, 3) for name in "ab"}
+    file, x = written(tmp_path, layers["unet.a"] | layers["unet.b"]), torch.ones(1, 3)
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in "ab"}).requires_grad_(False)
+    own, plain = copy.deepcopy(module.state_dict()), [one(x) for one in module.values()]
+    for line in count(1):
+        stack = Loras({"unet": ModuleLayers(module)})
+        if not change.startswith("load"):
+            stack.load(file, name="x")
+        if change == "unfuse" or change.endswith("fused"):
+            stack.fuse()
+        calls: dict[str, Callable[[], Any]] = {"fuse": stack.fuse, "unfuse": stack.unfuse, "unload": stack.unload}
+        calls |= {"load": lambda stack=stack: stack.load(file, name="x")}  # type: ignore[misc]
+        calls |= {"set": lambda stack=stack: stack.set_weight("x", 2.0)}  # type: ignore[misc]
+        if interrupted := is_interrupted(calls[change.split()[0]], line):
+            for each in then:
+                calls[each]()
+        stack.unfuse()
+        stack.unload()
+        assert same(own, module.state_dict()), line
+        assert all(torch.equal(one(x), before) for one, before in zip(module.values(), plain, strict=True)), line
+        if not interrupted:
+            break
+    assert line > 5
+
+
+def test_what_is_interrupted_as_it_is_taken_out_is_listed_until_it_is_out(
+    pipe: Pipeline, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ours(pipe)
+    pipe.load_lora(first, name="x")
+    bind, left = ModuleLayers._bind, iter([None, None])
+
+    def some(layers: ModuleLayers, name: str) -> None:
+        if next(left, "over") == "over":
+            raise KeyboardInterrupt
+        bind(layers, name)
+
+    monkeypatch.setattr(ModuleLayers, "_bind", some)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.unload_lora("x")
+    monkeypatch.undo()
+    assert pipe.loras is not None and list(pipe.loras.loaded) == ["x"]
+    pipe.unload_lora("x")
+    np.testing.assert_array_equal(ours(pipe), plain)
+
+
+def test_a_weight_under_which_numbers_run_over_is_refused_and_changes_nothing(
+    pipe: Pipeline, first: Path, tmp_path: Path
+) -> None:
+    pipe.load_lora(first, name="x")
+    before = ours(pipe)
+    for weight in (1e40, -1e40, 10**400):
+        with pytest.raises(InputError, match="a LoRA's weight is"):
+            pipe.load_lora(first, weight)
+    with pytest.raises(InputError, match=r"with 'x' at 1, 'y' at 3e\+38 the weights of .* are too large"):
+        pipe.load_lora(written(tmp_path, pair(size=100.0)), 3e38, "y")
+    with pytest.raises(InputError, match=r"with 'x' at 3e\+38 the weights of .* are too large for their type"):
+        pipe.set_lora_weight("x", 3e38)
+    assert pipe.loras is not None and [one.weight for one in pipe.loras.loaded.values()] == [1.0]
+    np.testing.assert_array_equal(ours(pipe), before)
+    half = Loras({"unet": ModuleLayers(torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3)}).half())})
+    with pytest.raises(InputError, match="too large for their type"):
+        half.load(written(tmp_path, pair("unet.a", 3, 3)), 1e5)
+
+
+def test_names_and_paths_of_another_kind_get_one_line(pipe: Pipeline, first: Path) -> None:
+    wrong: list[Any] = [3, None, {}, b"x", [first], "a" * 5000, "a\0b"]
+    for path in wrong:
+        with pytest.raises(InputError, match="a LoRA's path is"):
+            pipe.load_lora(path)
+    unnamed: Any = ["x"]
+    for call in (lambda: pipe.load_lora(first, 1, unnamed), lambda: pipe.unload_lora(unnamed)):
+        with pytest.raises(InputError, match=r"a LoRA's name is \['x'\]; it must be a string"):
+            call()
+    with pytest.raises(InputError, match=r"a LoRA's name is \['x'\]"):
+        pipe.set_lora_weight(unnamed, 1)
+    with pytest.raises(InputError, match=r"a LoRA's known_as is \['x'\]; it must be a string"):
+        pipe.load_lora(first, known_as=unnamed)
+    with pytest.raises(InputError, match=r"no LoRA named 'x+… is loaded"):
+        pipe.unload_lora("x" * 3000)
+
+
+def test_two_loras_of_one_name_are_refused_where_they_are_fused_already_too(first: Path) -> None:
+    both = [{"path": first, "name": "x", "weight": weight} for weight in (1.0, 0.5)]
+    with pytest.raises(InputError, match="a LoRA named 'x' is loaded already; give another name"):
+        Loras.told(both)
+    unnamed = [{"path": first, "weight": weight} for weight in (1.0, 0.5)]
+    names = [(one["name"], one["weight"]) for one in Loras.told(unnamed)]
+    assert names == [(first.name, 1.0), (f"{first.name}-2", 0.5)]
+    assert [one["name"] for one in Loras.told([{"path": first, "name": ""}])] == [""]
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_what_a_pipeline_is_opened_with_is_a_list_of_paths_or_of_what_load_lora_takes(
+    folder: Path, first: Path, engine: str
+) -> None:
+    wrong: list[tuple[Any, str]] = [
+        (3, "loras is 3; it must be a list of paths, or of mappings with the keys path, weight, name, known_as"),
+        ((one for one in [first]), "loras is <generator"),
+        ([3], "loras holds 3; each must be a path, or a mapping with the keys path, weight"),
+        ([{"weight": 1}], "loras holds a mapping with ['weight']; each must"),
+        ([{"path": str(first), "wieght": 1}], "loras holds a mapping with ['path', 'wieght']; each must"),
+        ([{"path": first, "weight": "a"}], "a LoRA's weight is 'a'"),
+        ([{"path": 3}], "a LoRA's path is 3"),
+        ([{"path": first, "name": 3}], "a LoRA's name is 3"),
+        ([{"path": first, "known_as": first}], "a LoRA's known_as is"),
+    ]
+    for loras, line in wrong:
+        with pytest.raises(InputError, match=re.escape(line)):
+            Pipeline.from_pretrained(folder, engine=engine, device="cpu", loras=loras)
+    right: list[Any] = [first, str(first), [first], {"path": first}, [{"path": str(first), "weight": 1}]]
+    for loras in right:
+        pipe = Pipeline.from_pretrained(folder, engine=engine, device="cpu", loras=loras)
+        assert pipe.loras is not None and [one.weight for one in pipe.loras.loaded.values()] == [1.0]
+    assert Pipeline.from_pretrained(folder, engine="torch", loras=None).loras is not None  # type: ignore[arg-type]

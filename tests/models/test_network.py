@@ -1,7 +1,11 @@
 """The network is the U-Net itself, in its own type, with gradients only where they are wanted."""
 
 import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Event, get_ident
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,11 @@ from safetensors.torch import save_file
 from latentgen import Pipeline
 from latentgen.checkpoint import open_folder
 from latentgen.diffusion.denoiser import Condition
-from latentgen.models.network import channels_last, load_unet, unet_network
+from latentgen.models import network as networks
+from latentgen.models.feature_cache import FeatureCache
+from latentgen.models.lora.layers import module_loras
+from latentgen.models.network import channels_last, load_unet, perturbed_network, unet_network
+from tests.turns import Awaited
 
 X, TIME = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 999.0])
 CONDITION = Condition(states=torch.randn(2, 16, 16))
@@ -111,8 +119,6 @@ def test_they_are_taken_over_under_perturbed_attention_too(pipe: Pipeline) -> No
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_they_are_taken_over_where_deep_features_are(pipe: Pipeline, batch: int) -> None:
-    from latentgen.models.feature_cache import FeatureCache
-
     call = {**CALL, "num_inference_steps": 6, "batch": batch}
     found, cached = pipe(PROMPTS, feature_cache=2, **call).images, pipe.cached
     pipe.cached = lambda every: FeatureCache(pipe.network.unet, pipe.network, every)  # type: ignore[attr-defined]
@@ -166,3 +172,103 @@ def test_channels_lie_where_a_unet_answers_fastest(folder: Path, monkeypatch: py
         found.append(unet_network(unet)(X, TIME, CONDITION))
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
     assert channels_last(torch.device("cuda"))
+
+
+# --- a U-Net that two threads compute with
+
+OTHER = Condition(states=torch.randn(2, 16, 16))
+
+
+def beside(
+    unet: Any, first: Callable[[], Any], second: Callable[[], Any], at: torch.nn.Module | None = None
+) -> tuple[Any, Any]:
+    """What both give where the second comes as the first is inside: it is through, or it waits for its turn.
+
+    at: the module that the first is about to call then; None is the middle of the U-Net.
+    """
+    inside, come = Event(), Event()
+    networks._LOCKS[unet], own = Awaited(come), get_ident()
+
+    def wait(*_: object) -> None:
+        if get_ident() == own and not inside.is_set():
+            inside.set()
+            assert come.wait(20)
+
+    def then() -> Any:
+        assert inside.wait(20)
+        try:
+            return second()
+        finally:
+            come.set()
+
+    hook = (at or unet.mid_block).register_forward_pre_hook(wait)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(then)
+            return first(), other.result()
+    finally:
+        hook.remove()
+        del networks._LOCKS[unet]
+
+
+@pytest.mark.parametrize("walking", [True, False])
+def test_perturbed_attention_is_not_that_of_who_computes_beside_it(parts: dict[str, Any], walking: bool) -> None:
+    unet = copy.deepcopy(parts["unet"])
+    perturbed, plain = perturbed_network(unet), unet_network(unet)
+    expected = perturbed(X, TIME, CONDITION), plain(X, TIME, OTHER)
+    second = plain.walk() if walking else plain
+    found = beside(unet, partial(perturbed, X, TIME, CONDITION), partial(second, X, TIME, OTHER))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_copy_that_is_made_while_another_thread_computes_is_whole(parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["unet"])
+    plain = unet_network(unet)
+    _, twin = beside(unet, partial(plain.walk(), X, TIME, CONDITION), partial(copy.deepcopy, plain))
+    torch.testing.assert_close(twin(X, TIME, OTHER), plain(X, TIME, OTHER), rtol=0, atol=0)
+
+
+class Called(torch.nn.Module):
+    """A network as a module, which is called before the network waits for its turn."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *given: Any) -> Any:
+        return self.network(*given)
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("step", [0, 1])
+def test_deep_features_are_those_of_their_own_walk(parts: dict[str, Any], step: int, early: bool) -> None:
+    """The first step remembers them, the second takes them over: another thread computes during either.
+
+    early: it comes when the layers are changed, and the network is not called yet.
+    """
+    unet = copy.deepcopy(parts["unet"])
+    plain = unet_network(unet)
+    called = Called(plain.walk())
+    alone, shared = FeatureCache(unet, plain.walk(), 2), FeatureCache(unet, called, 2)
+    for number, time in enumerate((torch.full((2,), 900.0), torch.full((2,), 800.0))):
+        expected, others = alone(X, time, CONDITION), plain(X + 1, TIME, OTHER)
+        if number != step:
+            torch.testing.assert_close(shared(X, time, CONDITION), expected, rtol=0, atol=0)
+            continue
+        first, second = partial(shared, X, time, CONDITION), partial(plain, X + 1, TIME, OTHER)
+        found = beside(unet, first, second, called if early else None)
+        torch.testing.assert_close(found, (expected, others), rtol=0, atol=0)
+
+
+def test_a_lora_that_is_loaded_while_another_thread_computes_stays_in_use(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{layer}.lora_{name}.weight": torch.ones(shape) for name, shape in (("A", (2, 16)), ("B", (16, 2)))}
+    save_file(tensors, tmp_path / "a.safetensors")
+    unet, alone = (copy.deepcopy(parts["unet"]) for _ in range(2))
+    walk, loras = unet_network(unet).walk(), module_loras(unet=unet)
+    module_loras(unet=alone).load(tmp_path / "a.safetensors")
+    beside(unet, partial(walk, X, TIME, CONDITION), partial(loras.load, tmp_path / "a.safetensors"))
+    expected = unet_network(alone)(X, TIME, CONDITION)
+    torch.testing.assert_close(unet_network(unet)(X, TIME, CONDITION), expected, rtol=0, atol=0)

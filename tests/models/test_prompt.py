@@ -1,6 +1,7 @@
 """Prompts: the web UI's form is read, long ones go by chunks, and the states are those of each chunk encoded alone."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentgen import InputError, Pipeline
+from latentgen.conditions import PromptText
 from latentgen.image import read_settings
 from latentgen.models.prompt import (
     Chunk,
@@ -24,6 +26,7 @@ from latentgen.models.prompt import (
     lay,
     literal,
     parse,
+    read_elsewhere,
     sheet,
     weighted,
 )
@@ -155,6 +158,20 @@ def test_a_word_that_begins_near_the_end_is_not_torn() -> None:
     laid = lay(literal("x " * 70 + "umbrella rain"), letters, WINDOW)
     assert [len(chunk.ids) for chunk in laid.chunks] == [70, 12]
     assert [len(chunk.ids) for chunk in lay(literal("x" * 100), letters, WINDOW).chunks] == [75, 25]
+
+
+@pytest.mark.parametrize(
+    ("before", "vectors", "lengths"),
+    [("", 75, [75, 1]), ("w " * 72, 4, [72, 5]), ("w " * 10, 70, [10, 71]), ("w " * 10, 80, [10, 75, 6])],
+)
+def test_a_new_word_of_several_vectors_is_not_torn_unless_no_chunk_holds_it(
+    before: str, vectors: int, lengths: list[int]
+) -> None:
+    def learned(text: str) -> list[Token]:
+        return [token for one in words(text) for token in [one] * (vectors if text[one.start] == "N" else 1)]
+
+    laid = lay(literal(f"{before}New w"), learned, WINDOW)
+    assert [len(chunk.ids) for chunk in laid.chunks] == lengths
 
 
 def test_what_a_limit_cuts_is_said_and_counted() -> None:
@@ -325,6 +342,41 @@ def test_prompts_whose_lengths_fit_no_batch_render_as_each_does_alone(
     assert np.abs(together[0] - pipe(prompts[1], **PLAIN).images[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize(("counts", "negative"), [((1, 3), ""), ((5, 6), ""), ((1, 2), "a BREAK b BREAK c")])
+@pytest.mark.parametrize("cache", [1, 2])
+def test_annealed_prompts_of_many_lengths_render_as_each_does_alone(
+    pipe: Pipeline, counts: tuple[int, int], negative: str, cache: int
+) -> None:
+    """The noise on a prompt is of its own tokens, however long the others are."""
+    prompts = [" BREAK ".join(["a red apple", "rain", "a cat"][k % 3] for k in range(count)) for count in counts]
+    call = {**PLAIN, "condition_annealing": (0.1, 0.9, 0.5), "negative_prompt": negative, "feature_cache": cache}
+    together = pipe(prompts, **call).images
+    for row, prompt in enumerate(prompts):
+        own = pipe(prompt, **(call | {"seed": PLAIN["seed"] + row})).images[0]
+        np.testing.assert_allclose(together[row], own, atol=1e-5)
+    assert np.abs(together[0] - pipe(prompts[0], **PLAIN).images[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_a_negative_prompt_of_another_length_makes_no_text_longer_than_four_times_the_longest(
+    folder: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = Pipeline.from_pretrained(folder, engine=engine)
+    long, other = (" BREAK ".join(["a red apple"] * count) for count in (7, 5))
+    shown: list[int] = []
+    network = pipe.network
+    monkeypatch.setattr(
+        pipe, "network", lambda x, time, told: shown.append(told.states.shape[1]) or network(x, time, told)
+    )
+    apart = pipe(long, negative_prompt=other, **PLAIN).images[0]
+    assert {length // pipe.text.length for length in shown} == {7, 5}  # and not 35
+    together = pipe([long, "a cat"], negative_prompt=[other, "rain"], **PLAIN).images
+    np.testing.assert_allclose(together[0], apart, atol=1e-5)
+    shown.clear()
+    pipe(long, negative_prompt="rain", **PLAIN)
+    assert {length // pipe.text.length for length in shown} == {7}  # one evaluation of both
+
+
 def test_xl_and_its_pooled_text_keep_their_rows_where_lengths_fit_no_batch(xl: Path) -> None:
     pipe = Pipeline.from_pretrained(xl, engine="torch")
     prompts = [" BREAK ".join(["a red apple", "rain", "a cat"] * 2), " BREAK ".join(["a blue bird"] * 5)]
@@ -354,6 +406,29 @@ def test_nothing_is_cut_without_a_word(pipe: Pipeline) -> None:
         pipe(long, **PLAIN)
     with pytest.warns(PromptCut, match=r"the prompt has \d+ tokens, of which 32 are used; not seen: '"):
         pipe(long, max_embeddings_multiples=2, **PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lines"),
+    [
+        ("a <lora:my style:0.8> cat", ["<lora:my style:0.8> is read as text; give --lora FILE:0.8, or load_lora"]),
+        ("a <lora:b>, (<lyco:c:-1:2>:1.1)", ["<lora:b> .* --lora FILE:1, or", "<lyco:c:-1:2> .* --lora FILE:-1, or"]),
+        ("<hypernet:h:1> <my-cat>", ["<hypernet:h:1> is read as text; hypernetworks are not loaded"]),
+        ("a cat AND a dog AND rain", ["AND is read as text; prompts are not composed"]),
+        ("a SALT AND PEPPER sign BREAK a < b: c >", ["AND is read as text"]),
+        ("SALT AND PEPPER", []),
+        ("a dog and a cat, sAND, AND", []),
+    ],
+)
+def test_what_the_web_ui_reads_as_more_than_text_is_said(prompt: str, lines: list[str], pipe: Pipeline) -> None:
+    found = read_elsewhere(prompt)
+    assert len(found) == len(lines) and all(map(re.match, lines, found))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe("x", negative_prompt=prompt, **PLAIN)
+        said = [str(each.message) for each in caught if each.category is PromptText]
+        pipe("x", negative_prompt=prompt, prompt_weights=False, **PLAIN)
+    assert said == found == [str(each.message) for each in caught if each.category is PromptText]
 
 
 def test_a_replay_reads_the_prompt_as_it_was_read(folder: Path, tmp_path: Path) -> None:

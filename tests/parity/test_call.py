@@ -1,5 +1,6 @@
-"""What a call may ask besides, as diffusers' pipelines name it: clip_skip, timesteps, eta."""
+"""What else a call may ask, as diffusers' pipelines name it (clip_skip, timesteps, eta), and what has other names."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentgen import InputError, Pipeline
+from latentgen import InputError, Pipeline, hints
 from latentgen.checkpoint import open_checkpoint
 from latentgen.diffusion.noise import Noise
 from latentgen.models.engine import EngineNote
@@ -160,3 +161,89 @@ def test_seeds_may_be_an_array_and_a_callbacks_latents_of_another_kind(folder: P
         given = {"onnx": torch.zeros(1, 4, 8, 8), "torch": np.zeros((1, 4, 8, 8))}[engine]
         steered = pipe("a red apple", seed=3, callback_on_step_end=lambda *_, given=given: {"latents": given}, **call)
         assert np.abs(steered.images - one.images[:1]).max() > 1e-2
+
+
+# --- words of diffusers
+
+
+def test_words_of_diffusers_that_change_nothing_are_taken(folder: Path) -> None:
+    opening = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True, "torch_dtype": None}
+    pipe = Pipeline.from_pretrained(folder, **opening)
+    calling = {"return_dict": True, "cross_attention_kwargs": None, "callback_on_step_end_tensor_inputs": ["latents"]}
+    out = pipe("a red apple", seed=1, num_inference_steps=2, **calling)
+    assert out[0] is out.images and len([*out]) == 1
+
+
+def test_other_words_of_diffusers_get_one_line_that_says_ours(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder)
+    for word, value, ours in (
+        ("return_dict", False, "out.images is also out"),
+        ("cross_attention_kwargs", {"scale": 0.5}, "set_lora_weight"),
+        ("callback_on_step_end_tensor_inputs", ["latents", "prompt_embeds"], "latents alone"),
+        ("callback", print, "callback_on_step_end"),
+        ("image", np.zeros((4, 4)), "latents="),
+        ("sigmas", [1.0], "timesteps="),
+        ("prompt_2", "a", "the one prompt"),
+    ):
+        with pytest.raises(InputError, match=f"a call takes no {word}: .*{ours}"):
+            pipe("a", num_inference_steps=2, **{word: value})
+    for word, value, ours in (
+        ("torch_dtype", torch.float16, "dtype="),
+        ("variant", "fp16", "dtype="),
+        ("safety_checker", print, "there is none"),
+        ("local_files_only", True, "HF_HUB_OFFLINE"),
+        ("scheduler", print, "sampler="),
+    ):
+        with pytest.raises(InputError, match=f"from_pretrained takes no {word}: .*{ours}"):
+            Pipeline.from_pretrained(folder, **{word: value})  # type: ignore[arg-type]
+    for word, ours in (("weight_name", "in the path"), ("adapter_name", "name=")):
+        with pytest.raises(InputError, match=f"load_lora takes no {word}: .*{ours}"):
+            pipe.load_lora("folder", **{word: "style"})  # type: ignore[arg-type]
+
+
+def test_every_word_that_is_not_taken_has_its_line() -> None:
+    assert not {word for words in hints.WORDS.values() for word in words} - hints.HINTS.keys()
+    assert not hints.TAKEN.keys() - hints.HINTS.keys()
+
+
+def test_words_that_nobody_knows_are_pythons_own_errors(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gudance_scale'"):
+        pipe("a", gudance_scale=3.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="from_pretrained got an unexpected keyword argument 'cfg_scale'"):
+        Pipeline.from_pretrained(folder, cfg_scale=3.0)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match=r"a Pipeline has no 'nonsense'$"):
+        pipe.nonsense()
+    with pytest.raises(AttributeError, match=r"a Pipeline has no 'interupt'$"):
+        pipe.interupt = True
+
+
+def test_attributes_of_diffusers_say_ours_and_are_not_there(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder)
+    for name, ours in {
+        "to": "from_pretrained",
+        "load_lora_weights": "load_lora",
+        "set_progress_bar_config": "callback_on_step_end",
+        "enable_vae_tiling": "vae_tiling=True",
+        "enable_model_cpu_offload": "batch=",
+        "device": "pipe.machine",
+        "unet": "pipe.network",
+    }.items():
+        assert not hasattr(pipe, name)
+        with pytest.raises(AttributeError, match=f"a Pipeline has no '{name}': .*{ours}"):
+            getattr(pipe, name)
+    with pytest.raises(AttributeError, match=r"interrupt = True"):
+        pipe._guidance_scale = 0.0
+    pipe.mine = "of its user's"
+    assert copy.deepcopy(pipe).mine == pipe.mine  # no attribute is looked for in vain
+
+
+def test_a_callback_stops_as_diffusers_says(folder: Path) -> None:
+    seen = []
+
+    def stop(stopped: Pipeline, index: int, *_: Any) -> None:
+        seen.append(index)
+        stopped._interrupt = index == 1
+
+    out = Pipeline.from_pretrained(folder)("a", num_inference_steps=4, seed=1, callback_on_step_end=stop)
+    assert seen == [0, 1] and out.settings["brought"] == ["callback_on_step_end"]

@@ -1,14 +1,14 @@
 """Pixel models: every family and both kinds of blocks train, are judged, saved, read back, rendered and resumed."""
 
 import json
-import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from safetensors.torch import load_file
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from latentgen import build
 from latentgen.cli import app
@@ -46,6 +46,8 @@ def test_one_key_switches_the_family_and_the_run_reports_all_terms(
 ) -> None:
     folder = train(recipe, tmp_path / "out", bars, silent, objective=objective)
     assert is_pixel_folder(folder)
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1  # safetensors alone would keep its files from everybody else
     found = json.loads((folder / "metrics.json").read_text())["likelihood"]
     assert all(np.isfinite(found[name]) and np.isfinite(found[f"{name}_error"]) for name in FOUND)
     parts = sum(found[f"bound_{part}"] for part in ("prior", "diffusion", "reconstruction"))
@@ -169,9 +171,47 @@ def test_the_bound_of_a_tiny_network_is_not_below_its_ode_likelihood(objective: 
     assert bound.mean + 2 * (bound.error + ode.error) >= ode.mean
 
 
+def test_pictures_that_are_no_numbers_are_refused(recipe: Path, bars: Path, tmp_path: Path) -> None:
+    out = build.train(recipe, tmp_path / "weights", bars, silent)
+    file = out / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(file).items()}, file)
+    (out / "manifest.json").unlink()
+    with pytest.raises(InputError, match="pictures 1, 2 of 2 would be black: the pixels are no finite numbers"):
+        render_classes(out, ["a bar"], steps=2, n=2)
+
+
+def test_a_replayed_picture_is_the_same_file_whatever_its_folder_says_by_now(
+    recipe: Path, bars: Path, tmp_path: Path
+) -> None:
+    out = build.train(recipe, tmp_path / "weights", bars, silent)
+
+    def verb(*words: object) -> Result:
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    assert verb("render", "bar", "--weights", out, "--seed", 3, "--n", 2, "--out", tmp_path / "drawn").exit_code == 0
+    drawn, again = tmp_path / "drawn/bar-4.png", tmp_path / "again.png"
+    moved = shutil.move(out, tmp_path / "moved")
+    form = json.loads((moved / "pixels.json").read_text())
+    form["sample"]["steps"] += 3  # how it renders unless told
+    (moved / "pixels.json").write_text(json.dumps(form))
+    (moved / "manifest.json").unlink()
+    lost = verb("replay", drawn)
+    assert isinstance(lost.exception, InputError) and f"not found at {out}; name their" in str(lost.exception)
+    assert verb("replay", drawn, "--weights", moved, "--out", again).exit_code == 0
+    assert again.read_bytes() == drawn.read_bytes()
+    refused = verb("replay", drawn, "--weights", moved, "--lora", "mine.safetensors")
+    assert isinstance(refused.exception, InputError) and "--lora mine.safetensors is not of" in str(refused.exception)
+    weights = moved / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    others = verb("replay", drawn, "--weights", moved)
+    assert isinstance(others.exception, InputError) and f"and {moved} (" in str(others.exception)
+    assert "are others" in str(others.exception)
+
+
 def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path, tmp_path: Path) -> None:
     out = build.train(recipe, tmp_path / "weights", bars, silent)
     told = ["--weights", str(out), "--steps", "2", "--seed", "3", "--guidance", "3", "--sampler", "ddim"]
+    nowhere = ["--out", str(tmp_path / "no")]
     done = CliRunner().invoke(app, ["render", "bar", *told, "--out", str(tmp_path / "bar.png")])
     assert done.exit_code == 0, done.output
     [(name, seed, picture)] = render_classes(out, ["a bar"], steps=2, seed=3, guidance=3, sampler="ddim")
@@ -182,11 +222,9 @@ def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path,
         assert np.array_equal(np.asarray(drawn), np.asarray(picture))
     with pytest.raises(InputError, match="a bar, a beam"):
         render_classes(out, ["a boat"])
-    with pytest.raises(InputError, match="pictures 1, 2 of 2 would be black: the pixels are no finite numbers"):
-        render_classes(out, ["a bar"], steps=2, guidance=float("nan"), n=2)
-    refused = CliRunner().invoke(app, ["render", "bar", *told, "--dtype", "bf16"])
+    refused = CliRunner().invoke(app, ["render", "bar", *told, *nowhere, "--dtype", "bf16"])
     assert isinstance(refused.exception, InputError) and "--dtype is not for a pixel model" in str(refused.exception)
-    refused = CliRunner().invoke(app, ["render", "bar", *told, "--negative", "a beam"])
+    refused = CliRunner().invoke(app, ["render", "bar", *told, *nowhere, "--negative", "a beam"])
     assert isinstance(refused.exception, InputError)
     for option in (
         ["--style", "mine"],
@@ -194,15 +232,26 @@ def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path,
         ["--engine", "torch"],
         ["--batch", 2],
         ["--no-prompt-weights"],
+        ["--eta", -1],
+        ["--clip-skip", -1],
+        ["--feature-cache", 0],
+        ["--no-vae-tiling"],
+        ["--max-chunks", 0],
+        ["--size", ""],
     ):
-        refused = CliRunner().invoke(app, ["render", "bar", *told, *map(str, option)])
+        refused = CliRunner().invoke(app, ["render", "bar", *told, *nowhere, *map(str, option)])
         assert isinstance(refused.exception, InputError) and f"{option[0]} is not for a pixel" in str(refused.exception)
-    again = CliRunner().invoke(app, ["replay", str(tmp_path / "bar.png")])
-    assert isinstance(again.exception, InputError)
-    command = shlex.split(str(again.exception).partition("do: latentgen ")[2])
-    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again.png")])
-    assert done.exit_code == 0 and (tmp_path / "again.png").read_bytes() == (tmp_path / "bar.png").read_bytes()
-    assert "latentgen render 'a bar' --seed 3" in str(again.exception)
+    for option, said in {
+        ("--steps", "0"): "num_inference_steps is 0; it must be 1 or more",
+        ("--guidance", "-1"): "guidance_scale is -1; it must be a number of 0 or more",
+        ("--guidance", "nan"): "guidance_scale is nan",
+        ("--seed", "-1"): "seed is -1; it must be 0 or more",
+        ("--n", "0"): "num_images_per_prompt is 0; it must be 1 or more",
+        ("--sampler", "elure"): "unknown sampler 'elure'; did you mean 'euler'",
+    }.items():
+        refused = CliRunner().invoke(app, ["render", "bar", *told, *nowhere, *option])
+        assert isinstance(refused.exception, InputError) and said in str(refused.exception)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(
@@ -301,6 +350,12 @@ def test_weights_that_are_not_what_their_manifest_says_are_not_rendered(
     with pytest.raises(InputError, match="is not whole: ") as caught:
         load_pixels(out)
     assert "\n" not in str(caught.value)
+    schedule.write_bytes(whole)
+    form = json.loads((out / "pixels.json").read_text())
+    del form["sample"]["steps"]
+    (out / "pixels.json").write_text(json.dumps(form))
+    with pytest.raises(InputError, match="is not whole: 'steps'; train it again"):
+        render_classes(out, ["a bar"])
 
 
 def told(folder: Path, *texts: str) -> None:

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from latentgen import InputError
 from latentgen.training.draw import Draw
 from latentgen.training.loop import PATIENCE, LoopSettings, NotFinite, Progress, TrainState, fit
-from latentgen.training.optimizer import OPTIMIZERS
+from latentgen.training.optimizer import OPTIMIZERS, check_optimizers
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, run_stage
 from tests.forked import Verb, verb
@@ -313,6 +315,22 @@ def test_an_optimiser_of_eight_bits_resumes_to_the_bit(tmp_path: Path, monkeypat
 def test_an_unknown_optimiser_is_refused() -> None:
     with pytest.raises(InputError, match="unknown optimizer 'adam'; it can be one of: adamw"):
         start(settings=replace(SETTINGS, optimizer="adam"))
+
+
+def test_an_optimizer_whose_package_is_installed_and_broken_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise ImportError('libcudart.so.13:\\n cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    said = 'install it, or choose "adamw" (libcudart.so.13: cannot open)'
+    for use in (
+        lambda: check_optimizers(["adamw", "adamw-8bit"]),
+        lambda: start(settings=replace(SETTINGS, optimizer="adamw-8bit")),
+    ):
+        with pytest.raises(InputError, match=f"{re.escape(said)}$"):
+            use()
 
 
 def stage(folder: Path, settings: LoopSettings, gate: Mapping[str, float], lines: list[str]) -> Regression:

@@ -1,5 +1,6 @@
 """A stage of a run: what it keeps, writes and says on the way, and how it stops."""
 
+import copy
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from latentgen.training.draw import Draw
 from latentgen.training.features import FeatureTerms
 from latentgen.training.log import entries
 from latentgen.training.loop import LoopSettings, TrainState
+from latentgen.training.memory import saying_what_saves
 from latentgen.training.snapshots import Snapshots
 from latentgen.training.stage import Pace, Report, run_stage, settings_fingerprint
 from latentgen.tuning import averages
@@ -46,6 +48,82 @@ def test_what_may_change_in_the_middle_of_a_run_makes_no_other_run() -> None:
     others: list[dict[str, Any]] = [{"rate": 2e-3}, {"optimizer": "sgd"}, {"ema": 0.5}, {"averages": (0.1,)}]
     for change in [*others, {"decay_shape": "cosine"}, {"batch": 8}, {"weight_decay": 0.5}]:
         assert settings_fingerprint(replace(what, **change)) != told, change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "unet",
+            {},
+            "unet: not enough memory for 4 pictures at a time; in [unet.train] raise accumulate, which is 1 or set "
+            "activation_checkpointing = true, which changes no result, or lower batch, or size in [data]",
+        ),
+        (
+            "pixels",
+            {"accumulate": 4},
+            "pixels: not enough memory for 1 picture at a time; in [train] set activation_checkpointing = true, which "
+            "changes no result, or lower batch, or size in [data]",
+        ),
+        (
+            "vae",
+            {"activation_checkpointing": True, "accumulate": 4},
+            "vae: not enough memory for 1 picture at a time; in [vae.train] lower batch, or size in [data]",
+        ),
+        (
+            "finetune",
+            {"accumulate": 2},
+            "finetune: not enough memory for 2 pictures at a time; raise accumulate, which is 2, which changes no "
+            "result, or lower batch, or size",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+def test_too_little_memory_is_one_line_that_names_the_keys_that_help(
+    tmp_path: Path,
+    parts: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    name: str,
+    change: dict[str, Any],
+    said: str,
+) -> None:
+    learned = with_features(copy.deepcopy(parts["unet"]), FeatureTerms())
+
+    def short(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(learned, "loss", short)
+    settings = replace(SETTINGS, batch=4, **change)
+    given = {"seed": 1, "gate": {}, "pace": Pace(), "report": lambda line: None}
+    with pytest.raises(InputError) as refused:
+        run_stage(name, learned, settings, tmp_path, Accelerator(), **given)
+    assert str(refused.value) == said
+
+
+def test_too_little_memory_is_said_of_what_one_process_computes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator()
+    monkeypatch.setattr(Accelerator, "num_processes", 4)
+    for batch, said in ((16, "for 4 pictures at a time; in [unet.train] raise accumulate"), (4, "for 1 picture at")):
+        saying = saying_what_saves("unet", Regression(), replace(SETTINGS, batch=batch), accelerator)
+        with pytest.raises(InputError) as refused, saying:
+            raise MemoryError
+        assert str(refused.value).startswith(f"unet: not enough memory {said}")
+
+
+def test_what_compares_the_pictures_of_a_batch_is_not_told_to_take_it_in_parts(tmp_path: Path) -> None:
+    class Short(Regression):
+        splits = False
+
+        def loss(self, items: np.ndarray, draw: Draw) -> Mapping[str, Tensor]:
+            raise MemoryError
+
+    given = {"seed": 1, "gate": {}, "pace": Pace(), "report": lambda line: None}
+    with pytest.raises(InputError) as refused:
+        run_stage("clip", Short(), replace(SETTINGS, accumulate=1), tmp_path, Accelerator(), **given)
+    assert str(refused.value).endswith("at a time; in [clip.train] lower batch, or size in [data]")
 
 
 def test_a_stage_keeps_its_averages_and_a_stopped_one_keeps_the_same_to_the_bit(tmp_path: Path) -> None:

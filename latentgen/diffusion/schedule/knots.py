@@ -10,6 +10,7 @@ from latentgen.diffusion.schedule.continuous import RectifiedFlow
 from latentgen.diffusion.schedule.discrete import Discrete
 from latentgen.diffusion.schedule.protocol import LOGSNR_MAX, LOGSNR_MIN, Schedule
 from latentgen.errors import InputError
+from latentgen.values import shown
 
 Grid = Literal["whole", "fractional"]
 Final = Literal["zero", "first", "last"]
@@ -58,7 +59,7 @@ def knots(
         levels = np.array([float(schedule.logsnr(1.0)), float(schedule.logsnr(0.0))])
     elif isinstance(schedule, Discrete):
         if steps > len(schedule):
-            raise InputError(f"{steps} steps are more than the {len(schedule)} levels the schedule has")
+            raise InputError(f"{shown(steps)} steps are more than the {len(schedule)} levels the schedule has")
         levels = _table_levels(schedule, steps, spacing, steps_offset, grid, clean_counts, original_steps)
         if not level_spacing and np.any(np.diff(levels) <= 0):
             raise InputError(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentgen.diffusion.schedule.plan import FAMILIES, Plan, from_config
+from latentgen.errors import InputError
 
 # The diffusers scheduler that stands for each sampler: it says how the folder's scheduler config is to be read.
 _DPM = {"_class_name": "DPMSolverMultistepScheduler"}
@@ -26,6 +27,19 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "lcm": {"_class_name": "LCMScheduler"},
 }
 OUTPUT = {"plms", "pndm"}  # samplers that extrapolate what the network puts out
+
+
+def config_of(scheduler: Any) -> Mapping[str, Any]:
+    """The config of a diffusers scheduler; a config itself as it is. Raises InputError for anything else."""
+    if isinstance(scheduler, Mapping):
+        return scheduler
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"scheduler_config is a {type(scheduler).__name__}; it must be what scheduler_config.json holds, or a "
+            "diffusers scheduler"
+        )
+    return {**config, "_class_name": type(scheduler).__name__}
 
 
 def is_known(config: Mapping[str, Any]) -> bool:

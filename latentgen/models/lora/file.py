@@ -5,9 +5,10 @@ Every key of a file is read, or the file is refused with the first key that is n
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from latentgen.checkpoint import check_safetensors, read_json
 from latentgen.durable import sha256
 from latentgen.errors import InputError
-from latentgen.models.lora.names import TOWER
+from latentgen.models.lora.names import BIAS, BUNDLED, TOWER
 from latentgen.models.lora.update import Update
+from latentgen.values import as_path
 
 IN_FOLDERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
 METADATA = "lora_adapter_metadata"  # diffusers' own, in the header of what it saves
@@ -27,6 +29,7 @@ _LOW_RANK = {"lora_down": "down", "lora.down": "down", "lora_A": "down", "lora_u
 _LOW_RANK |= {"lora_B": "up", "lora_mid": "mid", "_lora.down": "down", "_lora.up": "up"}
 _LOW_RANK |= {"lora_linear_layer.down": "down", "lora_linear_layer.up": "up"}  # diffusers', of the text encoder
 _OTHERS = {"alpha": "alpha", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude", "diff": "diff"}
+_OTHERS |= {"w_norm": "diff", "diff_b": BIAS, "b_norm": BIAS}
 _OTHERS |= {f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 _OTHERS |= {f"lokr_{name}": f"k{name.lstrip('w')}" for name in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")}
 _KEY = re.compile(
@@ -44,14 +47,21 @@ _OLD = {
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A file, read: what it does to each layer, by the layer's name in the file.
+    """A file, read: what it does to each layer, by the layer's name in the file, with `names.BIAS` after it for a bias.
 
-    sha256: the file's; where settings were read beside it, of both files' hashes.
+    sha256: the file's; where settings were read beside it, of both files' hashes. bundled: the tensors of new words
+    that lie in it too, which change no layer.
     """
 
     path: Path
     sha256: str
     updates: Mapping[str, Update]
+    bundled: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The new words that lie in the file too."""
+        return tuple(dict.fromkeys(key.split(".")[1] for key in self.bundled))
 
     @property
     def name(self) -> str:
@@ -65,9 +75,10 @@ def read_lora(path: str | Path) -> Lora:
     Raises InputError, one line, for a file that is torn, a pickle, no adapter, not finite, or holds a key that is not
     known.
     """
-    file = _file(Path(path).expanduser())
+    file = _file(as_path("a LoRA's path", path).expanduser())
     check_safetensors(file)
     tensors, metadata = _tensors(file)
+    bundled = {key: tensors.pop(key) for key in [*tensors] if key.startswith(BUNDLED)}
     beside, identity = file.with_name("adapter_config.json"), sha256(file)
     said = _said(metadata)
     if file.name == IN_FOLDERS[1] and beside.is_file():
@@ -87,6 +98,8 @@ def read_lora(path: str | Path) -> Lora:
         if low is not None and low.startswith("_"):
             layer = _renamed(layer)
         name = _LOW_RANK[low.removeprefix(".")] if low is not None else _OTHERS[other]
+        if name == BIAS:
+            layer, name = layer + BIAS, "diff"
         layers.setdefault(layer, {})[name] = tensor.reshape(-1) if other == "lora_magnitude_vector" else tensor
         if name != "alpha":
             first.setdefault(layer, key)
@@ -94,12 +107,14 @@ def read_lora(path: str | Path) -> Lora:
         raise InputError(f"{file} holds no tensors; it is no LoRA")
     updates = {}
     for layer, held in layers.items():
-        scale = _scale(layer, held.pop("alpha", None), said)
         try:
+            scale = _scale(layer, held.pop("alpha", None), said)
             updates[layer] = Update.of(first.get(layer, f"{layer}.alpha"), held, **scale)
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
-    return Lora(file, identity, updates)
+        except (AttributeError, TypeError, ValueError, re.error) as error:  # of PEFT's settings
+            raise InputError(f"{file}: the rank or alpha that is told of {layer} cannot be used ({error})") from error
+    return Lora(file, identity, updates, bundled)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -109,7 +124,8 @@ def is_adapter(path: str | Path) -> bool:
         return not (place / "model_index.json").is_file() and any((place / name).is_file() for name in IN_FOLDERS)
     if place.suffix != ".safetensors" or not place.is_file():
         return False
-    return all(_KEY.fullmatch(key) for key in check_safetensors(place) if key != "__metadata__")
+    keys = [key for key in check_safetensors(place) if key != "__metadata__" and not key.startswith(BUNDLED)]
+    return all(map(_KEY.fullmatch, keys))
 
 
 def _file(path: Path) -> Path:
@@ -157,7 +173,7 @@ def _said(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     except ValueError:
         return {}
     said: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
+    for key, value in flat.items() if isinstance(flat, dict) else ():
         part, _, name = key.partition(".")
         said.setdefault(f"{part}.", {})[name] = value
     return said
@@ -182,7 +198,14 @@ def _scale(layer: str, alpha: np.ndarray | None, said: Mapping[str, Mapping[str,
     value = here("lora_alpha", "alpha_pattern") if "lora_alpha" in config else here("alpha", "alpha_pattern")
     if value is None:
         return {"alpha": None}
-    return {"alpha": float(value), "rooted": bool(config.get("use_rslora")), "told": here("r", "rank_pattern")}
+    if not math.isfinite(float(value)):
+        raise ValueError(f"alpha is {value}")
+    rank = here("r", "rank_pattern")
+    return {
+        "alpha": float(value),
+        "rooted": bool(config.get("use_rslora")),
+        "told": None if rank is None else int(rank),
+    }
 
 
 def _renamed(layer: str) -> str:

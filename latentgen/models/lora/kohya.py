@@ -9,10 +9,11 @@ import numpy as np
 
 from latentgen.checkpoint import find, open_checkpoint
 from latentgen.checkpoint.keys import ldm_layers
-from latentgen.durable import saying_what_failed
+from latentgen.checkpoint.tensors import save_tensors
+from latentgen.durable import new_place, saying_what_failed
 from latentgen.errors import InputError
 from latentgen.models.lora.file import Lora, read_lora
-from latentgen.models.lora.names import KOHYA, LDM, TOWER
+from latentgen.models.lora.names import BIAS, KOHYA, ORIGINAL, TOWER, divided
 from latentgen.models.lora.update import Update
 
 _NAMES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "diff": "diff"}
@@ -26,30 +27,34 @@ def write_kohya(source: str | Path, target: Path, base: str | Path | None = None
     """Write an adapter file or folder of any form to `target`, a .safetensors file; the largest difference read back.
 
     base: the weights it is for, which have to be known for Stable Diffusion XL: the names of its layers there are the
-    original layout's, which depend on the network. Raises InputError where they are missing, and where what was
-    written does not read back as the same changes (it is then removed).
+    original layout's, which depend on the network. Raises InputError where they are missing, or are no XL's, where
+    something is at `target` or is being written there, and where what was written does not read back as the same
+    changes (it is then removed).
     """
-    from safetensors.numpy import save_file
-
     if target.suffix != ".safetensors":
         raise InputError(f"{target} should end in .safetensors, as adapters in kohya's form do")
-    if target.exists():
-        raise InputError(f"{target} is already there; name a new place")
+    with new_place(target):
+        return _write(source, target, base)
+
+
+def _write(source: str | Path, target: Path, base: str | Path | None) -> float:
     lora = read_lora(source)
     checkpoint = None if base is None else open_checkpoint(find(base))
     config = checkpoint.config("unet") if checkpoint is not None and checkpoint.has_second else None
     names = {layer: _name(lora, layer, config) for layer in lora.updates}
-    tensors: dict[str, np.ndarray] = {}
+    if base is not None and config is None:
+        raise InputError(f"{base} is not Stable Diffusion XL, whose adapters alone need a base; leave --base away")
+    tensors: dict[str, np.ndarray] = dict(lora.bundled)
     for layer, update in lora.updates.items():
-        for name, tensor in _tensors(update).items():
-            tensors[f"{names[layer]}.{name}"] = np.ascontiguousarray(tensor.astype(np.float32))
+        for key, tensor in _tensors(names[layer], update).items():
+            tensors[key] = np.ascontiguousarray(tensor.astype(np.float32))
     aside = target.with_name(f".{target.stem}.writing.safetensors")
     try:
         with saying_what_failed(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, aside, {"ss_network_module": "networks.lora"})
+            save_tensors(tensors, aside, {"ss_network_module": "networks.lora"})
         again = read_lora(aside).updates
-        apart = max(_apart(update, again[names[layer]]) for layer, update in lora.updates.items())
+        apart = max(_apart(lora, update, again[names[layer]]) for layer, update in lora.updates.items())
         if not apart <= LARGEST:
             raise InputError(f"{target} did not read back as {source} (by {apart:.2g}) and was removed; report this")
         aside.replace(target)
@@ -61,14 +66,14 @@ def write_kohya(source: str | Path, target: Path, base: str | Path | None = None
 
 def _name(lora: Lora, layer: str, config: Mapping[str, Any] | None) -> str:
     """ "unet.down_blocks.0.….to_q" -> "lora_unet_down_blocks_0_…_to_q"; config: of Stable Diffusion XL's U-Net."""
+    if layer.endswith(BIAS):
+        return _name(lora, layer.removesuffix(BIAS), config) + BIAS
     bare = layer.removeprefix("base_model.model.")
     if bare.startswith(tuple(f"{start}_" for starts in KOHYA.values() for start in starts)):
         return bare  # it is in this form already
-    if bare.startswith(LDM):
-        return f"{KOHYA['unet'][0]}_{bare.removeprefix(LDM).replace('.', '_')}"
-    part, _, rest = bare.partition(".")
-    if part not in KOHYA:
-        part, rest = "text_encoder" if bare.startswith(TOWER) else "unet", bare
+    part, rest = divided(bare)
+    if part == "unet" and rest.startswith(ORIGINAL):
+        return f"{KOHYA['unet'][0]}_{rest.replace('.', '_')}"
     if config is None and (part == "text_encoder_2" or ".transformer_blocks.1." in rest):
         raise InputError(f"{lora.path} is for Stable Diffusion XL; say which weights it is for, as --base weights/xl")
     if part != "unet" and not rest.startswith(TOWER):
@@ -82,7 +87,10 @@ def _name(lora: Lora, layer: str, config: Mapping[str, Any] | None) -> str:
     return f"{start}_{rest.replace('.', '_')}"
 
 
-def _tensors(update: Update) -> dict[str, np.ndarray]:
+def _tensors(layer: str, update: Update) -> dict[str, np.ndarray]:
+    """An update's tensors by their keys in the file, `layer` being the layer's name there."""
+    if layer.endswith(BIAS):
+        return {f"{layer.removesuffix(BIAS)}.diff_b": update.tensors["diff"]}
     found = {_NAMES[name]: tensor for name, tensor in update.tensors.items()}
     rank = next(
         (int(update.tensors[n].shape[axis]) for n, axis in {"down": 0, "w1_b": 0, "k2_b": 0, "k1_b": 0}.items()
@@ -95,12 +103,16 @@ def _tensors(update: Update) -> dict[str, np.ndarray]:
     if update.magnitude is not None:
         ranks, shape = max(tensor.ndim for tensor in update.tensors.values()), update.magnitude.shape
         found["dora_scale"] = update.magnitude.reshape(shape if len(shape) > 1 else (-1, *(1,) * (ranks - 1)))
-    return found
+    return {f"{layer}.{name}": tensor for name, tensor in found.items()}
 
 
-def _apart(one: Update, other: Update) -> float:
+def _apart(lora: Lora, one: Update, other: Update) -> float:
     """The largest difference of two changes, on a weight that is nought but for DoRA, whose norm it decides."""
-    change = one._change() * one.scale
+    try:
+        change = one._change() * one.scale
+    except ValueError as error:
+        shapes = ", ".join(str(tensor.shape) for tensor in one.tensors.values())
+        raise InputError(f"{lora.path}: {one.key} and those beside it ({shapes}) do not fit each other") from error
     random = np.random.default_rng(0).standard_normal(change.shape).astype(np.float32)
     if one.magnitude is not None and one.magnitude.ndim > 1:
         random = random.reshape(len(random), one.magnitude.shape[1], -1)  # (out, in, kh·kw), or (out, 1, in·kh·kw)

@@ -34,12 +34,7 @@ def open_ahead(weights: str | Path | None, tokenizer: str | Path | None = None) 
         graphs = find_graphs(place, second) or find_graphs(cache_folder(checkpoint), second) or {}
         pool = ThreadPoolExecutor(THREADS)
         pool.submit(checkpoint.verify)
-        try:
-            from latentgen.models.onnx import session
-        except ImportError as error:
-            if isinstance(error.__cause__, KeyboardInterrupt):  # which came while a module of C was starting
-                raise KeyboardInterrupt from None
-            raise
+        from latentgen.models.onnx import session
 
         for name, graph in graphs.items():
             part = "unet" if name == TOLD else name

@@ -20,10 +20,10 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
 from torch import nn
 
 from latentgen.checkpoint import Checkpoint, check_safetensors, open_folder
+from latentgen.checkpoint.tensors import save_tensors
 from latentgen.checkpoint.write import TEXT
 from latentgen.durable import sha256, write_file
 from latentgen.models.loading import load_module, quiet
@@ -188,7 +188,7 @@ def _put_beside(made: onnx.ModelProto, changed: Mapping[str, np.ndarray], file: 
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}.writing")
     try:
-        save_file({name: np.ascontiguousarray(changed[name]) for name in own}, aside)
+        save_tensors({name: np.ascontiguousarray(changed[name]) for name in own}, aside)
         header = check_safetensors(aside)
         with aside.open("rb") as opened:
             start = 8 + int.from_bytes(opened.read(8), "little")

@@ -38,8 +38,9 @@ def cache_folder(checkpoint: Checkpoint) -> Path:
 def fused_folder(checkpoint: Checkpoint, loras: Sequence[Mapping[str, Any]]) -> Path:
     """Where the graphs of a checkpoint with LoRAs fused are kept: named by what all of them hold and their weights."""
     from latentgen.models.lora import read_lora
+    from latentgen.models.lora.stack import read_loras
 
-    uses = [[read_lora(one["path"]).sha256, float(one.get("weight", 1.0))] for one in loras]
+    uses = [[read_lora(one["path"]).sha256, one["weight"]] for one in read_loras(loras)]
     digest = hashlib.sha256(json.dumps([checkpoint.fingerprint, uses]).encode()).hexdigest()
     return cache_folder(checkpoint).with_name(f"{digest[:32]}-{FORM}-fused")
 

@@ -36,6 +36,18 @@ class GraphUnfit(InputError):
     """A graph that does not belong to the weights it lies beside, or cannot be loaded with them."""
 
 
+class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+    """A session that copies of a pipeline share, as it remembers nothing; it cannot be sent to another process."""
+
+    def __deepcopy__(self, _: Any) -> "Session":
+        """Itself."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Raises InputError."""
+        raise InputError("a pipeline that ONNX Runtime computes cannot be pickled; open it in each process")
+
+
 def cores(threads: int | None = None) -> int:
     """How many threads compute: as asked, or OMP_NUM_THREADS, or one for each core this process may use."""
     said = os.environ.get("OMP_NUM_THREADS", "")
@@ -160,7 +172,7 @@ def _session(
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(OUTSIDE)
         )
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = Session(graph, options, providers=["CPUExecutionProvider"])
     session.given = held
     return session
 
