@@ -151,8 +151,8 @@ class Continuation(Run):
         data, folders = super().data, bool(told.get("folders"))  # of before the key: none was taken for a split
         if told and folders != now.folders and (folders or self.placed):
             self.report(
-                f"data: pictures are held out that {self.start.folder.name} may have been trained on: it took folders "
-                f"{'' if folders else 'not '}for splits; write folders = {str(folders).lower()} in [data]"
+                f"data: pictures are held out that {self.start.folder.name} may have been trained on: it took "
+                f"{'' if folders else 'no '}folders for splits; write folders = {str(folders).lower()} in [data]"
             )
         return data
 

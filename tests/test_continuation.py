@@ -253,6 +253,27 @@ def test_pictures_held_out_now_that_were_trained_on_before_are_told(start: Path,
         assert any("start may have been trained on" in line for line in lines) == said
 
 
+def test_folders_that_were_no_splits_before_and_are_now_are_told(start: Path, tmp_path: Path) -> None:
+    data = {"held_out": "test", "hold_out": read_recipe(TINY).data.hold_out}
+    for own, placed, said in (
+        ({}, True, True),
+        ({}, False, False),  # no folder has such a name
+        ({"folders": True}, True, False),
+    ):
+        told(start, {}, {"data": data | own})
+        run, lines = going_on(TINY, tmp_path / "out", start, tmp_path / "pictures"), list[str]()
+        run.say = lines.append
+        shutil.rmtree(tmp_path / "pictures", ignore_errors=True)
+        shutil.copytree(ICONS, tmp_path / "pictures" / ("test" if placed else "some"))
+        (table,) = (tmp_path / "pictures").glob("*/metadata.jsonl")
+        first, *rest = (json.loads(line) for line in table.read_text(encoding="utf-8").splitlines())
+        rows = [first | {"split": None}, *(row | {"split": "train"} for row in rest)]
+        table.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        assert run.data.held
+        assert [line for line in lines if "in a split by their folder" in line] == [run.placed] * placed
+        assert any("it took no folders for splits; write folders = false" in line for line in lines) == said
+
+
 def test_where_a_training_runs_is_no_place_for_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

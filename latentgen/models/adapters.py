@@ -145,13 +145,11 @@ def stock_pictures(
     a folder as it was written here, of a kind ("lora", "dora", "lokr"), or with a new word `token`; call: the
     pipeline's arguments; ddim: whether by DDIM instead of the folder's own scheduler.
     """
-    import diffusers.utils.logging as remarks
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from latentgen.models.loading import quiet
     from latentgen.models.text import bound
 
-    remarks.disable_progress_bar()
     with quiet():
         pipe: Any = DiffusionPipeline.from_pretrained(
             base, safety_checker=None, torch_dtype=torch.float32, variant=variant

@@ -191,6 +191,16 @@ def test_a_first_step_out_of_pure_noise_does_no_harm(name: str, schedule: str) -
     assert end.mean() == pytest.approx(0.3, abs=0.03) and end.std() == pytest.approx(0.5, abs=0.09)
 
 
+@pytest.mark.parametrize("name", ["plms", "pndm"])
+@pytest.mark.parametrize("schedule", ["cosine", "zero-snr"])
+def test_what_is_extrapolated_from_noise_alone_does_no_harm_either(name: str, schedule: str) -> None:
+    plan = plan_for({**FROM_NOISE[schedule], "prediction_type": "epsilon"}, name)
+    levels, marginal = plan.knots(20), plan.schedule.marginal
+    x = np.random.default_rng(0).standard_normal((1, 4000)).astype(np.float32)
+    end = last(partial(SAMPLERS[name], of="eps"), gaussian(0.3, 0.5, marginal).denoise, x, levels, marginal)
+    assert end.mean() == pytest.approx(0.3, abs=0.03) and end.std() == pytest.approx(0.5, abs=0.09)
+
+
 @pytest.mark.parametrize("schedule", FROM_NOISE)
 def test_langevin_out_of_pure_noise_is_refused_too_few_steps(schedule: str) -> None:
     plan = plan_for(FROM_NOISE[schedule], "langevin")

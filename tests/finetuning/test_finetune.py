@@ -144,6 +144,7 @@ def test_what_text_encoders_get_beside_dora_makes_another_run(tmp_path: Path, mo
 
     for asked in ({}, {"text_encoder": True}, {"method": "dora"}):
         assert len(key(**asked)) == 4  # and runs of before go on
+        assert key(**asked, folders=False) == key(**asked)  # it shows in the pictures, if at all
     assert key(method="dora", text_encoder=True)[4:] == ("lora",)
 
 

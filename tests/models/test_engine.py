@@ -471,9 +471,7 @@ def test_two_threads_that_need_torch_open_it_once(folder: Path, monkeypatch: pyt
 def test_weights_that_were_opened_in_torchs_inference_mode_are_rendered_with_everywhere(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "latentgen.models.network.channels_last", lambda _: True
-    )  # as where weights are moved once more
+    monkeypatch.setattr("latentgen.models.network.channels_last", lambda _: True)  # weights are moved once more
     plain = Pipeline.from_pretrained(folder, engine="torch")("a red apple", **CALL).images
     with torch.inference_mode():
         opened = Pipeline.from_pretrained(folder, engine="torch")

@@ -81,9 +81,10 @@ def test_paths_and_words_of_another_kind_get_one_line(folder: Path, tmp_path: Pa
     for path in wrong:
         with pytest.raises(InputError, match=r"^a new word's path is "):
             pipe.load_textual_inversion(path)
-    token: Any = 3
-    with pytest.raises(InputError, match=r"^token is 3; it must be a word"):
-        pipe.load_textual_inversion(tmp_path / "file.safetensors", token)
+    tokens: list[tuple[Any, str]] = [(3, "3"), ([3] * 900, r"\[3, 3, [3, ]*…")]
+    for token, said in tokens:
+        with pytest.raises(InputError, match=f"^token is {said}; it must be a word"):
+            pipe.load_textual_inversion(tmp_path / "file.safetensors", token)
 
 
 def test_the_words_in_the_file_of_a_lora_are_all_taught_or_the_one_that_is_named(xl: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_the_verbs_train_and_render_take_a_pixel_model(recipe: Path, bars: Path,
         ("--guidance", "-1"): "guidance_scale is -1; it must be a number of 0 or more",
         ("--guidance", "nan"): "guidance_scale is nan",
         ("--seed", "-1"): "seed is -1; it must be 0 or more",
-        ("--n", "0"): "num_images_per_prompt is 0; it must be 1 or more",
+        ("--n", "0"): "num_images_per_prompt is 0; it must be from 1 to 65536",
         ("--sampler", "elure"): "unknown sampler 'elure'; did you mean 'euler'",
     }.items():
         refused = CliRunner().invoke(app, ["render", "bar", *told, *nowhere, *option])

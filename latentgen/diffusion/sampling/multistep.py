@@ -143,13 +143,16 @@ def plms(
     """Pseudo linear multistep (Liu et al. 2022, algorithm 2, as latent diffusion runs it).
 
     The first of several steps is a pseudo improved Euler step of two evaluations; then one a step, order up to 4.
-    of: what is extrapolated, the paper's eps or, as diffusers does for networks that predict it, v.
+    of: what is extrapolated, the paper's eps or, as diffusers does for networks that predict it, v. Out of pure noise,
+    where an error of eps has no bound in x0, steps along eps are DDIM's.
     """
     past: list[Array] = []
     for leg in legs(knots, marginal):
         x0 = denoise(x, leg.logsnr)
         past = [output_of(x, x0, leg.alpha, leg.sigma, of), *past[:3]]
-        if leg.first and not leg.last and not leg.to_clean:
+        if of == "eps" and leg.drowned:
+            x = move(x, x0, leg, leg.next_sigma)
+        elif leg.first and not leg.last and not leg.to_clean:
             guess = transfer(x, past[0], leg, of)
             end = output_of(guess, denoise(guess, leg.next_logsnr), leg.next_alpha, leg.next_sigma, of)
             x = transfer(x, 0.5 * (past[0] + end), leg, of)
@@ -175,7 +178,8 @@ def pndm(
 ) -> Iterator[Step]:
     """Pseudo numerical methods (Liu et al. 2022, algorithm 1): three pseudo Runge–Kutta steps, then PLMS.
 
-    The first three steps cost four evaluations each. `midpoint` gives the level between two knots. of: as in `plms`.
+    The first three steps cost four evaluations each. `midpoint` gives the level between two knots. of: as in `plms`,
+    and out of pure noise likewise.
     """
     past: list[Array] = []
 
@@ -187,7 +191,9 @@ def pndm(
         x0 = denoise(x, leg.logsnr)
         first = output_of(x, x0, leg.alpha, leg.sigma, of)
         past = [first, *past[:3]]
-        if leg.index < 3 and not leg.to_clean:
+        if of == "eps" and leg.drowned:
+            x = move(x, x0, leg, leg.next_sigma)
+        elif leg.index < 3 and not leg.to_clean:
             middle = midpoint(leg.logsnr, leg.next_logsnr)
             alpha, sigma = marginal(middle)
             half = leg._replace(next_logsnr=middle, next_alpha=float(alpha), next_sigma=float(sigma))

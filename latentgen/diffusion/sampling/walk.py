@@ -57,9 +57,14 @@ class Leg(NamedTuple):
         return self.to_clean or self.next_logsnr == self.logsnr
 
     @property
+    def drowned(self) -> bool:
+        """Whether the step starts from pure noise."""
+        return self.logsnr < DROWNED
+
+    @property
     def leaps(self) -> bool:
         """Whether the step goes from pure noise to less than a tenth of its sigma/alpha, as the first often does."""
-        return self.logsnr < DROWNED and self.h > math.log(10)
+        return self.drowned and self.h > math.log(10)
 
     @property
     def ratio(self) -> float:
