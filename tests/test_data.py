@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from latentgen.data import CaptionedFolder, Picture, hold_out, load_pixels, pixels, read_folder, write_ledger
 from latentgen.data.page import keep_ledger
+from latentgen.data.picture import PROFILED, content_of
 from latentgen.errors import InputError
 from latentgen.training.finish import notice_of
 from latentgen.training.intake import divide, read_pictures, unknown_weights
@@ -434,3 +436,12 @@ def test_weights_that_fit_no_picture_are_named_and_weights_of_nothing_refused() 
     np.testing.assert_array_equal(divide(Path("x"), decoded, "test", weights).weights, [0.5, 0.5])
     with pytest.raises(InputError, match="all weigh 0"):
         divide(Path("x"), decoded, "test", {"group": {"flags": 0.0}})
+
+
+@pytest.mark.parametrize(
+    ("head", "far", "marked"),
+    [(b"\xff\xd8", 40, True), (b"\xff\xd8", 1 << 20, False), (b"II*\0", 1 << 20, True), (b"\x89PNG", 1 << 20, False)],
+)
+def test_profiles_are_looked_for_where_they_stand(head: bytes, far: int, marked: bool) -> None:
+    data = head + bytes(far) + b"acsp"
+    assert content_of(data) == sha256(data).digest() + (PROFILED if marked else b"")

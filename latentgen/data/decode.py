@@ -1,7 +1,6 @@
 """A file's picture as people see it: upright, on a background, in 8-bit sRGB; of an animated file the first frame."""
 
 import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,7 +51,6 @@ class Opener:
 
     def __init__(self, background: str = BACKGROUND) -> None:
         self.colour = read_colour(background)
-        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what is too large is an error
         self._sheet: Callable[[Path], tuple[Image.Image, int]] = lru_cache(SHEETS_HELD)(_sheet)
 
     def open(self, picture: Picture, draft: int | None = None) -> Opened:

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the file
 PROFILED = b"; in sRGB"
+MARKS = (b"acsp", b"iCCP")  # in every profile; and in a PNG, which compresses it
+TIFF, HEAD = (b"II", b"MM"), 1 << 19
 Kind = Literal["unreadable", "without caption", "not a picture", "named again", "hidden", "does not fit"]
 
 
@@ -25,7 +27,8 @@ def content_of(data: bytes) -> bytes:
 
     The mark is for pixels that were kept before profiles were heeded: those of other files are still right.
     """
-    profiled = b"acsp" in data or b"iCCP" in data  # in every profile; and in a PNG, which compresses it
+    end = len(data) if data.startswith(TIFF) else HEAD  # anywhere in a TIFF, and before the pixels in others
+    profiled = any(data.find(mark, 0, end) >= 0 for mark in MARKS)
     return hashlib.sha256(data).digest() + (PROFILED if profiled else b"")
 
 
